@@ -1,0 +1,156 @@
+"""Loading the base model and its tokenizer, checking what can be checked before, and adding the adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from noisefit.decoder import find_decoder_layers
+from noisefit.errors import InputError, notice
+
+
+def load_config(args: Namespace) -> PreTrainedConfig:
+    """The base model's configuration.
+
+    Raises:
+        InputError: no such folder or repository, or it needs code that `--trust_remote_code` does not allow.
+    """
+    path = Path(args.model).expanduser()
+    if not path.exists() and (args.model.startswith((".", "/", "~")) or args.model.count("/") > 1):
+        raise InputError(f"--model {args.model}: no such folder")
+    if path.is_file():
+        raise InputError(f"--model {args.model}: a file, expected a folder in the Hugging Face format")
+    with _loading(args, "a model"):
+        return AutoConfig.from_pretrained(_name(args), trust_remote_code=args.trust_remote_code)
+
+
+def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer. Raises `InputError` where there is none."""
+    with _loading(args, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(_name(args), trust_remote_code=args.trust_remote_code)
+
+
+def check_model(args: Namespace, config: PreTrainedConfig) -> None:
+    """Build the model without weights, and refuse what cannot be trained as asked.
+
+    Raises:
+        InputError: not a causal language model, no decoder layers, more noisy layers than layers, target modules
+            that match nothing, quantization that this machine cannot do.
+    """
+    check_quantization(args)
+    with _loading(args, "a causal language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    num_layers = len(find_decoder_layers(model))
+    if args.num_noise_layers > num_layers:
+        raise InputError(f"--num_noise_layers {args.num_noise_layers}: {args.model} has {num_layers} layers")
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and args.max_length > limit:
+        notice(
+            f"rows are cut at {limit} tokens, as {args.model} has no more positions (--max_length {args.max_length})"
+        )
+        args.max_length = limit
+    if not args.full_finetune:
+        add_adapter(args, model)
+
+
+def check_quantization(args: Namespace) -> None:
+    """Raise `InputError` where `--quantization` asks for what is not installed or not possible here."""
+    if args.quantization == "none":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"--quantization {args.quantization} needs bitsandbytes: pip install bitsandbytes")
+    if not torch.cuda.is_available():
+        raise InputError(f"--quantization {args.quantization} needs a CUDA device, and this machine shows none")
+
+
+def load_model(args: Namespace, accelerator: Accelerator) -> nn.Module:
+    """The base model with its adapter, or all of it trainable under `--full_finetune`.
+
+    Frozen weights are loaded in the launch's mixed-precision dtype; weights that are trained are float32, as an
+    update is too small a change for 16 bits.
+    """
+    frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    options: dict = {"dtype": torch.float32 if args.full_finetune else frozen_dtype}
+    if args.attn_implementation is not None:
+        options["attn_implementation"] = args.attn_implementation
+    if args.quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=args.quantization == "4bit",
+            load_in_8bit=args.quantization == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if frozen_dtype == torch.float32 else frozen_dtype,
+        )
+        options["device_map"] = {"": accelerator.device}
+    with _loading(args, "weights as safetensors"):
+        model = AutoModelForCausalLM.from_pretrained(
+            _name(args), use_safetensors=True, trust_remote_code=args.trust_remote_code, **options
+        )
+    if args.quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if args.gradient_checkpointing:
+        # Newer transformers have another name for it, and warn of this one.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    return model if args.full_finetune else add_adapter(args, model)
+
+
+def add_adapter(args: Namespace, model: PreTrainedModel) -> nn.Module:
+    """Put a LoRA adapter on the model.
+
+    Raises:
+        InputError: `--target_modules` matches nothing, or none is given and PEFT knows none for the architecture.
+    """
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+    )
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        wanted = " ".join(args.target_modules) if isinstance(args.target_modules, list) else args.target_modules
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        what = f"--target_modules {wanted}" if wanted else f"no default target modules for {model.config.model_type}"
+        raise InputError(f"{what}: {error}; linear modules found: {', '.join(linear)}") from None
+    # The adapter must find its base again from whatever folder it is loaded.
+    if os.path.isdir(args.model):
+        adapted.peft_config["default"].base_model_name_or_path = os.path.abspath(args.model)
+    return adapted
+
+
+def _name(args: Namespace) -> str:
+    return os.path.expanduser(args.model)
+
+
+@contextmanager
+def _loading(args: Namespace, what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"--model {args.model}: not to be loaded as {what}: {reason[:300]}") from None

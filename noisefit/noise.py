@@ -1,0 +1,133 @@
+"""Token-scaled Gaussian noise: how strong it is at each element of a hidden state, and drawing it.
+
+Formulas: NoiseFiT (arXiv 2504.03302), section 3, "adaptive noise injection"; the constants are those of the
+published program.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from noisefit.precision import at_least_float32
+
+EPS = 1e-6
+BETA = 0.1  # how fast the noise fades for elements far from their token's median
+MAX_TOKEN_FACTOR = 5.0
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over real tokens.
+
+    Args:
+        values: `[B, L]` or `[B, L, H]`, floating point.
+        mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+
+    Returns:
+        A scalar tensor of the dtype of `values`.
+    """
+    if mask is None:
+        return values.mean()
+    real = mask.bool().view(*mask.shape, *[1] * (values.dim() - 2))
+    elements_per_token = values[0, 0].numel()
+    # torch.where and not a product: a NaN at a padded position must not reach the sum.
+    return torch.where(real, values, 0).sum() / (real.sum() * elements_per_token)
+
+
+def snr_base_std(hidden: Tensor, noise_std: float, mask: Tensor | None = None) -> Tensor:
+    """Base scale `s` of policy `snr`: `noise_std^2 * std(h)`, over the elements of all real tokens.
+
+    The square is the published program's: `--noise_std 0.1` injects the same noise here as there.
+
+    Args:
+        hidden: `[B, L, H]`, a decoder block's output.
+        noise_std: the value of `--noise_std`.
+        mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+
+    Returns:
+        A scalar tensor, float32 or wider.
+    """
+    hidden = at_least_float32(hidden)
+    if mask is None:
+        std = hidden.std()
+    else:
+        squares = masked_mean((hidden - masked_mean(hidden, mask)) ** 2, mask)
+        count = mask.bool().sum() * hidden.shape[-1]
+        std = (squares * count / (count - 1)).sqrt()
+    return noise_std**2 * std
+
+
+@torch.no_grad()
+def noise_scale(hidden: Tensor, base_std: float | Tensor, mask: Tensor | None = None) -> Tensor:
+    """Standard deviation of the noise at each element: `sigma = s * mad * w * f`.
+
+    Per token: `f = min(5, exp(v / (mean(v) + eps)))` with `v = var_H(h)` and the mean over real tokens;
+    `m = median_H(h)`; `mad = median_H(|h - m|)`, at least `eps * ||h||_2`; per element
+    `w = exp(-beta * |h - m| / (mad + eps))`. Both medians are the lower one, as `torch.median` gives it.
+
+    Args:
+        hidden: `[B, L, H]`, a decoder block's output. Low-precision input is computed in float32.
+        base_std: the base scale `s`, see `snr_base_std`.
+        mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+
+    Returns:
+        `[B, L, H]`, the dtype and device of `hidden`, without gradient.
+    """
+    h = at_least_float32(hidden)
+    variance = h.var(dim=-1)
+    token_factor = (variance / (masked_mean(variance, mask) + EPS)).exp().clamp(max=MAX_TOKEN_FACTOR)
+    distance = (h - h.median(dim=-1, keepdim=True).values).abs()
+    floor = EPS * h.norm(dim=-1, keepdim=True)
+    mad = torch.maximum(distance.median(dim=-1, keepdim=True).values, floor)
+    weight = (distance * (-BETA / (mad + EPS))).exp()
+    return (weight * (mad * token_factor.unsqueeze(-1) * base_std)).to(hidden.dtype)
+
+
+def noise_to_signal(hidden: Tensor, sigma: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean magnitudes of noise and signal over real tokens.
+
+    For noise drawn from `N(0, sigma^2)` the mean of `|noise|` has a closed form, `sigma * sqrt(2 / pi)`, so no
+    noise needs to be drawn.
+
+    Args:
+        hidden, sigma: `[B, L, H]`.
+        mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+
+    Returns:
+        Two scalar tensors, float32 or wider: `mean(|noise|)` and `mean(|h|)`.
+    """
+    noise = masked_mean(at_least_float32(sigma), mask) * math.sqrt(2 / math.pi)
+    signal = masked_mean(at_least_float32(hidden).abs(), mask)
+    return noise, signal
+
+
+class TokenScaledNoise:
+    """The noise of one layer under policy `snr`, and a running record of how strong it was.
+
+    Args:
+        noise_std: the value of `--noise_std`.
+    """
+
+    def __init__(self, noise_std: float):
+        self.noise_std = noise_std
+        self._ratios: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor, branch: int, mask: Tensor | None = None) -> Tensor:
+        """Draw noise for `hidden`, `[B, L, H]`; the result has its shape, dtype and device.
+
+        `branch` (1 or 2) is unused: each call draws afresh. The draw comes from the device's default generator,
+        which activation checkpointing restores when it runs a layer again; a private `torch.Generator` it does
+        not, and the gradient would be silently wrong.
+        """
+        sigma = noise_scale(hidden, snr_base_std(hidden, self.noise_std, mask), mask)
+        noise, signal = noise_to_signal(hidden, sigma, mask)
+        self._ratios.append(noise / (signal + EPS))  # stays on the device: `.item()` here would stall a GPU
+        return torch.randn_like(hidden) * sigma
+
+    def pop_noise_to_signal(self) -> Tensor:
+        """Mean of `mean(|noise|) / mean(|h|)` over the calls since the last pop; a scalar, NaN if none."""
+        ratios, self._ratios = self._ratios, []
+        return torch.stack(ratios).mean() if ratios else torch.tensor(math.nan)

@@ -1,0 +1,141 @@
+"""The output folder: what may be there before, and what a run leaves in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+import noisefit
+from noisefit.errors import InputError
+
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
+RECORDS = ("noisefit_config.json", "layer_snr.json", "metrics.jsonl", "eval_metrics.jsonl")
+
+
+def check_output(args: Namespace) -> None:
+    """Refuse an output folder that cannot be written or holds another run's model. Writes nothing.
+
+    Raises:
+        InputError: as said.
+    """
+    output = Path(args.output_model)
+    held = [name for name in ADAPTER if (output / name).exists()]
+    if held and not args.overwrite_output:
+        raise InputError(
+            f"--output_model {output} already holds {held[0]} of another run; choose another folder, or give "
+            "--overwrite_output"
+        )
+    if os.path.isdir(args.model) and output.exists() and output.samefile(args.model):
+        raise InputError(f"--output_model {output} is the base model's own folder; choose another one")
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output_model {output}: {existing} is a file, expected a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--output_model {output}: no permission to write in {existing}")
+
+
+def start_output(args: Namespace) -> None:
+    """Make the folder, without what an earlier run left there, and write this run's settings to it."""
+    output = Path(args.output_model)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (*ADAPTER, *RECORDS):
+        (output / name).unlink(missing_ok=True)
+    write_json(output / "noisefit_config.json", {"noisefit_version": noisefit.__version__} | vars(args))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON to `path`, whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Add a line to a JSON Lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def write_layer_snr(args: Namespace, snr: Tensor, selected: Iterable[int]) -> None:
+    """`layer_snr.json`: the SNR of every layer, and the indices of those that get noise."""
+    write_json(Path(args.output_model) / "layer_snr.json", {"snr": snr.tolist(), "selected": list(selected)})
+
+
+def save_model(
+    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Namespace, tokens: int
+) -> None:
+    """Save the adapter (under `--full_finetune` the model) with its tokenizer and a model card. All processes call it.
+
+    Weights go beside the final folder first and are moved in one by one, the adapter's weights last: a folder that
+    holds them holds the rest too.
+
+    Args:
+        accelerator: of the run.
+        model: the prepared `BranchedModel`.
+        tokenizer: with its chat template.
+        args: the run's settings.
+        tokens: supervised tokens that the run trained on, for the card.
+    """
+    state = accelerator.get_state_dict(model)  # on all processes, as a sharded model is gathered here
+    if not accelerator.is_main_process:
+        return
+    output = Path(args.output_model)
+    inside = accelerator.unwrap_model(model).model
+    prefix = "model."  # the attribute of BranchedModel; the saved names are those of the model inside
+    state = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in state.items()}
+    beside = output / "saving.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    inside.save_pretrained(beside, state_dict=state)
+    tokenizer.save_pretrained(beside)
+    (beside / "README.md").write_text(model_card(args, tokens), encoding="utf-8")
+    for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        os.replace(path, output / path.name)
+    beside.rmdir()
+
+
+def model_card(args: Namespace, tokens: int) -> str:
+    """The model card, Markdown with the hub's metadata header."""
+    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in sorted(vars(args).items()))
+    metadata = json.dumps(args.model)  # a JSON string is a YAML string, whatever characters it has
+    if args.full_finetune:
+        kind, load = "A full model", f'AutoModelForCausalLM.from_pretrained("{args.output_model}")'
+    else:
+        kind = "A LoRA adapter"
+        load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{args.model}"), "{args.output_model}")'
+    return f"""---
+base_model: {metadata}
+library_name: {"transformers" if args.full_finetune else "peft"}
+pipeline_tag: text-generation
+tags: [noisefit{"" if args.full_finetune else ", lora"}]
+---
+
+# {Path(args.output_model).resolve().name}
+
+{kind} for `{args.model}`, trained on `{Path(args.train_data).name}` with NoiseFiT
+([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)): cross-entropy on clean hidden states, with a soft-target and a
+consistency term between branches whose decoder layers get token-scaled Gaussian noise. It saw {tokens:,} supervised
+tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that got noise, `metrics.jsonl`
+the losses. The tokenizer's chat template is the prompt format of the training.
+
+```python
+model = {load}
+```
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+
+NoiseFiT {noisefit.__version__}, torch {torch.__version__.split("+")[0]}.
+"""

@@ -1,0 +1,165 @@
+"""Fine-tune a causal language model with NoiseFiT (arXiv 2504.03302), on a hand-written Accelerate loop.
+
+    accelerate launch train_loop.py --model MODEL --train_data questions.csv
+
+Read it top to bottom: it is the algorithm. Load; measure every layer's signal-to-noise ratio and choose the layers
+that get noise; then, step by step, run the clean and the two noisy branches of each micro-batch, combine the three
+losses, go backward, clip, step, log. Edit it in place.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from argparse import Namespace
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from noisefit.arguments import parse_arguments
+from noisefit.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
+from noisefit.branches import BranchedModel
+from noisefit.errors import notice, one_line_errors
+from noisefit.evaluation import evaluate
+from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.models import check_model, load_config, load_model, load_tokenizer
+from noisefit.noise import TokenScaledNoise
+from noisefit.outputs import check_output, save_model, start_output, write_layer_snr
+from noisefit.prompts import Example, check_chat_template, load_examples, set_chat_template
+from noisefit.snr import average_snr, negligible_noise, select_layers
+from noisefit.startup import choose_strategy
+from noisefit.tracking import Metrics, check_tracker, start_trackers
+
+
+def train(args: Namespace) -> None:
+    # --- Everything that can be checked without the model's weights, before anything is written ----------------------
+    check_output(args)
+    check_tracker(args)
+    check_chat_template(args.chat_template)
+    config = load_config(args)
+    tokenizer = load_tokenizer(args)
+    set_chat_template(tokenizer, args.chat_template)
+    check_model(args, config)
+    examples = load_examples(args, tokenizer, args.train_data)
+    eval_examples = load_examples(args, tokenizer, args.eval_data) if args.eval_data else []
+
+    # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
+    tracker = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output_model)
+    accelerator.gradient_accumulation_steps = 1  # the loop accumulates by itself, whatever the launch's config says
+    num_processes = accelerator.num_processes
+
+    set_seed(args.seed)  # the same adapter on every process ...
+    model = BranchedModel(load_model(args, accelerator), args.loss_chunk_size)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
+    )
+    rows_per_step = args.batch_size * args.gradient_accumulation_steps * num_processes
+    epoch_length = steps_per_epoch(len(examples), rows_per_step)
+    total_steps = args.epochs * epoch_length
+    if args.max_steps != -1:
+        total_steps = min(total_steps, args.max_steps)
+    # The schedule is not given to `prepare`, which would step it once for every process.
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, total_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    set_seed(args.seed, device_specific=True)  # ... but noise and dropout of its own
+
+    def micro_batches(rows: list[Example]) -> list[Batch]:
+        """This process's share of an optimizer step's rows, as tensors on its device."""
+        shares = cut_step(rows, args.batch_size, num_processes, accelerator.process_index)
+        return [collate(share, tokenizer.pad_token_id, accelerator.device) for share in shares]
+
+    # --- The method: which layers get noise, and what the loss is ---------------------------------------------------
+    calibration: list[Batch] = []
+    for rows in epoch_steps(examples, rows_per_step, args.seed, epoch=0):
+        calibration += micro_batches(rows)
+        if len(calibration) >= args.snr_batches:
+            break
+    calibration = calibration[: args.snr_batches]
+
+    def choose_noise() -> tuple[dict[int, TokenScaledNoise], str, Tensor]:
+        """Measure the layers, choose those that get noise, and check how the branches can be run."""
+        snr = average_snr(model, calibration, args.noise_std)
+        layers = select_layers(snr, args.num_noise_layers, args.snr_format)
+        strategy, reason = choose_strategy(model, calibration[0], layers, args.branches)
+        chosen = ", ".join(f"{layer} (SNR {snr[layer]:.3g})" for layer in layers)
+        notice(f"noise in layers: {chosen or 'none'}; branches: {strategy}")
+        notice(reason, negligible_noise(snr, layers))
+        return {layer: TokenScaledNoise(args.noise_std) for layer in layers}, strategy, snr
+
+    def chunk_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, target_tokens: Tensor) -> Tensor:
+        """The three losses of one chunk of supervised tokens, each a sum: logits [N, V] and targets [N] to [3]."""
+        ce = cross_entropy(clean, target_tokens)
+        soft = soft_target_loss(clean, noisy_1, args.temperature) + soft_target_loss(clean, noisy_2, args.temperature)
+        consistency = consistency_loss(noisy_1, noisy_2, args.temperature)
+        return torch.stack([ce, soft / 2, consistency])
+
+    weights = (args.hybrid_loss_alpha, 1 - args.hybrid_loss_alpha, args.lambda_consistency)
+
+    # --- The loop ---------------------------------------------------------------------------------------------------
+    noise, strategy, snr = choose_noise()
+    if accelerator.is_main_process:
+        start_output(args)
+        write_layer_snr(args, snr, noise)
+    start_trackers(accelerator, args)
+    metrics = Metrics(accelerator, args)
+    progress = tqdm(total=total_steps, desc="training", unit="step", disable=not accelerator.is_main_process)
+    model.train()
+    step = seen_targets = 0
+    for epoch in range(args.epochs):
+        for rows in epoch_steps(examples, rows_per_step, args.seed, epoch):
+            if step == total_steps:
+                break
+            if args.snr_every and step and step % args.snr_every == 0:
+                noise, strategy, snr = choose_noise()
+                if accelerator.is_main_process:
+                    write_layer_snr(args, snr, noise)
+
+            target_tokens = count_targets(rows)  # of the whole step: all its micro-batches, all processes
+            batches = micro_batches(rows)
+            for batch in batches:
+                # Gradients are reduced over the processes once a step, with its last micro-batch.
+                with nullcontext() if batch is batches[-1] else accelerator.no_sync(model):
+                    sums = model(**batch, noise=noise, strategy=strategy, chunk_losses=chunk_losses)
+                    ce, soft, consistency = sums / target_tokens
+                    loss = weights[0] * ce + weights[1] * soft + weights[2] * consistency
+                    # The reduction averages over processes, but these losses are shares of one sum.
+                    accelerator.backward(loss * num_processes)
+                metrics.add_losses(sums)
+
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+            learning_rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            if not accelerator.optimizer_step_was_skipped:  # fp16's loss scale overflowed
+                schedule.step()
+            optimizer.zero_grad()
+
+            step += 1
+            seen_targets += target_tokens
+            progress.update()
+            metrics.add_step(target_tokens, count_tokens(rows))
+            passes = step / epoch_length
+            if step % args.logging_steps == 0 or step == total_steps:
+                line = metrics.log(step, passes, weights, learning_rate, grad_norm, noise)
+                progress.set_postfix(loss=f"{line['loss']:.4f}", ce=f"{line['ce_loss']:.4f}")
+            due = step % args.eval_steps == 0 if args.eval_steps else step % epoch_length == 0
+            if eval_examples and (due or step == total_steps):
+                start = time.perf_counter()
+                ce = evaluate(accelerator, model, eval_examples, args.batch_size, tokenizer.pad_token_id)
+                metrics.log_evaluation(step, passes, ce, count_targets(eval_examples), time.perf_counter() - start)
+    progress.close()
+
+    # --- What it leaves ---------------------------------------------------------------------------------------------
+    save_model(accelerator, model, tokenizer, args, seen_targets)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with one_line_errors("train_loop.py"):
+        train(parse_arguments())
