@@ -67,13 +67,13 @@ def logits_of(model: nn.Module, hidden_states: Tensor) -> Tensor:
     no_ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
     with _decoder_answering(causal_lm.get_decoder(), rows):
         logits = causal_lm(input_ids=no_ids, use_cache=False).logits
-    return logits.view(*hidden_states.shape[:-1], -1)
+    return logits.view(*hidden_states.shape[:-1], logits.shape[-1])
 
 
 @contextmanager
 def _decoder_answering(decoder: nn.Module, hidden_states: Tensor) -> Iterator[None]:
     own_forward = vars(decoder).get("forward")  # accelerate's device hooks set one on the instance
-    answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+    answer = _DecoderAnswer(last_hidden_state=hidden_states)
     decoder.forward = lambda *args, **kwargs: answer
     try:
         yield
@@ -82,3 +82,11 @@ def _decoder_answering(decoder: nn.Module, hidden_states: Tensor) -> Iterator[No
             del decoder.forward
         else:
             decoder.forward = own_forward
+
+
+class _DecoderAnswer(BaseModelOutputWithPastAndCrossAttentions):
+    """Hidden states alone: whatever else a model's forward reads of its decoder's output (router logits) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)

@@ -1,0 +1,77 @@
+"""The losses and their gradients against float64 computations written from the formulas, in numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    return float((p * (np.log(p) - np.log(q))).sum())
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    return [(4 * torch.randn(6, 11, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(3)]
+
+
+TARGETS = torch.tensor([0, 3, 10, 5, 5, 1])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_values_and_gradients_of_the_whole_loss(logits, temperature):
+    alpha, lam, t = 0.3, 0.7, temperature
+    clean, noisy_1, noisy_2 = logits
+    ce = cross_entropy(clean, TARGETS)
+    soft = (soft_target_loss(clean, noisy_1, t) + soft_target_loss(clean, noisy_2, t)) / 2
+    consistency = consistency_loss(noisy_1, noisy_2, t)
+    (alpha * ce + (1 - alpha) * soft + lam * consistency).backward()
+
+    z, z1, z2 = (x.detach().numpy() for x in logits)
+    p, p1, p2 = softmax(z / t), softmax(z1 / t), softmax(z2 / t)
+    assert ce.item() == pytest.approx(-np.log(softmax(z)[range(6), TARGETS]).sum(), rel=1e-12)
+    assert soft.item() == pytest.approx(t**2 * 0.5 * (kl(p, p1) + kl(p, p2)), rel=1e-12)
+    assert consistency.item() == pytest.approx(t**2 * kl(p2, p1), rel=1e-12)
+    # d/dz T^2 KL(sg p || softmax(z / T)) = T (softmax(z / T) - p): by hand, with the stop-gradients in place.
+    one_hot = np.eye(11)[TARGETS]
+    expected = [
+        alpha * (softmax(z) - one_hot),
+        (1 - alpha) * 0.5 * t * (p1 - p) + lam * t * (p1 - p2),
+        (1 - alpha) * 0.5 * t * (p2 - p),
+    ]
+    for tensor, gradient in zip(logits, expected, strict=True):
+        np.testing.assert_allclose(tensor.grad.numpy(), gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_each_is_a_sum_over_tokens(logits):
+    clean, noisy_1, noisy_2 = logits
+    for whole, part in [
+        (cross_entropy(clean, TARGETS), lambda i: cross_entropy(clean[i], TARGETS[i])),
+        (soft_target_loss(clean, noisy_1, 2.0), lambda i: soft_target_loss(clean[i], noisy_1[i], 2.0)),
+        (consistency_loss(noisy_1, noisy_2, 2.0), lambda i: consistency_loss(noisy_1[i], noisy_2[i], 2.0)),
+    ]:
+        torch.testing.assert_close(part(slice(0, 2)) + part(slice(2, 6)), whole)
+
+
+def test_no_tokens_give_a_zero_that_is_tied_to_the_logits(logits):
+    none = slice(0, 0)
+    for loss in (
+        cross_entropy(logits[0][none], TARGETS[none]),
+        soft_target_loss(logits[0][none], logits[1][none], 1.0),
+    ):
+        assert loss.item() == 0
+        loss.backward()
+
+
+def test_low_precision_is_computed_in_float32(logits):
+    clean, noisy = (x.detach().bfloat16() for x in logits[:2])
+    for loss in (cross_entropy(clean, TARGETS), soft_target_loss(clean, noisy, 1.0)):
+        assert loss.dtype == torch.float32
+    torch.testing.assert_close(cross_entropy(clean, TARGETS), cross_entropy(clean.double(), TARGETS).float())

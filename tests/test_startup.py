@@ -1,0 +1,64 @@
+"""The start-up check takes the cheapest way that is exact for a model, and says why where it is not the fork."""
+
+import pytest
+import torch
+from tiny_models import CONFIGS, tiny_batch, tiny_model
+from transformers import LlamaForCausalLM
+
+from noisefit.branches import BranchedModel
+from noisefit.errors import InputError
+from noisefit.startup import choose_strategy
+
+
+class LogitsFromTokens(LlamaForCausalLM):
+    """A model whose logits depend on the tokens too, so that hidden states alone do not give them."""
+
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, **kwargs)
+        output.logits = output.logits + (input_ids.unsqueeze(-1) % 7)
+        return output
+
+
+def check(model, requested="auto", layers=(1, 3)):
+    branched = BranchedModel(model, 7)
+    strategy, reason = choose_strategy(branched, tiny_batch(), list(layers), requested)
+    assert branched.training
+    return strategy, reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", [name for name in CONFIGS if name not in ("bloom", "mixtral")])
+def test_the_fork_is_exact_for_most_architectures(model_type, dtype):
+    assert check(tiny_model(model_type, dtype)) == ("fork", None)
+
+
+def test_bloom_falls_back_to_separate_passes_and_says_so():
+    strategy, reason = check(tiny_model("bloom", torch.float32))
+    assert strategy == "separate"
+    assert "forked" in reason and "separate passes" in reason and "\n" not in reason
+    with pytest.raises(InputError, match="--branches fork"):
+        check(tiny_model("bloom", torch.float32), "fork")
+
+
+def test_a_model_whose_logits_need_more_than_hidden_states_keeps_its_own():
+    model = LogitsFromTokens(tiny_model("llama", torch.float32).config).train()
+    strategy, reason = check(model)
+    assert strategy == "full_logits" and "all logits in memory" in reason
+    assert check(model, "separate")[0] == "full_logits"
+
+
+def test_a_subtly_wrong_fork_is_seen():
+    model = tiny_model("llama", torch.float32)
+
+    def mix_rows(module, args, output):  # what no single batch shows: rows that see each other
+        return output + 0.01 * output.roll(1, dims=0)
+
+    model.model.layers[3].register_forward_hook(mix_rows)
+    strategy, reason = check(model)
+    assert strategy == "separate" and "differ" in reason
+
+
+def test_what_is_asked_for_is_done():
+    assert check(tiny_model("llama", torch.float32), "separate") == ("separate", None)
+    assert check(tiny_model("llama", torch.float32), "fork") == ("fork", None)
+    assert check(tiny_model("llama", torch.float32), layers=()) == ("fork", None)
