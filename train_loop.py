@@ -24,13 +24,14 @@ from transformers import get_scheduler
 from noisefit.arguments import parse_arguments
 from noisefit.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.branches import BranchedModel
+from noisefit.data import load_rows
 from noisefit.errors import notice, one_line_errors
 from noisefit.evaluation import evaluate
 from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
 from noisefit.models import check_model, load_config, load_model, load_tokenizer
 from noisefit.noise import TokenScaledNoise
-from noisefit.outputs import check_output, save_model, start_output, write_layer_snr
-from noisefit.prompts import Example, check_chat_template, load_examples, set_chat_template
+from noisefit.outputs import check_output, save_model, start_output, where_things_are, write_layer_snr
+from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
 from noisefit.snr import average_snr, negligible_noise, select_layers
 from noisefit.startup import choose_strategy
 from noisefit.tracking import Metrics, check_tracker, start_trackers
@@ -41,12 +42,13 @@ def train(args: Namespace) -> None:
     check_output(args)
     check_tracker(args)
     check_chat_template(args.chat_template)
+    rows, eval_rows = load_rows(args.train_data), load_rows(args.eval_data)
     config = load_config(args)
     tokenizer = load_tokenizer(args)
     set_chat_template(tokenizer, args.chat_template)
     check_model(args, config)
-    examples = load_examples(args, tokenizer, args.train_data)
-    eval_examples = load_examples(args, tokenizer, args.eval_data) if args.eval_data else []
+    examples = tokenize_rows(args, tokenizer, rows, args.train_data)
+    eval_examples = tokenize_rows(args, tokenizer, eval_rows, args.eval_data)
 
     # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
     tracker = None if args.report_to == "none" else args.report_to
@@ -109,6 +111,7 @@ def train(args: Namespace) -> None:
         write_layer_snr(args, snr, noise)
     start_trackers(accelerator, args)
     metrics = Metrics(accelerator, args)
+    notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows on {num_processes} processes")
     progress = tqdm(total=total_steps, desc="training", unit="step", disable=not accelerator.is_main_process)
     model.train()
     step = seen_targets = 0
@@ -155,9 +158,9 @@ def train(args: Namespace) -> None:
                 metrics.log_evaluation(step, passes, ce, count_targets(eval_examples), time.perf_counter() - start)
     progress.close()
 
-    # --- What it leaves ---------------------------------------------------------------------------------------------
     save_model(accelerator, model, tokenizer, args, seen_targets)
     accelerator.end_training()
+    notice(*where_things_are(args))
 
 
 if __name__ == "__main__":

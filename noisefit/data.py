@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from noisefit.errors import InputError
+from noisefit.errors import InputError, notice
 
 COLUMNS = ("prompt", "response")
 READERS = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
@@ -66,6 +66,16 @@ def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) 
         why = f"all {len(skipped)} rows have an empty or missing cell" if skipped else "it has no rows"
         raise InputError(f"{path}: no question to use: {why}; expected text in columns {' and '.join(columns)}")
     return rows, skipped
+
+
+def load_rows(path: str | None) -> list[Row]:
+    """`read_rows`, with a line about skipped rows; no rows where `path` is `None`."""
+    if path is None:
+        return []
+    rows, skipped = read_rows(path)
+    if skipped:
+        notice(describe_skipped(path, skipped, "with an empty or missing cell"))
+    return rows
 
 
 def describe_skipped(path: str | os.PathLike[str], skipped: list[int], why: str) -> str:

@@ -34,7 +34,7 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     """
     decoder = find_decoder(model)
     count = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    candidates = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    candidates = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count != 0]
     if not candidates:
         raise InputError(
             f"no decoder layers found in {type(decoder).__name__}: NoiseFiT needs a decoder-only language model "

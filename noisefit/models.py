@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,7 +128,10 @@ def add_adapter(args: Namespace, model: PreTrainedModel) -> nn.Module:
         target_modules=args.target_modules,
     )
     try:
-        adapted = get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, nothing to do with the user
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it by itself
+            adapted = get_peft_model(model, lora)
     except ValueError as error:
         wanted = " ".join(args.target_modules) if isinstance(args.target_modules, list) else args.target_modules
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -101,6 +102,21 @@ def save_model(
     for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         os.replace(path, output / path.name)
     beside.rmdir()
+
+
+def where_things_are(args: Namespace) -> list[str]:
+    """What the run left and the next command, for the user's eyes."""
+    output = shlex.quote(args.output_model)
+    what = "the model" if args.full_finetune else "the adapter"
+    ask = (
+        "from transformers import pipeline; import sys; "
+        "chat = pipeline('text-generation', sys.argv[1], tokenizer=sys.argv[1]); "
+        "print(chat([{'role': 'user', 'content': sys.argv[2]}])[0]['generated_text'][-1]['content'])"
+    )
+    return [
+        f"{output} holds {what} with its tokenizer and card, metrics.jsonl (losses) and layer_snr.json (layers)",
+        f'next, ask it something: python -c "{ask}" {output} "Who wrote Emma?"',
+    ]
 
 
 def model_card(args: Namespace, tokens: int) -> str:

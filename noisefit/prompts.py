@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from noisefit.data import Row, describe_skipped, read_rows
+from noisefit.data import Row, describe_skipped
 from noisefit.errors import InputError, notice
 
 CHATML = (
@@ -145,20 +145,23 @@ def make_examples(
     return examples, dropped
 
 
-def load_examples(args: Namespace, tokenizer: PreTrainedTokenizerBase, path: str) -> list[Example]:
-    """Read and tokenize a data file, with a line about the rows that cannot be used.
+def tokenize_rows(args: Namespace, tokenizer: PreTrainedTokenizerBase, rows: list[Row], path: str) -> list[Example]:
+    """`make_examples` with a run's settings, and a line about the rows that cannot be used.
+
+    Args:
+        args: the run's settings.
+        tokenizer: with its chat template.
+        rows: questions and answers.
+        path: the file they are from, for the line.
 
     Raises:
-        InputError: the file is not usable, see `read_rows`, or no row is left.
+        InputError: no row is left.
     """
-    rows, skipped = read_rows(path)
-    if skipped:
-        notice(describe_skipped(path, skipped, "with an empty or missing cell"))
     stop_ids = stop_token_ids(args.model)
     examples, dropped = make_examples(tokenizer, rows, args.max_length, args.loss_on, stop_ids)
     if dropped:
         notice(describe_skipped(path, dropped, f"whose prompt leaves no answer within {args.max_length} tokens"))
-    if not examples:
+    if rows and not examples:
         raise InputError(f"{path}: no row has an answer within --max_length {args.max_length}; raise it")
     return examples
 

@@ -1,0 +1,45 @@
+"""What all tests share: one thread a process (the models are tiny) and, once a session, a tiny model folder."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; read when its client is imported
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+from tiny_folder import tiny_folder  # noqa: E402
+
+torch.set_num_threads(1)
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The published questions, which are not part of this repository."""
+    if not REAL_DATA.is_dir():
+        pytest.skip("no real question-answer data beside this checkout (../shared/data)")
+    return REAL_DATA
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    """A small data file: 24 questions of several lengths."""
+    lines = ["prompt,response"]
+    for i in range(24):
+        lines.append(f'What is {"very " * (i % 5)}{i} plus {i}?,"It is {i + i}{", as is well known" * (i % 3)}."')
+    path = tmp_path / "questions.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
