@@ -111,7 +111,7 @@ def train(args: Namespace) -> None:
         write_layer_snr(args, snr, noise)
     start_trackers(accelerator, args)
     metrics = Metrics(accelerator, args)
-    notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows on {num_processes} processes")
+    notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
     progress = tqdm(total=total_steps, desc="training", unit="step", disable=not accelerator.is_main_process)
     model.train()
     step = seen_targets = 0

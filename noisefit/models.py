@@ -78,8 +78,15 @@ def check_quantization(args: Namespace) -> None:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"--quantization {args.quantization} needs bitsandbytes: pip install bitsandbytes")
-    if not torch.cuda.is_available():
-        raise InputError(f"--quantization {args.quantization} needs a CUDA device, and this machine shows none")
+    import bitsandbytes
+
+    accelerator = torch.accelerator.current_accelerator()
+    device = "cpu" if accelerator is None else accelerator.type
+    if device not in (supported := getattr(bitsandbytes, "supported_torch_devices", {"cuda"})):
+        devices = ", ".join(sorted(supported))
+        raise InputError(
+            f"--quantization {args.quantization}: bitsandbytes works on {devices}, this machine has {device}"
+        )
 
 
 def load_model(args: Namespace, accelerator: Accelerator) -> nn.Module:

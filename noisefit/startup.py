@@ -16,6 +16,7 @@ ROWS, TOKENS = 2, 48  # of the first batch; two rows, so that a batch dimension 
 
 # Largest difference that reordered sums explain, as a share of the largest logit. A wrong fork is off by about 1.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+INT8_TOLERANCE = 0.1  # 8-bit layers round their inputs by the outliers of the whole batch
 
 
 @torch.no_grad()
@@ -44,10 +45,12 @@ def choose_strategy(
     model.eval()
     try:
         truth, dtype = _logits(model, batch, noise, "full_logits")
+        is_int8 = any(parameter.dtype == torch.int8 for parameter in model.parameters())
+        tolerance = INT8_TOLERANCE if is_int8 else TOLERANCE[dtype]
         strategies = STRATEGIES[1:] if requested == "separate" else STRATEGIES
         reason = None
         for strategy in strategies:
-            problem = _problem(model, batch, noise, strategy, truth, TOLERANCE[dtype])
+            problem = _problem(model, batch, noise, strategy, truth, tolerance)
             if problem is None:
                 break
             what = "the forked forward pass" if strategy == "fork" else "forming logits from a chunk of hidden states"

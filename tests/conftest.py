@@ -11,8 +11,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; read when its client is imported
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch  # noqa: E402
-from tiny_folder import tiny_folder  # noqa: E402
+import torch
+from tiny_folder import tiny_folder
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=FutureWarning)
