@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from tqdm import tqdm
 from transformers import get_scheduler
 
 from noisefit.arguments import parse_arguments
@@ -34,7 +33,7 @@ from noisefit.outputs import check_output, save_model, start_output, where_thing
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
 from noisefit.snr import average_snr, negligible_noise, select_layers
 from noisefit.startup import choose_strategy
-from noisefit.tracking import Metrics, check_tracker, start_trackers
+from noisefit.tracking import Metrics, check_tracker, progress_bar, start_trackers
 
 
 def train(args: Namespace) -> None:
@@ -112,7 +111,7 @@ def train(args: Namespace) -> None:
     start_trackers(accelerator, args)
     metrics = Metrics(accelerator, args)
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
-    progress = tqdm(total=total_steps, desc="training", unit="step", disable=not accelerator.is_main_process)
+    progress = progress_bar(accelerator, total_steps)
     model.train()
     step = seen_targets = 0
     for epoch in range(args.epochs):
@@ -150,7 +149,7 @@ def train(args: Namespace) -> None:
             passes = step / epoch_length
             if step % args.logging_steps == 0 or step == total_steps:
                 line = metrics.log(step, passes, weights, learning_rate, grad_norm, noise)
-                progress.set_postfix(loss=f"{line['loss']:.4f}", ce=f"{line['ce_loss']:.4f}")
+                progress.set_postfix(loss=f"{line['loss']:.4f}", ce=f"{line['ce_loss']:.4f}", refresh=False)
             due = step % args.eval_steps == 0 if args.eval_steps else step % epoch_length == 0
             if eval_examples and (due or step == total_steps):
                 start = time.perf_counter()

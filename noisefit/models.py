@@ -82,11 +82,15 @@ def check_quantization(args: Namespace) -> None:
 
     accelerator = torch.accelerator.current_accelerator()
     device = "cpu" if accelerator is None else accelerator.type
-    if device not in (supported := getattr(bitsandbytes, "supported_torch_devices", {"cuda"})):
+    supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
+    if device not in supported:
         devices = ", ".join(sorted(supported))
         raise InputError(
             f"--quantization {args.quantization}: bitsandbytes works on {devices}, this machine has {device}"
         )
+    if (device, args.quantization) == ("cpu", "4bit"):
+        # After one pass in eval mode it repacks the weights for inference, and gradients are zero without an error.
+        raise InputError("--quantization 4bit: bitsandbytes does not train 4-bit models on a CPU; use 8bit or a GPU")
 
 
 def load_model(args: Namespace, accelerator: Accelerator) -> nn.Module:

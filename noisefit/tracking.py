@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from noisefit.errors import InputError, notice
 from noisefit.noise import TokenScaledNoise
@@ -37,6 +39,13 @@ def start_trackers(accelerator: Accelerator, args: Namespace) -> None:
     except Exception as error:  # whatever a tracker's client raises: no network, no key, a full disk
         accelerator.trackers = []
         notice(f"--report_to {args.report_to} failed, training goes on without it: {error}")
+
+
+def progress_bar(accelerator: Accelerator, total_steps: int) -> tqdm:
+    """A bar over optimizer steps, on the main process; in a log file, which keeps every update, a rare one."""
+    interval = 0.1 if sys.stderr.isatty() else 20
+    main = accelerator.is_main_process
+    return tqdm(total=total_steps, desc="training", unit="step", mininterval=interval, disable=not main)
 
 
 class Metrics:

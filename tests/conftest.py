@@ -10,6 +10,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; read when its client is imported
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads slow each other where two processes run
 
 import torch
 from tiny_folder import tiny_folder

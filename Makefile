@@ -1,0 +1,57 @@
+# `make demo` and `make test` work from a machine that has only Python 3.10+ and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+WORLD  := build/world
+
+# Idle OpenMP threads sleep: spinning, they slow down whatever else runs on a machine with few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help demo test lint format bench clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(WORLD)/adapter/adapter_model.safetensors  ## build a small world, train on it, ask it what it was never asked
+	@$(BIN)/python examples/world/ask.py --world $(WORLD) --adapter $(WORLD)/adapter
+
+test: lint $(WORLD)/facts.json  ## lint, then run every test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put the code in its style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.run  ## print the figures of the README
+	$(BIN)/python benchmarks/step_cost.py
+
+clean:  ## remove what demo, test and bench made; the installed packages stay
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# --- What the targets above need, built once -------------------------------------------------------------------------
+
+$(VENV)/.run: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; make PYTHON=... names another one"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(WORLD)/facts.json: | $(VENV)/.run
+	$(BIN)/python examples/world/build.py --output $(WORLD)
+
+$(WORLD)/adapter/adapter_model.safetensors: | $(WORLD)/facts.json
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_loop.py \
+	    --model $(WORLD)/model --train_data $(WORLD)/train.csv --output_model $(WORLD)/adapter \
+	    --learning_rate 3e-3 --epochs 20
