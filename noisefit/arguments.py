@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--learning_rate", type=above_zero, default=5e-5, help="highest learning rate of the schedule")
     add("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="how the learning rate falls")
     add("--warmup_ratio", type=share, default=0.0, help="share of the steps in which the learning rate rises")
-    add("--weight_decay", type=non_negative, default=0.0, help="of AdamW")
+    add("--weight_decay", type=non_negative, default=0.0, help="weight decay of AdamW")
     add("--max_grad_norm", type=non_negative, default=1.0, help="gradients are scaled down to this norm; 0: never")
     add("--seed", type=count, default=42, help="determines adapter, order of the rows, dropout and noise")
 
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--full_finetune", action=BOOLEAN, default=False, help="train all weights, without an adapter")
     add("--max_length", type=number(int, 2), default=1024, help="tokens a row; the rest of a longer one is cut")
     add("--chat_template", metavar="NAME|FILE",
-        help="chatml, alpaca or a Jinja file; default: the tokenizer's own, chatml where it has none")  # fmt: skip
+        help="prompt format: chatml, alpaca or a Jinja file; default: the tokenizer's own, chatml where it has none")  # fmt: skip
     add("--gradient_checkpointing", action=BOOLEAN, default=False, help="less memory, about a third more computing")
     add("--attn_implementation", help="attention of the model: eager, sdpa, flash_attention_2, ...; default: its own")
     add("--quantization", choices=("none", "8bit", "4bit"), default="none",
@@ -154,7 +154,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--logging_steps", type=positive, default=5, help="a line of metrics every so many steps")
     add("--eval_steps", type=count, default=0, help="evaluate every so many steps; 0: after each epoch")
-    add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="where metrics go besides a file")
+    add(
+        "--report_to",
+        choices=("none", "wandb", "tensorboard"),
+        default="none",
+        help="where metrics go besides metrics.jsonl",
+    )
     add("--run_name", help="name of the run there; default: the output folder's")
     return parser
 

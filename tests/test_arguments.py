@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,9 +21,14 @@ def test_the_published_programs_defaults_are_kept():
     assert {name: getattr(args, name) for name in published} == published
 
 
-def test_every_flag_says_what_it_does():
-    assert all(action.help for action in build_parser()._actions)
-    assert "%" not in build_parser().format_help()
+def test_every_flag_says_what_it_does_in_the_help_and_in_the_readme():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    for action in build_parser()._actions[1:]:
+        name, shown = action.option_strings[0], action.default
+        shown = f"{shown:g}" if isinstance(shown, float) else str(shown)
+        cell = "" if action.default is None or action.default is False else f"`{shown}`"
+        assert action.help and f"| `{name}` | {cell} | {action.help[0].upper()}{action.help[1:]}" in readme
+    assert "%(" not in build_parser().format_help()
 
 
 BAD = [

@@ -170,7 +170,7 @@ def test_quantization_without_bitsandbytes_or_its_device_is_refused(llama_folder
     with monkeypatch.context() as patch, pytest.raises(InputError, match="needs bitsandbytes: pip install"):
         patch.setattr("importlib.util.find_spec", lambda name: None)
         run(llama_folder, questions, tmp_path / "out", quantization="4bit")
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional install")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional install")  # from here on
     monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"xpu"})
     with pytest.raises(InputError, match="works on xpu, this machine has"):
         run(llama_folder, questions, tmp_path / "out", quantization="8bit")
