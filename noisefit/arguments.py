@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--full_finetune", action=BOOLEAN, default=False, help="train all weights, without an adapter")
     add("--max_length", type=number(int, 2), default=1024, help="tokens a row; the rest of a longer one is cut")
     add("--chat_template", metavar="NAME|FILE",
-        help="prompt format: chatml, alpaca or a Jinja file; default: the tokenizer's own, chatml where it has none")  # fmt: skip
+        help="prompt format: chatml, alpaca or a Jinja file; default: the tokenizer's own, else chatml")  # fmt: skip
     add("--gradient_checkpointing", action=BOOLEAN, default=False, help="less memory, about a third more computing")
     add("--attn_implementation", help="attention of the model: eager, sdpa, flash_attention_2, ...; default: its own")
     add("--quantization", choices=("none", "8bit", "4bit"), default="none",
