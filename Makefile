@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 WORLD  := build/world
+LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml
 
 # Idle OpenMP threads sleep: spinning, they slow down whatever else runs on a machine with few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -14,8 +15,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(WORLD)/adapter/adapter_model.safetensors  ## build a small world, train on it, ask it what it was never asked
-	@$(BIN)/python examples/world/ask.py --world $(WORLD) --adapter $(WORLD)/adapter
+demo: $(WORLD)/base.csv $(WORLD)/answers.csv  ## build a small world, train on it, ask it what it was never asked
+	@$(BIN)/python -m noisefit.score $(WORLD)/base.csv $(WORLD)/answers.csv --by relation
 
 test: lint $(WORLD)/facts.json  ## lint, then run every test
 	$(BIN)/python -m pytest
@@ -31,6 +32,7 @@ format: $(VENV)/.dev  ## put the code in its style
 
 bench: $(VENV)/.run  ## print the figures of the README
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/generate_speed.py
 
 clean:  ## remove what demo, test and bench made; the installed packages stay
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache
@@ -52,6 +54,14 @@ $(WORLD)/facts.json: | $(VENV)/.run
 	$(BIN)/python examples/world/build.py --output $(WORLD)
 
 $(WORLD)/adapter/adapter_model.safetensors: | $(WORLD)/facts.json
-	$(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml train_loop.py \
-	    --model $(WORLD)/model --train_data $(WORLD)/train.csv --output_model $(WORLD)/adapter \
+	$(LAUNCH) train_loop.py --model $(WORLD)/model --train_data $(WORLD)/train.csv --output_model $(WORLD)/adapter \
 	    --learning_rate 3e-3 --epochs 20
+
+# No repetition penalty: the right answers repeat the name of the country in the question.
+ASK := generate.py --input_csv $(WORLD)/test.csv --repetition_penalty 1.0
+
+$(WORLD)/base.csv: | $(WORLD)/facts.json
+	$(LAUNCH) $(ASK) --model_id $(WORLD)/model --output_csv $@
+
+$(WORLD)/answers.csv: | $(WORLD)/adapter/adapter_model.safetensors
+	$(LAUNCH) $(ASK) --model_path $(WORLD)/adapter --output_csv $@

@@ -111,7 +111,7 @@ def train(args: Namespace) -> None:
     start_trackers(accelerator, args)
     metrics = Metrics(accelerator, args)
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
-    progress = progress_bar(accelerator, total_steps)
+    progress = progress_bar(accelerator, total_steps, "training", "step")
     model.train()
     step = seen_targets = 0
     for epoch in range(args.epochs):

@@ -59,7 +59,9 @@ def number(
         also: further values that are accepted.
     """
     what = "a whole number" if kind is int else "a number"
-    span = f"{'above' if open_low else 'at least'} {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+    span = f"{'above' if open_low else 'at least'} {low:g}"
+    if high != math.inf:
+        span = f"above {low:g} and up to {high:g}" if open_low else f"from {low:g} to {high:g}"
     expected = " or ".join([f"{what} {span}", *map(str, also)])
 
     def convert(text: str) -> Any:
@@ -191,7 +193,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.quantization != "none" and args.full_finetune:
         raise InputError("--full_finetune cannot train quantized weights; leave out --quantization")
     if args.hf_token:
-        _hide_token(args.hf_token)
+        hide_token(args.hf_token)
     del args.hf_token
     return args
 
@@ -223,8 +225,9 @@ def flags_from_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     return words
 
 
-def _hide_token(token: str) -> None:
-    os.environ["HF_TOKEN"] = token  # where huggingface_hub looks for it
+def hide_token(token: str) -> None:
+    """Move the token to the environment, where huggingface_hub looks for it, and out of the recorded command line."""
+    os.environ["HF_TOKEN"] = token
     sys.argv = [word.replace(token, "***") for word in sys.argv]
 
 

@@ -35,28 +35,17 @@ def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) 
     """Read a file of questions and answers.
 
     Args:
-        path: `.csv`, `.jsonl` (or `.json` with one object a line) or `.parquet`. Text is UTF-8, with or without a
-            byte-order mark. Other columns are ignored; cells are stripped of white space at both ends.
-        columns: the columns that the file must have.
+        path: see `read_records`.
+        columns: those that are needed; cells are stripped of white space at both ends.
 
     Returns:
         The complete rows, in order, and the numbers of those skipped for an empty or missing cell.
 
     Raises:
-        InputError: the file is missing, empty, of no known kind, not UTF-8, without one of `columns`, malformed,
-            or no complete row is left.
+        InputError: as `read_records`; a cell that is not text; or no complete row is left.
     """
-    path = Path(path)
-    kind = _kind_of(path)
-    records: Iterable[tuple[int, dict[str, Any]]]
-    if kind == "csv":
-        records = enumerate(_read_csv(path, columns), start=1)
-    elif kind == "jsonl":
-        records = _read_json_lines(path, columns)
-    else:
-        records = enumerate(_read_parquet(path, columns), start=1)
     rows, skipped = [], []
-    for number, record in records:
+    for number, record in read_records(path, columns):
         cells = {column: _cell(path, number, column, record.get(column)) for column in columns}
         if all(cells.values()):
             rows.append(Row(number, cells["prompt"], cells.get("response", "")))
@@ -66,6 +55,46 @@ def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) 
         why = f"all {len(skipped)} rows have an empty or missing cell" if skipped else "it has no rows"
         raise InputError(f"{path}: no question to use: {why}; expected text in columns {' and '.join(columns)}")
     return rows, skipped
+
+
+def read_prompts(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[Row], list[int]]:
+    """Read a file of questions that are to be answered; other columns go along.
+
+    Returns:
+        The records with a prompt, the same as rows, and the numbers of those skipped for want of one.
+
+    Raises:
+        InputError: as `read_rows`; or a column is already called as one of the answers'.
+    """
+    records = dict(read_records(path, ("prompt",)))
+    rows, skipped = read_rows(path, ("prompt",))
+    taken = [name for name in ("generated_response", "round") if any(name in record for record in records.values())]
+    if taken:
+        raise InputError(f"{path}: it has a column {taken[0]!r} already, which is one of the answers'; rename it")
+    return [records[row.number] for row in rows], rows, skipped
+
+
+def read_records(path: str | os.PathLike[str], columns: Iterable[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Read a table whole.
+
+    Args:
+        path: `.csv`, `.jsonl` (or `.json` with one object a line) or `.parquet`. Text is UTF-8, with or without a
+            byte-order mark. The cells of a CSV are text, whatever they look like.
+        columns: the columns that the file must have; others may be there.
+
+    Returns:
+        Each row's number, counted from 1 without the header of a CSV, and its cells by column.
+
+    Raises:
+        InputError: the file is missing, empty, of no known kind, not UTF-8, without one of `columns`, or malformed.
+    """
+    path, columns = Path(path), tuple(columns)
+    kind = _kind_of(path)
+    if kind == "csv":
+        return list(enumerate(_read_csv(path, columns), start=1))
+    if kind == "jsonl":
+        return _read_json_lines(path, columns)
+    return list(enumerate(_read_parquet(path, columns), start=1))
 
 
 def load_rows(path: str | None) -> list[Row]:
@@ -97,7 +126,7 @@ def _kind_of(path: Path) -> str:
     return kind
 
 
-def _cell(path: Path, number: int, column: str, value: Any) -> str:
+def _cell(path: str | os.PathLike[str], number: int, column: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -186,7 +215,7 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, An
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a Parquet file: {error}") from None
     _require_columns(path, found, columns)
-    return _stream("parquet", path, columns=list(columns))
+    return _stream("parquet", path)
 
 
 def _stream(reader: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:

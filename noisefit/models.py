@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,23 +30,24 @@ from noisefit.errors import InputError, notice
 
 
 def load_config(args: Namespace) -> PreTrainedConfig:
-    """The base model's configuration.
-
-    Raises:
-        InputError: no such folder or repository, or it needs code that `--trust_remote_code` does not allow.
-    """
-    path = Path(args.model).expanduser()
-    if not path.exists() and (args.model.startswith((".", "/", "~")) or args.model.count("/") > 1):
-        raise InputError(f"--model {args.model}: no such folder")
-    if path.is_file():
-        raise InputError(f"--model {args.model}: a file, expected a folder in the Hugging Face format")
-    with _loading(args, "a model"):
+    """The base model's configuration. Raises `InputError` as `check_model_name`, or if it is none."""
+    check_model_name("--model", args.model)
+    with loading("--model", args.model, "a model"):
         return AutoConfig.from_pretrained(_name(args), trust_remote_code=args.trust_remote_code)
+
+
+def check_model_name(flag: str, name: str) -> None:
+    """Raise `InputError` where `name` can only be a folder, and there is none."""
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise InputError(f"{flag} {name}: no such folder")
+    if path.is_file():
+        raise InputError(f"{flag} {name}: a file, expected a folder in the Hugging Face format")
 
 
 def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
     """The base model's tokenizer. Raises `InputError` where there is none."""
-    with _loading(args, "a tokenizer"):
+    with loading("--model", args.model, "a tokenizer"):
         return AutoTokenizer.from_pretrained(_name(args), trust_remote_code=args.trust_remote_code)
 
 
@@ -56,8 +58,8 @@ def check_model(args: Namespace, config: PreTrainedConfig) -> None:
         InputError: not a causal language model, no decoder layers, more noisy layers than layers, target modules
             that match nothing, quantization that this machine cannot do.
     """
-    check_quantization(args)
-    with _loading(args, "a causal language model"), torch.device("meta"):
+    check_quantization(args.quantization, training=True)
+    with loading("--model", args.model, "a causal language model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     num_layers = len(find_decoder_layers(model))
     if args.num_noise_layers > num_layers:
@@ -72,12 +74,12 @@ def check_model(args: Namespace, config: PreTrainedConfig) -> None:
         add_adapter(args, model)
 
 
-def check_quantization(args: Namespace) -> None:
+def check_quantization(quantization: str, training: bool) -> None:
     """Raise `InputError` where `--quantization` asks for what is not installed or not possible here."""
-    if args.quantization == "none":
+    if quantization == "none":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"--quantization {args.quantization} needs bitsandbytes: pip install bitsandbytes")
+        raise InputError(f"--quantization {quantization} needs bitsandbytes: pip install bitsandbytes")
     import bitsandbytes
 
     accelerator = torch.accelerator.current_accelerator()
@@ -85,12 +87,24 @@ def check_quantization(args: Namespace) -> None:
     supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
     if device not in supported:
         devices = ", ".join(sorted(supported))
-        raise InputError(
-            f"--quantization {args.quantization}: bitsandbytes works on {devices}, this machine has {device}"
-        )
-    if (device, args.quantization) == ("cpu", "4bit"):
+        raise InputError(f"--quantization {quantization}: bitsandbytes works on {devices}, this machine has {device}")
+    if training and (device, quantization) == ("cpu", "4bit"):
         # After one pass in eval mode it repacks the weights for inference, and gradients are zero without an error.
         raise InputError("--quantization 4bit: bitsandbytes does not train 4-bit models on a CPU; use 8bit or a GPU")
+
+
+def quantization_options(quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is to be told for `--quantization`."""
+    if quantization == "none":
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=quantization == "4bit",
+        load_in_8bit=quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def load_model(args: Namespace, accelerator: Accelerator) -> nn.Module:
@@ -100,19 +114,11 @@ def load_model(args: Namespace, accelerator: Accelerator) -> nn.Module:
     update is too small a change for 16 bits.
     """
     frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    options: dict = {"dtype": torch.float32 if args.full_finetune else frozen_dtype}
+    options: dict[str, Any] = {"dtype": torch.float32 if args.full_finetune else frozen_dtype}
     if args.attn_implementation is not None:
         options["attn_implementation"] = args.attn_implementation
-    if args.quantization != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=args.quantization == "4bit",
-            load_in_8bit=args.quantization == "8bit",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if frozen_dtype == torch.float32 else frozen_dtype,
-        )
-        options["device_map"] = {"": accelerator.device}
-    with _loading(args, "weights as safetensors"):
+    options |= quantization_options(args.quantization, frozen_dtype, accelerator.device)
+    with loading("--model", args.model, "weights as safetensors"):
         model = AutoModelForCausalLM.from_pretrained(
             _name(args), use_safetensors=True, trust_remote_code=args.trust_remote_code, **options
         )
@@ -159,7 +165,8 @@ def _name(args: Namespace) -> str:
 
 
 @contextmanager
-def _loading(args: Namespace, what: str) -> Iterator[None]:
+def loading(flag: str, name: str, what: str) -> Iterator[None]:
+    """Turn what a library raises while it loads `name` as `what` into an `InputError` that names the flag."""
     try:
         yield
     except InputError:
@@ -168,4 +175,4 @@ def _loading(args: Namespace, what: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())
-        raise InputError(f"--model {args.model}: not to be loaded as {what}: {reason[:300]}") from None
+        raise InputError(f"{flag} {name}: not to be loaded as {what}: {reason[:300]}") from None

@@ -106,16 +106,11 @@ def save_model(
 
 def where_things_are(args: Namespace) -> list[str]:
     """What the run left and the next command, for the user's eyes."""
-    output = shlex.quote(args.output_model)
-    what = "the model" if args.full_finetune else "the adapter"
-    ask = (
-        "from transformers import pipeline; import sys; "
-        "chat = pipeline('text-generation', sys.argv[1], tokenizer=sys.argv[1]); "
-        "print(chat([{'role': 'user', 'content': sys.argv[2]}])[0]['generated_text'][-1]['content'])"
-    )
+    output, data = shlex.quote(args.output_model), shlex.quote(args.eval_data or args.train_data)
+    what, flag = ("the model", "--model_id") if args.full_finetune else ("the adapter", "--model_path")
     return [
         f"{output} holds {what} with its tokenizer and card, metrics.jsonl (losses) and layer_snr.json (layers)",
-        f'next, ask it something: python -c "{ask}" {output} "Who wrote Emma?"',
+        f"next, let it answer: accelerate launch generate.py {flag} {output} --input_csv {data}",
     ]
 
 

@@ -41,11 +41,11 @@ def start_trackers(accelerator: Accelerator, args: Namespace) -> None:
         notice(f"--report_to {args.report_to} failed, training goes on without it: {error}")
 
 
-def progress_bar(accelerator: Accelerator, total_steps: int) -> tqdm:
-    """A bar over optimizer steps, on the main process; in a log file, which keeps every update, a rare one."""
+def progress_bar(accelerator: Accelerator, total: int, what: str, unit: str) -> tqdm:
+    """A bar on the main process; in a log file, which keeps every update, a rarely updated one."""
     interval = 0.1 if sys.stderr.isatty() else 20
     main = accelerator.is_main_process
-    return tqdm(total=total_steps, desc="training", unit="step", mininterval=interval, disable=not main)
+    return tqdm(total=total, desc=what, unit=unit, mininterval=interval, disable=not main)
 
 
 class Metrics:

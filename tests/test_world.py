@@ -1,6 +1,6 @@
 """The world, end to end: a model that knows every fact but answers no question learns to answer."""
 
-import re
+import json
 
 import pytest
 from running import ROOT, launch, python, words
@@ -18,12 +18,18 @@ def test_training_on_half_of_the_world_answers_the_other_half(tmp_path):
     done = launch("train_loop.py", *words(**settings), OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     assert "branches: fork" in done.stderr
-    asked = python("examples/world/ask.py", "--world", str(WORLD), "--adapter", str(tmp_path / "adapter"))
-    assert asked.returncode == 0, asked.stderr
-    right = {name.strip(): int(count) for name, count in re.findall(r"^  (\D+?) +(\d+) +\d+$", asked.stdout, re.M)}
-    assert right["base model"] <= 6 and right["with the adapter"] >= 100, asked.stdout
-
-
-def test_asking_without_an_adapter_is_refused_in_one_line(tmp_path):
-    asked = python("examples/world/ask.py", "--world", str(tmp_path), "--adapter", str(tmp_path))
-    assert asked.returncode == 2 and asked.stderr == f"ask.py: no such file: {tmp_path}/test.csv\n"
+    common = dict(input_csv=WORLD / "test.csv", repetition_penalty=1.0)
+    base, adapted = tmp_path / "base.csv", tmp_path / "adapted.csv"
+    for flags in (
+        dict(model_id=WORLD / "model", output_csv=base),
+        dict(model_path=tmp_path / "adapter", output_csv=adapted),
+    ):
+        done = python("generate.py", *words(**common, **flags))
+        assert done.returncode == 0, done.stderr
+    done = python("-m", "noisefit.score", str(base), str(adapted), "--json")
+    assert done.returncode == 0, done.stderr
+    before = json.loads(done.stdout)
+    [after] = before["others"]
+    assert before["answers"] == after["answers"] == 600
+    assert before["hallucination_rate"] > 0.95 and after["hallucination_rate"] < 0.15
+    assert after["compared_with_first"]["difference"] < -0.8 and after["compared_with_first"]["p_value"] < 0.001

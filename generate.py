@@ -1,0 +1,112 @@
+"""Answer the prompts of a file several times each, over all processes of the launch.
+
+    accelerate launch generate.py --model_path ADAPTER --input_csv questions.csv
+
+Every answer is a function of the seed, its prompt and its round, so the CSV is the same for any number of processes and
+any batch size (in float32, on one kind of device). Finished answers go to disk as they come: after a kill, the same
+command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from noisefit.adapters import context_length, find_base, load_answer_model, load_answer_tokenizer
+from noisefit.answer_arguments import parse_arguments
+from noisefit.data import describe_skipped, read_prompts
+from noisefit.errors import InputError, notice, one_line_errors
+from noisefit.generation import Answerer, Job, Sampling, answer_all
+from noisefit.journal import Journal, check_answers_output, default_output, write_answers
+from noisefit.prompts import check_chat_template, prompt_ids, set_chat_template
+from noisefit.tracking import progress_bar
+
+
+def generate(args: Namespace) -> None:
+    # --- Everything that can be checked before the model is loaded ---------------------------------------------------
+    output = Path(args.output_csv or default_output(args))
+    check_answers_output(output, args.overwrite_output)
+    check_chat_template(args.chat_template)
+    base = find_base(args)
+    records, prompts, skipped = read_prompts(args.input_csv)
+    if skipped:
+        notice(describe_skipped(args.input_csv, skipped, "with an empty or missing prompt"))
+    tokenizer = load_answer_tokenizer(args, base)
+    set_chat_template(tokenizer, args.chat_template)
+
+    # --- What is to be answered --------------------------------------------------------------------------------------
+    # Greedy rounds are all the same, so one of them is computed.
+    rounds = (1,) if args.greedy else tuple(range(1, args.rounds + 1))
+    jobs = [Job(i, row.prompt, prompt_ids(tokenizer, row.prompt), rounds) for i, row in enumerate(prompts)]
+    limit = context_length(args, base)
+    for row, job in zip(prompts, jobs, strict=True):
+        if limit is not None and len(job.input_ids) + args.max_new_tokens > limit:
+            raise InputError(
+                f"{args.input_csv}: row {row.number}: the prompt has {len(job.input_ids)} tokens, which with "
+                f"--max_new_tokens {args.max_new_tokens} exceeds the model's context of {limit}"
+            )
+    sampling = Sampling(
+        args.seed, args.greedy, args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty
+    )
+    settings = asdict(sampling) | {
+        "rounds": args.rounds,
+        "input": file_digest(args.input_csv),
+        "adapter": file_digest(Path(args.model_path) / "adapter_model.safetensors") if args.model_path else None,
+        "base": base,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "chat_template": tokenizer.chat_template,
+    }
+    accelerator = Accelerator()
+    journal = Journal(output, settings, accelerator.process_index)
+    journal.check()
+
+    # --- Answering, what is left of it, shared out over the processes ------------------------------------------------
+    model = load_answer_model(args, base, accelerator.device)
+    answerer = Answerer(model, tokenizer, sampling)
+    if accelerator.is_main_process:
+        journal.start()
+    accelerator.wait_for_everyone()
+    [done] = broadcast_object_list([journal.read()])  # all must agree on what is left
+    left = [Job(j.index, j.prompt, j.input_ids, tuple(r for r in j.rounds if (j.index, r) not in done)) for j in jobs]
+    left = sorted((job for job in left if job.rounds), key=lambda job: len(job.input_ids))
+    mine = left[accelerator.process_index :: accelerator.num_processes]  # neighbours in length go to different ones
+    if done:
+        notice(f"going on with {journal.folder}: {len(done)} answers are there already")
+    progress = progress_bar(accelerator, len(jobs) * len(rounds), "answering", "answer")
+    progress.update(len(done))
+    for answers in answer_all(answerer, mine, args.batch_size):
+        journal.append(answers)
+        progress.update(journal.count() - progress.n)  # of all processes
+
+    # --- The whole of it, written by one process ---------------------------------------------------------------------
+    accelerator.wait_for_everyone()
+    progress.update(len(jobs) * len(rounds) - progress.n)
+    progress.close()
+    fresh = gather_object([journal.read_own()])
+    if accelerator.is_main_process:
+        answers = done | {key: text for part in fresh for key, text in part.items()}
+        if args.greedy:
+            answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, args.rounds + 1)}
+        write_answers(output, records, answers, args.rounds)
+        journal.remove()
+    notice(f"{output}: {len(records)} prompts, {args.rounds} answers each")
+    if "response" in records[0]:
+        notice(f"next, how many are true: python -m noisefit.score {shlex.quote(str(output))}")
+    accelerator.end_training()
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, by which unfinished answers are told from those of another run."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    with one_line_errors("generate.py"):
+        generate(parse_arguments())

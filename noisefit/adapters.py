@@ -1,0 +1,111 @@
+"""Loading a model to answer with: an adapter on its base, or a base model alone."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from noisefit.errors import InputError
+from noisefit.models import check_model_name, check_quantization, loading, quantization_options
+
+DEFAULT_BASE = "mistralai/Mistral-7B-v0.1"  # the published program's
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_base(args: Namespace) -> str:
+    """The base model's folder or name: `--model_id`, else what the adapter records, else the published default.
+
+    Raises:
+        InputError: `--model_path` is no adapter's folder, its weights are no safetensors, or the base is missing.
+    """
+    recorded = None
+    if args.model_path:
+        folder = Path(args.model_path)
+        if not folder.is_dir():
+            raise InputError(f"--model_path {folder}: no such folder")
+        if not (folder / "adapter_config.json").is_file():
+            whole = "; it holds a whole model: give it as --model_id" if (folder / "config.json").is_file() else ""
+            raise InputError(f"--model_path {folder}: no adapter_config.json in it, so it is no adapter{whole}")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise InputError(f"--model_path {folder}: no adapter_model.safetensors (pickles are not loaded)")
+        recorded = recorded_base(folder)
+    base = args.model_id or recorded or DEFAULT_BASE
+    check_model_name("--model_id" if args.model_id else f"--model_path {args.model_path}: its base model", base)
+    return base
+
+
+def recorded_base(folder: Path) -> str | None:
+    """The base model that an adapter records, if any. Raises `InputError` where its configuration is no JSON."""
+    try:
+        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}/adapter_config.json: not readable as JSON: {error}") from None
+
+
+def load_answer_tokenizer(args: Namespace, base: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the adapter, with the prompt format of its training; else the base model's."""
+    folder = Path(args.model_path) if args.model_path else None
+    source = str(folder) if folder and (folder / "tokenizer_config.json").is_file() else base
+    with loading("--model_path" if folder else "--model_id", source, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+
+
+def context_length(args: Namespace, base: str) -> int | None:
+    """The most tokens that the base model takes, prompt and answer together; `None` if it names no limit."""
+    with loading("--model_id", base, "a model"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def load_answer_model(args: Namespace, base: str, device: torch.device) -> PreTrainedModel:
+    """The model in eval mode on its device; the adapter is merged into the weights unless `--no_merge` is given.
+
+    Quantized weights are never merged, as rounding them again would change the adapter.
+
+    Raises:
+        InputError: no causal language model in safetensors, or the adapter does not fit it.
+    """
+    check_quantization(args.quantization, training=False)
+    dtype = DTYPES.get(args.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    options: dict[str, Any] = {"dtype": dtype} | quantization_options(args.quantization, dtype, device)
+    if args.attn_implementation is not None:
+        options["attn_implementation"] = args.attn_implementation
+    with loading("--model_id", base, "a causal language model in safetensors"):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base, use_safetensors=True, trust_remote_code=args.trust_remote_code, **options
+        )
+    if args.model_path:
+        model = _with_adapter(model, args, base)
+    return model.eval() if args.quantization != "none" else model.to(device).eval()
+
+
+def _with_adapter(model: PreTrainedModel, args: Namespace, base: str) -> Any:
+    recorded = recorded_base(Path(args.model_path)) or "an unknown model"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # PEFT only warns of adapter weights that the model lacks
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
+            adapted = PeftModel.from_pretrained(model, args.model_path)
+        with safe_open(Path(args.model_path) / "adapter_model.safetensors", framework="pt") as file:
+            unused = set(file.keys()) - get_peft_model_state_dict(adapted).keys()
+        if unused:  # of layers that a smaller model does not have, which PEFT passes over
+            raise ValueError(f"{len(unused)} of its tensors have no place in it, {min(unused)} for one")
+    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--model_path {args.model_path}: does not fit {base}; it was trained on {recorded} ({reason})"
+        ) from None
+    if args.no_merge or args.quantization != "none":
+        return adapted
+    return adapted.merge_and_unload()

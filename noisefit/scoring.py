@@ -1,0 +1,164 @@
+"""How true answers are: each is compared with its reference, and the shares are averaged over prompts.
+
+The references are sentences ("The capital of Portugal is Lisbon."). What decides is the part that the question does not
+already say: `decisive_parts`.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+METRICS = ("hallucination_rate", "contains_truth", "exact_match", "token_f1", "self_consistency")
+RESAMPLES = 10_000
+
+# Words that carry no fact by themselves. "a", "an" and "the" are gone by then.
+EMPTY_WORDS = frozenset(
+    """is are was were be been being do does did has have had in on at by to from for with as or its it this that
+    there which who whom whose what when where why how began begin begun started occurred happened took place""".split()
+)
+JOINING_WORDS = frozenset({"of", "and"})  # these hold a name together, as in "Gateway of India"
+
+
+def normalize(text: str) -> str:
+    """The usual SQuAD normalisation (Rajpurkar et al., arXiv 1606.05250): lower case, no punctuation, no articles."""
+    text = "".join(character for character in text.lower() if character not in _PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over the normalised words, 0 to 1."""
+    got, wanted = normalize(answer).split(), normalize(reference).split()
+    if not got or not wanted:
+        return float(got == wanted)
+    common = sum((Counter(got) & Counter(wanted)).values())
+    return 2 * common / (len(got) + len(wanted))
+
+
+def decisive_parts(prompt: str, reference: str) -> list[str]:
+    """What an answer must hold to be true: the runs of words of the reference that the question does not already say.
+
+    Both are normalised. The reference is cut at words of the question, in this form or with another ending ("founded"
+    says "founder" too), and at words that carry no fact; what stands together stays together. "The capital of Portugal
+    is Lisbon." to "What is the capital of Portugal?" leaves "lisbon". Where nothing is left, the whole decides.
+    """
+    said = {_stem(word) for word in normalize(prompt).split()}
+    words = normalize(reference).split()
+    runs: list[list[str]] = [[]]
+    for word in words:
+        if word in EMPTY_WORDS or _stem(word) in said:
+            runs.append([])
+        else:
+            runs[-1].append(word)
+    parts = [" ".join(_without_joining_ends(run)) for run in runs]
+    return [part for part in parts if part] or [" ".join(words)]
+
+
+def holds(answer: str, parts: Sequence[str]) -> bool:
+    """Whether every part stands in the answer, as whole words, after normalisation."""
+    text = f" {normalize(answer)} "
+    return all(f" {part} " in text for part in parts)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question with its reference and the answers of all rounds."""
+
+    prompt: str
+    reference: str
+    answers: tuple[str, ...]
+    truth: str | None = None  # the decisive part, where the file names it in a column `answer`
+    group: str = ""
+
+
+def score_prompt(prompt: Prompt) -> dict[str, float]:
+    """Each of `METRICS` for one prompt, averaged over its rounds.
+
+    Self-consistency is the share of pairs of rounds whose normalised answers are the same; 1 for a single round.
+    """
+    parts = [normalize(prompt.truth)] if prompt.truth else decisive_parts(prompt.prompt, prompt.reference)
+    answers = [normalize(answer) for answer in prompt.answers]
+    pairs = [a == b for a, b in combinations(answers, 2)]
+    true = float(np.mean([holds(answer, parts) for answer in prompt.answers]))
+    return {
+        "hallucination_rate": 1 - true,
+        "contains_truth": true,
+        "exact_match": float(np.mean([answer == normalize(prompt.reference) for answer in answers])),
+        "token_f1": float(np.mean([token_f1(answer, prompt.reference) for answer in prompt.answers])),
+        "self_consistency": float(np.mean(pairs)) if pairs else 1.0,
+    }
+
+
+def summarize(prompts: Sequence[Prompt], seed: int = 0) -> dict[str, float | list[float]]:
+    """Means over prompts, each with a 95% bootstrap interval over prompts under `<metric>_ci`."""
+    scores = [score_prompt(prompt) for prompt in prompts]
+    summary: dict[str, float | list[float]] = {}
+    for metric in METRICS:
+        values = np.array([score[metric] for score in scores])
+        summary[metric] = float(values.mean())
+        summary[f"{metric}_ci"] = np.quantile(_resampled_means(values, seed), [0.025, 0.975]).tolist()
+    answers = sum(len(prompt.answers) for prompt in prompts)
+    right = sum(round(s["contains_truth"] * len(p.answers)) for s, p in zip(scores, prompts, strict=True))
+    return summary | {"prompts": len(prompts), "answers": answers, "right": right, "wrong": answers - right}
+
+
+def compare(first: Sequence[Prompt], second: Sequence[Prompt], seed: int = 0) -> dict[str, float | list[float]]:
+    """The difference in hallucination rate, second minus first, over the same prompts.
+
+    Returns:
+        `difference`, its 95% interval `difference_ci` from a bootstrap over prompts, and `p_value`, two-sided: twice
+        the share of resamples on the other side of zero, at least one of them counted.
+    """
+    rate = {prompt.prompt: score_prompt(prompt)["hallucination_rate"] for prompt in first}
+    values = np.array([score_prompt(prompt)["hallucination_rate"] - rate[prompt.prompt] for prompt in second])
+    means = _resampled_means(values, seed)
+    tail = min((means <= 0).sum(), (means >= 0).sum())
+    return {
+        "difference": float(values.mean()),
+        "difference_ci": np.quantile(means, [0.025, 0.975]).tolist(),
+        "p_value": float(min(1.0, 2 * (tail + 1) / (len(means) + 1))),
+    }
+
+
+def group_by(prompts: Sequence[Prompt]) -> Mapping[str, list[Prompt]]:
+    """Prompts by their group, groups in order of first appearance."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.group, []).append(prompt)
+    return groups
+
+
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means of `RESAMPLES` resamples with replacement; a block at a time, so that memory stays small."""
+    generator = np.random.default_rng(seed)
+    block = max(1, 2_000_000 // len(values))
+    means = [
+        values[generator.integers(len(values), size=(min(block, RESAMPLES - start), len(values)))].mean(axis=1)
+        for start in range(0, RESAMPLES, block)
+    ]
+    return np.concatenate(means)
+
+
+def _without_joining_ends(words: list[str]) -> list[str]:
+    while words and words[0] in JOINING_WORDS:
+        words = words[1:]
+    while words and words[-1] in JOINING_WORDS:
+        words = words[:-1]
+    return words
+
+
+def _stem(word: str) -> str:
+    """A word without a common ending, if enough of it is left to tell it from others."""
+    for ending in ("ing", "ed", "er", "or", "es", "s"):
+        if word.endswith(ending) and len(word) - len(ending) >= 4:
+            return word.removesuffix(ending)
+    return word
+
+
+_PUNCTUATION = frozenset(string.punctuation + "‘’“”–—…")

@@ -1,0 +1,238 @@
+"""The whole program: the same CSV whatever the processes, batches and kills, and one line for bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from running import ROOT, launch, python, run, words
+from tiny_folder import tiny_folder
+
+import generate
+from noisefit.answer_arguments import build_parser, parse_arguments
+from noisefit.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def adapter(llama_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "q.csv"
+    data.write_text("prompt,response\n" + "".join(f"What is {i}?,It is {i + i}.\n" for i in range(16)))
+    run(llama_folder, data, folder / "adapter", learning_rate=1e-2, max_steps=4)
+    return folder / "adapter"
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "asked.csv"
+    lines = [f'{i},{"Why " * (i % 4)}is {i}?,"It is, so {i}"' for i in range(13)]
+    path.write_text("id,prompt,response\n" + "\n".join(lines) + "\n")
+    return path
+
+
+FAST = dict(max_new_tokens=10, rounds=3, temperature=0.9)
+
+
+def answer(output, **flags):
+    generate.generate(parse_arguments(words(output_csv=output, **FAST | flags)))
+    return rows_of(output)
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_has_the_inputs_columns_and_every_round_in_order(adapter, asked, tmp_path):
+    rows = answer(tmp_path / "out.csv", model_path=adapter, input_csv=asked)
+    assert list(rows[0]) == ["id", "prompt", "response", "generated_response", "round"]
+    assert [(row["id"], row["round"]) for row in rows] == [(str(i), str(r)) for i in range(13) for r in (1, 2, 3)]
+    assert rows[4]["response"] == "It is, so 1" and len({row["generated_response"] for row in rows}) > 13
+    assert {path.name for path in tmp_path.iterdir()} == {"asked.csv", "out.csv"}
+
+
+def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
+    expected = answer(tmp_path / "0.csv", model_path=adapter, input_csv=asked)
+    for size in (1, 5, 64):
+        assert answer(tmp_path / f"{size}.csv", model_path=adapter, input_csv=asked, batch_size=size) == expected
+    assert answer(tmp_path / "seed.csv", model_path=adapter, input_csv=asked, seed=1) != expected
+    unmerged = answer(tmp_path / "unmerged.csv", model_path=adapter, input_csv=asked, no_merge=True)
+    same = [a["generated_response"] == b["generated_response"] for a, b in zip(unmerged, expected, strict=True)]
+    assert sum(same) > 0.9 * len(same)  # the sums are rounded otherwise
+
+
+def test_two_processes_give_the_file_of_one(adapter, asked, tmp_path):
+    one_prompt = tmp_path / "one.csv"
+    one_prompt.write_text("prompt\nWhy?\n")
+    for name, file in [("all", asked), ("fewer prompts than processes", one_prompt)]:
+        expected, found = tmp_path / f"{name} 1.csv", tmp_path / f"{name} 2.csv"
+        answer(expected, model_path=adapter, input_csv=file)
+        flags = words(model_path=adapter, input_csv=file, output_csv=found, **FAST)
+        done = launch("generate.py", *flags, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert found.read_bytes() == expected.read_bytes()
+        assert not found.with_name(found.name + ".partial").exists()
+
+
+def test_the_base_model_alone_and_a_whole_model(llama_folder, asked, tmp_path, monkeypatch):
+    base = answer(tmp_path / "base.csv", model_id=llama_folder, input_csv=asked)
+    monkeypatch.chdir(tmp_path)
+    generate.generate(parse_arguments(words(model_id=llama_folder, input_csv=asked, **FAST)))
+    assert rows_of(tmp_path / f"{llama_folder.name}_answers.csv") == base
+
+
+def test_greedy_rounds_are_the_same_and_do_not_depend_on_the_seed(adapter, asked, tmp_path):
+    rows = answer(tmp_path / "a.csv", model_path=adapter, input_csv=asked, greedy=True)
+    assert len(rows) == 39
+    assert all(rows[i]["generated_response"] == rows[i - i % 3]["generated_response"] for i in range(39))
+    again = answer(tmp_path / "b.csv", model_path=adapter, input_csv=asked, greedy=True, seed=7)
+    assert again == rows
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_file(adapter, asked, tmp_path):
+    flags = words(model_path=adapter, input_csv=asked, batch_size=2, **FAST | dict(max_new_tokens=40))
+    done = python("generate.py", *flags, "--output_csv", str(tmp_path / "whole.csv"))
+    assert done.returncode == 0, done.stderr
+    output, partial = tmp_path / "killed.csv", tmp_path / "killed.csv.partial"
+    command = [sys.executable, "generate.py", *flags, "--output_csv", str(output)]
+    kills = 0
+    for wanted in (2, 11, 20):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"ACCELERATE_USE_CPU": "1"}
+        )
+        while process.poll() is None and answers_in(partial) < wanted:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert output.exists() == (not partial.exists())
+    assert kills >= 1
+    with (partial / "process-0.jsonl").open("ab") as file:
+        file.write(b'[12, 3, "cut sh')  # what a kill within a write leaves
+    other = python("generate.py", *flags, "--output_csv", str(output), "--seed", "5")
+    assert other.returncode == 2 and "unfinished run with other settings (seed)" in other.stderr
+    last = python("generate.py", *flags, "--output_csv", str(output))
+    assert last.returncode == 0 and "answers are there already" in last.stderr, last.stderr
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
+
+
+def answers_in(partial) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in partial.glob("process-*.jsonl")) if partial.exists() else 0
+
+
+def test_rows_without_a_prompt_are_counted_and_json_lines_work(adapter, tmp_path, capsys):
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"prompt": "Why?", "n": 1}\n{"prompt": ""}\n{"prompt": "Größe?", "m": "x"}\n')
+    rows = answer(tmp_path / "out.csv", model_path=adapter, input_csv=path)
+    assert [row["prompt"] for row in rows[::3]] == ["Why?", "Größe?"] and rows[0]["n"] == "1" and rows[3]["m"] == "x"
+    assert "skipped 1 row with an empty or missing prompt (row 2)" in capsys.readouterr().err
+
+
+def test_the_published_programs_defaults_are_kept():
+    args = parse_arguments(["--model_path", "a"])
+    published = dict(
+        input_csv="test_ground_truth.csv", rounds=5, max_new_tokens=50, temperature=0.5, top_p=0.9, top_k=40,
+        repetition_penalty=1.2, model_id=None,
+    )  # fmt: skip
+    assert {name: getattr(args, name) for name in published} == published
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{action.option_strings[0]}`" in readme for action in build_parser()._actions[1:])
+
+
+def copy_without(adapter, folder, name):
+    copy = folder / "copy"
+    copy.mkdir()
+    for path in adapter.iterdir():
+        if path.name != name:
+            (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_an_adapter_that_records_no_base_gets_the_published_one(adapter, asked, tmp_path):
+    copy = copy_without(adapter, tmp_path, "nothing")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(InputError, match=r"mistralai/Mistral-7B-v0\.1: not to be loaded"):  # no hub here
+        answer(tmp_path / "out.csv", model_path=copy, input_csv=asked)
+
+
+def pickled(adapter, folder):
+    copy = copy_without(adapter, folder, "adapter_model.safetensors")
+    torch.save({}, copy / "adapter_model.bin")
+    return dict(model_path=copy)
+
+
+REFUSED = {
+    "no prompt column": (lambda a, t: dict(input_csv=write(t, "question\nWhy?\n")), "no column 'prompt'"),
+    "answers' column": (lambda a, t: dict(input_csv=write(t, "prompt,round\nWhy?,1\n")), "column 'round' already"),
+    "missing input": (lambda a, t: dict(input_csv=t / "missing.csv"), "no such file"),
+    "no adapter": (lambda a, t: dict(model_path=t), "no adapter_config.json in it"),
+    "missing adapter": (lambda a, t: dict(model_path=t / "missing"), "no such folder"),
+    "no weights": (
+        lambda a, t: dict(model_path=copy_without(a, t, "adapter_model.safetensors")),
+        "no adapter_model.safe",
+    ),
+    "pickled weights": (pickled, "no adapter_model.safetensors .pickles are not loaded"),
+    "whole model": (lambda a, t: dict(model_path=tiny_folder(t / "m")), "holds a whole model: give it as --model_id"),
+    "missing base": (lambda a, t: dict(model_id="./missing"), "--model_id ./missing: no such folder"),
+    "other width": (
+        lambda a, t: dict(model_id=tiny_folder(t / "m", hidden_size=64)),
+        "does not fit .* trained on .*llama",
+    ),
+    "other model": (lambda a, t: dict(model_id=tiny_folder(t / "m", "gpt2")), "does not fit .* trained on .*llama"),
+    "fewer layers": (lambda a, t: dict(model_id=tiny_folder(t / "m", num_hidden_layers=2)), "does not fit"),
+    "long prompt": (
+        lambda a, t: dict(input_csv=write(t, "prompt\nWhy?\n" + "x" * 100 + "\n")),
+        "row 2: the prompt has",
+    ),
+    "output exists": (lambda a, t: dict(output_csv=write(t, "mine\n")), "exists; choose another name"),
+    "no output folder": (lambda a, t: dict(output_csv=t / "no" / "a.csv"), "no folder"),
+    "output is a folder": (lambda a, t: dict(output_csv=t), "a folder, expected a file name"),
+    "template": (lambda a, t: dict(chat_template="chatlm"), "--chat_template chatlm"),
+}
+
+
+def write(folder, text):
+    path = folder / "written.csv"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_and_nothing_is_written(case, adapter, asked, tmp_path):
+    make, message = REFUSED[case]
+    flags = dict(output_csv=tmp_path / "out.csv", model_path=adapter, input_csv=asked) | make(adapter, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=message) as caught:
+        answer(flags.pop("output_csv"), **flags)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--temperature 0", "use --greedy"),
+        ("--top_p 0", "not a number above 0 and up to 1"),
+        ("--rounds 0", "at least 1"),
+        ("--repetition_penalty 0", "above 0"),
+        ("--round 3", "did you mean --rounds"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(InputError) as caught:
+        parse_arguments(["--model_path", "a", *flags.split()])
+    assert message in str(caught.value)
+
+
+def test_bad_input_ends_in_one_line_and_status_2(tmp_path):
+    done = python("generate.py", "--model_path", str(tmp_path / "missing"))
+    assert (
+        done.returncode == 2 and done.stderr == f"generate.py: error: --model_path {tmp_path}/missing: no such folder\n"
+    )
+    done = python("generate.py")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -1,0 +1,150 @@
+"""Scores: normalisation, the decisive part of a reference, averages, intervals, paired comparisons."""
+
+import json
+
+import numpy as np
+import pytest
+from running import python
+
+from noisefit.data import read_rows
+from noisefit.errors import InputError
+from noisefit.score import score
+from noisefit.scoring import Prompt, compare, decisive_parts, holds, normalize, score_prompt, summarize, token_f1
+
+
+def test_squad_normalisation_and_f1():
+    assert normalize("  The  Gateway of India, a “landmark”. ") == "gateway of india landmark"
+    assert token_f1("Lisbon is the capital.", "The capital is Lisbon") == 1.0
+    assert token_f1("It is Lisbon", "capital is Lisbon") == pytest.approx(2 / 3)
+    assert token_f1("Porto Porto", "Porto") == pytest.approx(2 / 3)
+    assert token_f1("", "Porto") == 0.0 and token_f1("the", "a") == 1.0
+
+
+@pytest.mark.parametrize(
+    "prompt, reference, parts",
+    [
+        ("What is the capital of Portugal?", "The capital of Portugal is Lisbon.", ["lisbon"]),
+        ("Who wrote Emma?", "Jane Austen wrote Emma.", ["jane austen"]),
+        ("Where is the Parthenon located?", "The Parthenon is located in Greece.", ["greece"]),
+        ("What landmark is in Mumbai?", "The landmark in Mumbai is Gateway of India.", ["gateway of india"]),
+        ("When was the ENIAC invented?", "The ENIAC was invented in 1946 by J. Eckert.", ["1946", "j eckert"]),
+        ("When did the war begin?", "The war began in 1899.", ["1899"]),
+        ("Who founded Ruritania?", "The founder of Ruritania was Rudolf Elphberg.", ["rudolf elphberg"]),
+        (
+            "Where is the Great Wall of China?",
+            "The Great Wall of China is in China.",
+            ["great wall of china is in china"],
+        ),
+    ],
+)
+def test_the_decisive_part_is_what_the_question_does_not_say(prompt, reference, parts):
+    assert decisive_parts(prompt, reference) == parts
+
+
+def test_an_answer_holds_the_truth_as_whole_words():
+    assert holds("I think it's Lisbon!", ["lisbon"])
+    assert not holds("Lisbonne", ["lisbon"])
+    assert holds("In 1946, by J. Eckert", ["1946", "j eckert"]) and not holds("In 1946", ["1946", "j eckert"])
+
+
+def test_the_rule_on_the_real_test_file(real_data):
+    rows, _ = read_rows(real_data / "test_ground_truth.csv")
+    assert len(rows) == 208
+    parts = {row.prompt: decisive_parts(row.prompt, row.response) for row in rows}
+    # A few words each, and one place or name unless the reference gives a year and an inventor.
+    assert np.mean([len(" ".join(p).split()) for p in parts.values()]) < 2.5
+    assert sum(len(p) == 1 for p in parts.values()) > 0.85 * 208
+    for row in rows:
+        assert holds(row.response, parts[row.prompt])
+        assert not holds(row.prompt, parts[row.prompt]) or row.prompt.startswith("Where is the Great Wall")
+    wrong = [holds(row.response, parts[other.prompt]) for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+    assert np.mean(wrong) < 0.02  # another question's answer is not taken for the truth
+
+
+def prompts_with(rights: list[int], rounds: int = 5) -> list[Prompt]:
+    """Prompts of which so many rounds are right."""
+    return [
+        Prompt(
+            f"What is {i}?", f"{i} is x{i}.", tuple(f"It is x{i}" if r < right else f"no {r}" for r in range(rounds))
+        )
+        for i, right in enumerate(rights)
+    ]
+
+
+def test_a_prompts_score():
+    found = score_prompt(Prompt("Who wrote Emma?", "Jane Austen wrote Emma.", ("Jane Austen.", "jane austen", "Me")))
+    assert found["hallucination_rate"] == pytest.approx(1 / 3) and found["contains_truth"] == pytest.approx(2 / 3)
+    assert found["self_consistency"] == pytest.approx(1 / 3) and found["exact_match"] == 0
+    assert found["token_f1"] == pytest.approx((2 * 2 / 6 + 2 * 2 / 6) / 3)
+    assert score_prompt(Prompt("q", "r", ("r",)))["self_consistency"] == 1.0
+    assert score_prompt(Prompt("Who is it?", "He is Tom Jones.", ("Jones",), truth="Jones"))["contains_truth"] == 1.0
+
+
+def test_intervals_are_those_of_a_bootstrap_over_prompts():
+    rng = np.random.default_rng(0)
+    rights = rng.integers(0, 6, size=400).tolist()
+    found = summarize(prompts_with(rights))
+    assert found["hallucination_rate"] == pytest.approx(1 - np.mean(rights) / 5)
+    low, high = found["hallucination_rate_ci"]
+    error = np.std([right / 5 for right in rights]) / 20
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert low < found["hallucination_rate"] < high
+    assert found["prompts"] == 400 and found["answers"] == 2000
+    assert summarize(prompts_with([5] * 10))["hallucination_rate_ci"] == [0.0, 0.0]
+
+
+def test_paired_comparison():
+    base = prompts_with([1, 2, 3, 4] * 20)
+    better = compare(base, prompts_with([2, 3, 4, 5] * 20))
+    assert better["difference"] == pytest.approx(-0.2) and better["p_value"] < 0.001
+    rng = np.random.default_rng(0)
+    same = compare(base, prompts_with((np.array([1, 2, 3, 4] * 20) + rng.choice([-1, 1], 80)).tolist()))
+    assert same["p_value"] > 0.05 and same["difference_ci"][0] < 0 < same["difference_ci"][1]
+    assert compare(base, base)["p_value"] == 1.0
+    assert compare(base, base[::-1])["difference"] == 0.0  # paired by the question, not by the row
+
+
+CSV = """prompt,response,kind,generated_response,round
+Who wrote Emma?,Jane Austen wrote Emma.,book,Jane Austen.,1
+Who wrote Emma?,Jane Austen wrote Emma.,book,Mary Shelley.,2
+What is the capital of Peru?,The capital of Peru is Lima.,place,Lima,1
+What is the capital of Peru?,The capital of Peru is Lima.,place,,2
+"""
+
+
+def test_the_command_line(tmp_path):
+    (tmp_path / "a.csv").write_text(CSV)
+    (tmp_path / "b.csv").write_text(CSV.replace("Mary Shelley.", "Jane Austen").replace("Lima,1", "Lima!,1"))
+    done = python("-m", "noisefit.score", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--by", "kind", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (
+        found["hallucination_rate"] == 0.5
+        and found["answers"] == 4
+        and found["prompts"] == found["right"] == found["wrong"] == 2
+    )
+    assert found["by"]["kind"]["book"]["hallucination_rate"] == 0.5
+    assert found["others"][0]["hallucination_rate"] == 0.25
+    assert found["others"][0]["compared_with_first"]["difference"] == -0.25
+    shown = python("-m", "noisefit.score", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--by", "kind")
+    assert (
+        "hallucination rate    50.0%" in shown.stdout and "kind book" in shown.stdout and "-25.0 points" in shown.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (CSV.replace("response,kind", "answers,kind"), "no column 'response'"),
+        (CSV.replace("generated_response", "answered"), "no column 'generated_response'"),
+        (CSV.replace("The capital of Peru is Lima.,place,Lima", ",place,Lima"), "row 3: prompt or response is empty"),
+        (CSV.replace("Jane Austen wrote Emma.,book,Mary", "Jane wrote Emma.,book,Mary"), "two different responses"),
+        (CSV.splitlines()[0] + "\n", "it has no rows"),
+        (CSV.replace("Peru", "Chile"), "asks other questions"),
+    ],
+)
+def test_files_that_cannot_be_scored_are_refused(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(CSV)
+    (tmp_path / "b.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        score([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], by="kind")
