@@ -79,6 +79,7 @@ def generate(args: Namespace) -> None:
     mine = left[accelerator.process_index :: accelerator.num_processes]  # neighbours in length go to different ones
     if done:
         notice(f"going on with {journal.folder}: {len(done)} answers are there already")
+    notice(f"{len(jobs)} prompts, {args.rounds} answers each; processes: {accelerator.num_processes}")
     progress = progress_bar(accelerator, len(jobs) * len(rounds), "answering", "answer")
     progress.update(len(done))
     for answers in answer_all(answerer, mine, args.batch_size):
@@ -96,7 +97,7 @@ def generate(args: Namespace) -> None:
             answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, args.rounds + 1)}
         write_answers(output, records, answers, args.rounds)
         journal.remove()
-    notice(f"{output}: {len(records)} prompts, {args.rounds} answers each")
+    notice(f"the answers are in {output}")
     if "response" in records[0]:
         notice(f"next, how many are true: python -m noisefit.score {shlex.quote(str(output))}")
     accelerator.end_training()

@@ -36,10 +36,15 @@ def metrics_of(output: Path) -> list[dict]:
 
 
 def launch(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch ...` from the project's root. Two processes on a CPU need just these words."""
+    """`accelerate launch ...` from the project's root."""
+    return _run(launch_command(*arguments, processes=processes), environment)
+
+
+def launch_command(*arguments: str, processes: int = 1) -> list[str]:
+    """The words of a launch. Two processes on a CPU need just these, and ACCELERATE_USE_CPU."""
     options = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1"]
     options += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return _run([sys.executable, "-m", "accelerate.commands.launch", *options, *arguments], environment)
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

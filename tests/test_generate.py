@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
-from running import ROOT, launch, python, run, words
+from running import ROOT, launch, launch_command, python, run, words
 from tiny_folder import tiny_folder
 
 import generate
 from noisefit.answer_arguments import build_parser, parse_arguments
 from noisefit.errors import InputError
+from noisefit.journal import Journal, write_answers
+from noisefit.score import score
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,9 @@ def test_the_csv_has_the_inputs_columns_and_every_round_in_order(adapter, asked,
 
 def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
     expected = answer(tmp_path / "0.csv", model_path=adapter, input_csv=asked)
-    for size in (1, 5, 64):
-        assert answer(tmp_path / f"{size}.csv", model_path=adapter, input_csv=asked, batch_size=size) == expected
+    for size in (1, 3, 16):
+        answer(tmp_path / f"{size}.csv", model_path=adapter, input_csv=asked, batch_size=size)
+        assert (tmp_path / f"{size}.csv").read_bytes() == (tmp_path / "0.csv").read_bytes()
     assert answer(tmp_path / "seed.csv", model_path=adapter, input_csv=asked, seed=1) != expected
     unmerged = answer(tmp_path / "unmerged.csv", model_path=adapter, input_csv=asked, no_merge=True)
     same = [a["generated_response"] == b["generated_response"] for a, b in zip(unmerged, expected, strict=True)]
@@ -75,6 +79,7 @@ def test_two_processes_give_the_file_of_one(adapter, asked, tmp_path):
         flags = words(model_path=adapter, input_csv=file, output_csv=found, **FAST)
         done = launch("generate.py", *flags, processes=2)
         assert done.returncode == 0, done.stderr
+        assert "processes: 2" in done.stderr
         assert found.read_bytes() == expected.read_bytes()
         assert not found.with_name(found.name + ".partial").exists()
 
@@ -118,6 +123,50 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(adapter, asked, tmp_path):
     last = python("generate.py", *flags, "--output_csv", str(output))
     assert last.returncode == 0 and "answers are there already" in last.stderr, last.stderr
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
+
+
+def test_two_killed_processes_go_on_as_one_and_give_the_same_file(adapter, asked, tmp_path):
+    flags = words(model_path=adapter, input_csv=asked, batch_size=1, **FAST | dict(max_new_tokens=40))
+    done = python("generate.py", *flags, "--output_csv", str(tmp_path / "whole.csv"))
+    assert done.returncode == 0, done.stderr
+    output, partial = tmp_path / "killed.csv", tmp_path / "killed.csv.partial"
+    script = ["generate.py", *flags, "--output_csv", str(output)]
+    for wanted, processes in ((4, 2), (12, 2), (16, 1)):
+        process = subprocess.Popen(
+            launch_command(*script, processes=processes), cwd=ROOT, stderr=subprocess.DEVNULL,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        )  # fmt: skip
+        while process.poll() is None and answers_in(partial) < wanted:
+            time.sleep(0.005)
+        for worker in psutil.Process(process.pid).children(recursive=True):
+            worker.kill()
+        process.kill()
+        process.wait()
+        assert not output.exists() and partial.exists()
+    assert {path.name for path in partial.glob("*.jsonl")} == {"process-0.jsonl", "process-1.jsonl"}
+    last = launch(*script, processes=2)
+    assert last.returncode == 0 and "answers are there already" in last.stderr, last.stderr
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
+
+
+def test_the_real_test_file_end_to_end(adapter, real_data, tmp_path):
+    rows = answer(
+        tmp_path / "out.csv", model_path=adapter, input_csv=real_data / "test_ground_truth.csv", max_new_tokens=5
+    )
+    assert len(rows) == 208 * 3
+    found = score([str(tmp_path / "out.csv")], by=None)
+    assert found["prompts"] == 208 and found["hallucination_rate"] > 0.9  # a random model knows nothing
+
+
+def test_answers_of_any_text_survive_the_way_to_the_score(tmp_path):
+    texts = ['Is it? "Yes", it is.', "two\nlines, or\rthree\r\n4", "<|im_start|>user", "", "Größe\u2028;'=cmd"]
+    journal = Journal(tmp_path / "out.csv", {}, 0)
+    journal.start()
+    journal.append((i, 1, text) for i, text in enumerate(texts))
+    records = [{"prompt": f"Question, {i}?", "response": f'"{text}" is it.'} for i, text in enumerate(texts)]
+    write_answers(tmp_path / "out.csv", records, journal.read(), rounds=1)
+    assert [row["generated_response"] for row in rows_of(tmp_path / "out.csv")] == texts
+    assert score([str(tmp_path / "out.csv")], by=None)["right"] == 4  # the empty one is not
 
 
 def answers_in(partial) -> int:

@@ -80,6 +80,23 @@ def test_another_seed_gives_other_answers_and_greedy_the_same_ones():
     assert greedy[0] == greedy[1]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_batched_greedy_answers_equal_those_of_plain_generate(model_type):
+    """Against transformers alone: one prompt at a time, without padding and without anything of ours."""
+    greedy = Sampling(0, True, 12, 0.9, 0.95, 50, 1.3)
+    model = answerer(model_type, greedy)
+    found = answers_of(model, 100, (1,))
+    for job in jobs_for(model, (1,)):
+        ids = torch.tensor([job.input_ids])
+        output = model.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, repetition_penalty=1.3,
+            pad_token_id=0, eos_token_id=model.stop_ids,
+        )  # fmt: skip
+        tokens = output[0, ids.shape[1] :].tolist()
+        assert len(tokens) <= 12 and found[job.index, 1] == model._text(tokens)
+    assert max(len(model.tokenizer(text)["input_ids"]) for text in found.values()) >= 10  # some reach the limit
+
+
 @pytest.mark.parametrize("single", [False, True], ids=["many tokens", "one token"])
 def test_an_answer_ends_at_the_end_of_the_turn(single):
     tokenizer = byte_tokenizer()
