@@ -122,7 +122,7 @@ def write_answers(output: Path, records: Sequence[Mapping[str, Any]], answers: A
     columns = [*dict.fromkeys(name for record in records for name in record), "generated_response", "round"]
     beside = output.with_name(output.name + ".tmp")
     with beside.open("w", encoding="utf-8", newline="") as file:
-        # Every cell is quoted: Python before 3.13 leaves a lone carriage return bare, and readers then cut the row there.
+        # Every cell is quoted: Python before 3.13 leaves a lone carriage return bare, and readers cut the row there.
         writer = csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
         for index, record in enumerate(records):

@@ -131,7 +131,7 @@ def test_two_killed_processes_go_on_as_one_and_give_the_same_file(adapter, asked
     assert done.returncode == 0, done.stderr
     output, partial = tmp_path / "killed.csv", tmp_path / "killed.csv.partial"
     script = ["generate.py", *flags, "--output_csv", str(output)]
-    for wanted, processes in ((4, 2), (12, 2), (16, 1)):
+    for wanted, processes in ((4, 2), (14, 1)):
         process = subprocess.Popen(
             launch_command(*script, processes=processes), cwd=ROOT, stderr=subprocess.DEVNULL,
             env=os.environ | {"ACCELERATE_USE_CPU": "true"},
