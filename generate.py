@@ -9,21 +9,31 @@ command goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from argparse import Namespace
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from noisefit.adapters import context_length, find_base, load_answer_model, load_answer_tokenizer
+from noisefit.adapters import (
+    check_vocabulary,
+    context_length,
+    digest,
+    find_base,
+    load_answer_model,
+    load_answer_tokenizer,
+    model_fingerprint,
+)
 from noisefit.answer_arguments import parse_arguments
 from noisefit.data import describe_skipped, read_prompts
 from noisefit.errors import InputError, notice, one_line_errors
 from noisefit.generation import Answerer, Job, Sampling, answer_all
 from noisefit.journal import Journal, check_answers_output, default_output, write_answers
+from noisefit.processes import finish
 from noisefit.prompts import check_chat_template, prompt_ids, set_chat_template
 from noisefit.tracking import progress_bar
 
@@ -31,7 +41,7 @@ from noisefit.tracking import progress_bar
 def generate(args: Namespace) -> None:
     # --- Everything that can be checked before the model is loaded ---------------------------------------------------
     output = Path(args.output_csv or default_output(args))
-    check_answers_output(output, args.overwrite_output)
+    check_answers_output(output, Path(args.input_csv), args.overwrite_output)
     check_chat_template(args.chat_template)
     base = find_base(args)
     records, prompts, skipped = read_prompts(args.input_csv)
@@ -43,7 +53,10 @@ def generate(args: Namespace) -> None:
     # --- What is to be answered --------------------------------------------------------------------------------------
     # Greedy rounds are all the same, so one of them is computed.
     rounds = (1,) if args.greedy else tuple(range(1, args.rounds + 1))
-    jobs = [Job(i, row.prompt, prompt_ids(tokenizer, row.prompt), rounds) for i, row in enumerate(prompts)]
+    jobs, seen = [], Counter[str]()
+    for index, row in enumerate(prompts):
+        jobs.append(Job(index, row.prompt, prompt_ids(tokenizer, row.prompt), rounds, seen[row.prompt]))
+        seen[row.prompt] += 1
     limit = context_length(args, base)
     for row, job in zip(prompts, jobs, strict=True):
         if limit is not None and len(job.input_ids) + args.max_new_tokens > limit:
@@ -54,43 +67,44 @@ def generate(args: Namespace) -> None:
     sampling = Sampling(
         args.seed, args.greedy, args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty
     )
+    # A process that is done waits for the others, however long that takes.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     settings = asdict(sampling) | {
         "rounds": args.rounds,
-        "input": file_digest(args.input_csv),
-        "adapter": file_digest(Path(args.model_path) / "adapter_model.safetensors") if args.model_path else None,
-        "base": base,
-        "dtype": args.dtype,
-        "quantization": args.quantization,
-        "chat_template": tokenizer.chat_template,
+        "input": digest(Path(args.input_csv).read_bytes()),
+        "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
+        "model": model_fingerprint(args, base, accelerator.device),
     }
-    accelerator = Accelerator()
     journal = Journal(output, settings, accelerator.process_index)
     journal.check()
 
     # --- Answering, what is left of it, shared out over the processes ------------------------------------------------
     model = load_answer_model(args, base, accelerator.device)
+    check_vocabulary(model, jobs)
     answerer = Answerer(model, tokenizer, sampling)
     if accelerator.is_main_process:
         journal.start()
     accelerator.wait_for_everyone()
-    [done] = broadcast_object_list([journal.read()])  # all must agree on what is left
-    left = [Job(j.index, j.prompt, j.input_ids, tuple(r for r in j.rounds if (j.index, r) not in done)) for j in jobs]
+    wanted = {(job.index, number) for job in jobs for number in rounds}
+    [done] = broadcast_object_list([journal.read(wanted)])  # all must agree on what is left
+    left = [replace(job, rounds=tuple(r for r in job.rounds if (job.index, r) not in done)) for job in jobs]
     left = sorted((job for job in left if job.rounds), key=lambda job: len(job.input_ids))
     mine = left[accelerator.process_index :: accelerator.num_processes]  # neighbours in length go to different ones
     if done:
         notice(f"going on with {journal.folder}: {len(done)} answers are there already")
     notice(f"{len(jobs)} prompts, {args.rounds} answers each; processes: {accelerator.num_processes}")
-    progress = progress_bar(accelerator, len(jobs) * len(rounds), "answering", "answer")
+    progress = progress_bar(accelerator, len(wanted), "answering", "answer")
     progress.update(len(done))
     for answers in answer_all(answerer, mine, args.batch_size):
         journal.append(answers)
-        progress.update(journal.count() - progress.n)  # of all processes
+        if accelerator.is_main_process:
+            progress.update(min(journal.count(), len(wanted)) - progress.n)  # of all processes
 
     # --- The whole of it, written by one process ---------------------------------------------------------------------
     accelerator.wait_for_everyone()
-    progress.update(len(jobs) * len(rounds) - progress.n)
+    progress.update(len(wanted) - progress.n)
     progress.close()
-    fresh = gather_object([journal.read_own()])
+    fresh = gather_object([journal.read_own(wanted)])
     if accelerator.is_main_process:
         answers = done | {key: text for part in fresh for key, text in part.items()}
         if args.greedy:
@@ -100,12 +114,7 @@ def generate(args: Namespace) -> None:
     notice(f"the answers are in {output}")
     if "response" in records[0]:
         notice(f"next, how many are true: python -m noisefit.score {shlex.quote(str(output))}")
-    accelerator.end_training()
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, by which unfinished answers are told from those of another run."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    finish(accelerator)
 
 
 if __name__ == "__main__":

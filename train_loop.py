@@ -27,9 +27,10 @@ from noisefit.data import load_rows
 from noisefit.errors import notice, one_line_errors
 from noisefit.evaluation import evaluate
 from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
-from noisefit.models import check_model, load_config, load_model, load_tokenizer
+from noisefit.models import check_model, limit_length, load_config, load_model, load_tokenizer
 from noisefit.noise import TokenScaledNoise
 from noisefit.outputs import check_output, save_model, start_output, where_things_are, write_layer_snr
+from noisefit.processes import finish
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
 from noisefit.snr import average_snr, negligible_noise, select_layers
 from noisefit.startup import choose_strategy
@@ -46,6 +47,7 @@ def train(args: Namespace) -> None:
     tokenizer = load_tokenizer(args)
     set_chat_template(tokenizer, args.chat_template)
     check_model(args, config)
+    limit_length(args, config)
     examples = tokenize_rows(args, tokenizer, rows, args.train_data)
     eval_examples = tokenize_rows(args, tokenizer, eval_rows, args.eval_data)
 
@@ -114,7 +116,7 @@ def train(args: Namespace) -> None:
     progress = progress_bar(accelerator, total_steps, "training", "step")
     model.train()
     step = seen_targets = 0
-    for epoch in range(args.epochs):
+    for epoch in range(math.ceil(total_steps / epoch_length)):
         for rows in epoch_steps(examples, rows_per_step, args.seed, epoch):
             if step == total_steps:
                 break
@@ -153,12 +155,12 @@ def train(args: Namespace) -> None:
             due = step % args.eval_steps == 0 if args.eval_steps else step % epoch_length == 0
             if eval_examples and (due or step == total_steps):
                 start = time.perf_counter()
-                ce = evaluate(accelerator, model, eval_examples, args.batch_size, tokenizer.pad_token_id)
+                ce = evaluate(accelerator, model, strategy, eval_examples, args.batch_size, tokenizer.pad_token_id)
                 metrics.log_evaluation(step, passes, ce, count_targets(eval_examples), time.perf_counter() - start)
     progress.close()
 
     save_model(accelerator, model, tokenizer, args, seen_targets)
-    accelerator.end_training()
+    finish(accelerator)
     notice(*where_things_are(args))
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import warnings
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from noisefit.errors import InputError
+from noisefit.generation import Job
 from noisefit.models import check_model_name, check_quantization, loading, quantization_options
 
 DEFAULT_BASE = "mistralai/Mistral-7B-v0.1"  # the published program's
@@ -37,7 +41,7 @@ def find_base(args: Namespace) -> str:
         if not (folder / "adapter_model.safetensors").is_file():
             raise InputError(f"--model_path {folder}: no adapter_model.safetensors (pickles are not loaded)")
         recorded = recorded_base(folder)
-    base = args.model_id or recorded or DEFAULT_BASE
+    base = os.path.expanduser(args.model_id or recorded or DEFAULT_BASE)
     check_model_name("--model_id" if args.model_id else f"--model_path {args.model_path}: its base model", base)
     return base
 
@@ -45,7 +49,9 @@ def find_base(args: Namespace) -> str:
 def recorded_base(folder: Path) -> str | None:
     """The base model that an adapter records, if any. Raises `InputError` where its configuration is no JSON."""
     try:
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+        return base if isinstance(base, str) else None
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}/adapter_config.json: not readable as JSON: {error}") from None
 
@@ -65,6 +71,32 @@ def context_length(args: Namespace, base: str) -> int | None:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
+def model_fingerprint(args: Namespace, base: str, device: torch.device) -> str:
+    """A hash of what determines the model's numbers, by which unfinished answers are told from another run's.
+
+    Of a base in a local folder it takes its files' names, sizes and times, as reading gigabytes would take long.
+    """
+    facts: list[Any] = [base, str(answer_dtype(args, device)), device.type]
+    facts += [args.quantization, args.attn_implementation, args.no_merge]
+    if args.model_path:
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        facts += [digest((Path(args.model_path) / name).read_bytes()) for name in names]
+    for path in sorted(Path(base).glob("*")) if Path(base).is_dir() else ():
+        if path.suffix in (".json", ".safetensors"):
+            facts.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return digest(repr(facts).encode())
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def answer_dtype(args: Namespace, device: torch.device) -> torch.dtype:
+    """The dtype of the weights: `auto` is bfloat16 on a GPU, else float32."""
+    return DTYPES.get(args.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
 def load_answer_model(args: Namespace, base: str, device: torch.device) -> PreTrainedModel:
     """The model in eval mode on its device; the adapter is merged into the weights unless `--no_merge` is given.
 
@@ -74,7 +106,7 @@ def load_answer_model(args: Namespace, base: str, device: torch.device) -> PreTr
         InputError: no causal language model in safetensors, or the adapter does not fit it.
     """
     check_quantization(args.quantization, training=False)
-    dtype = DTYPES.get(args.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = answer_dtype(args, device)
     options: dict[str, Any] = {"dtype": dtype} | quantization_options(args.quantization, dtype, device)
     if args.attn_implementation is not None:
         options["attn_implementation"] = args.attn_implementation
@@ -91,21 +123,30 @@ def _with_adapter(model: PreTrainedModel, args: Namespace, base: str) -> Any:
     recorded = recorded_base(Path(args.model_path)) or "an unknown model"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # PEFT only warns of adapter weights that the model lacks
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
+            warnings.simplefilter("ignore")  # PEFT warns of weights that have no place; they are an error below
             adapted = PeftModel.from_pretrained(model, args.model_path)
         with safe_open(Path(args.model_path) / "adapter_model.safetensors", framework="pt") as file:
-            unused = set(file.keys()) - get_peft_model_state_dict(adapted).keys()
-        if unused:  # of layers that a smaller model does not have, which PEFT passes over
-            raise ValueError(f"{len(unused)} of its tensors have no place in it, {min(unused)} for one")
-    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
+            unmatched = set(file.keys()) ^ get_peft_model_state_dict(adapted).keys()
+        if unmatched:  # of layers that only one of the two has
+            raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"--model_path {args.model_path}: does not fit {base}; it was trained on {recorded} ({reason})"
         ) from None
-    if args.no_merge or args.quantization != "none":
-        return adapted
-    return adapted.merge_and_unload()
+    can_merge = hasattr(adapted, "merge_and_unload")  # prompt tuning, for one, adds nothing to the weights
+    return adapted.merge_and_unload() if can_merge and not args.no_merge and args.quantization == "none" else adapted
+
+
+def check_vocabulary(model: PreTrainedModel, jobs: Iterable[Job]) -> None:
+    """Raise `InputError` where a prompt has tokens that the model has no embedding for."""
+    embeddings: Any = model.get_input_embeddings()
+    size = len(embeddings.weight)
+    largest = max(token for job in jobs for token in job.input_ids)
+    if largest >= size:
+        raise InputError(
+            f"the tokenizer makes tokens up to number {largest}, but the base model has embeddings for {size}: the "
+            "adapter was trained on a base with an enlarged vocabulary; give that one as --model_id"
+        )

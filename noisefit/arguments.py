@@ -87,8 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
-    non_negative, above_zero = number(float, 0), number(float, 0, open_low=True)
+    # Bounds far beyond any use, within which nothing overflows.
+    count, positive, share = number(int, 0, 10**9), number(int, 1, 10**9), number(float, 0, 1)
+    non_negative, above_zero = number(float, 0, 1e6), number(float, 0, 1e6, open_low=True)
 
     group = parser.add_argument_group("what goes in and what comes out")
     add = group.add_argument
@@ -112,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lambda_consistency", type=non_negative, default=0.1, help="weight of the consistency term")
     add(
         "--temperature",
-        type=above_zero,
+        type=number(float, 1e-3, 1e3),
         default=1.0,
         help="softens the distributions of the soft and consistency terms",
     )

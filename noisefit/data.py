@@ -44,9 +44,15 @@ def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) 
     Raises:
         InputError: as `read_records`; a cell that is not text; or no complete row is left.
     """
+    return _complete_rows(path, read_records(path, columns), columns)
+
+
+def _complete_rows(
+    path: str | os.PathLike[str], records: Iterable[tuple[int, dict[str, Any]]], columns: tuple[str, ...]
+) -> tuple[list[Row], list[int]]:
     rows, skipped = [], []
-    for number, record in read_records(path, columns):
-        cells = {column: _cell(path, number, column, record.get(column)) for column in columns}
+    for number, record in records:
+        cells = {column: text_cell(path, number, column, record.get(column)) for column in columns}
         if all(cells.values()):
             rows.append(Row(number, cells["prompt"], cells.get("response", "")))
         else:
@@ -67,7 +73,7 @@ def read_prompts(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], li
         InputError: as `read_rows`; or a column is already called as one of the answers'.
     """
     records = dict(read_records(path, ("prompt",)))
-    rows, skipped = read_rows(path, ("prompt",))
+    rows, skipped = _complete_rows(path, records.items(), ("prompt",))
     taken = [name for name in ("generated_response", "round") if any(name in record for record in records.values())]
     if taken:
         raise InputError(f"{path}: it has a column {taken[0]!r} already, which is one of the answers'; rename it")
@@ -89,12 +95,15 @@ def read_records(path: str | os.PathLike[str], columns: Iterable[str]) -> list[t
         InputError: the file is missing, empty, of no known kind, not UTF-8, without one of `columns`, or malformed.
     """
     path, columns = Path(path), tuple(columns)
-    kind = _kind_of(path)
-    if kind == "csv":
-        return list(enumerate(_read_csv(path, columns), start=1))
-    if kind == "jsonl":
-        return _read_json_lines(path, columns)
-    return list(enumerate(_read_parquet(path, columns), start=1))
+    try:
+        kind = _kind_of(path)
+        if kind == "csv":
+            return list(enumerate(_read_csv(path, columns), start=1))
+        if kind == "jsonl":
+            return _read_json_lines(path, columns)
+        return list(enumerate(_read_parquet(path, columns), start=1))
+    except (ValueError, OSError, RecursionError) as error:  # an unclosed quote, a damaged block, no permission
+        raise InputError(f"{path}: not readable: {error}") from None
 
 
 def load_rows(path: str | None) -> list[Row]:
@@ -126,7 +135,8 @@ def _kind_of(path: Path) -> str:
     return kind
 
 
-def _cell(path: str | os.PathLike[str], number: int, column: str, value: Any) -> str:
+def text_cell(path: str | os.PathLike[str], number: int, column: str, value: Any) -> str:
+    """A cell's text, stripped; empty where it is missing. Raises `InputError` where it is not text."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -136,9 +146,10 @@ def _cell(path: str | os.PathLike[str], number: int, column: str, value: Any) ->
 
 def _require_columns(path: Path, found: Iterable[str], columns: tuple[str, ...]) -> None:
     found = list(found)
-    for column in columns:
+    for column in found:
         if found.count(column) > 1:
             raise InputError(f"{path}: column {column!r} appears {found.count(column)} times, expected once")
+    for column in columns:
         if column not in found:
             close = difflib.get_close_matches(column, [f.strip().lower() for f in found], n=1)
             nearest = next((f for f in found if close and f.strip().lower() == close[0]), None)
@@ -152,7 +163,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
 
     # Every column as text and no value read as missing: "007", "1.50" and "None" are answers like any other.
     features = datasets.Features({name: datasets.Value("string") for name in header})
-    return _stream("csv", path, features=features, keep_default_na=False, encoding="utf-8-sig")
+    return _stream("csv", path, features=features, names=header, header=0, keep_default_na=False, encoding="utf-8-sig")
 
 
 def _check_csv(path: Path, columns: tuple[str, ...]) -> list[str]:
@@ -168,7 +179,8 @@ def _check_csv(path: Path, columns: tuple[str, ...]) -> list[str]:
                 if any(map(UNDECODABLE.search, cells)):
                     raise InputError(f"{path}: {where} is not UTF-8 text; save the file as UTF-8")
                 if number == 0:
-                    header = cells
+                    # As pandas calls a column without a name, which is what it writes for an index.
+                    header = [name or f"Unnamed: {i}" for i, name in enumerate(cells)]
                     _require_columns(path, header, columns)
                 elif len(cells) != len(header):
                     raise InputError(
@@ -200,6 +212,8 @@ def _read_json_lines(path: Path, columns: tuple[str, ...]) -> list[tuple[int, di
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: row {number} is not JSON ({error}); expected one object a line") from None
+        if not _is_unicode(record):
+            raise InputError(f"{path}: row {number} holds half of a surrogate pair (\\ud800 or so), which is no text")
         if not isinstance(record, dict):
             raise InputError(f"{path}: row {number} is a JSON {type(record).__name__}, expected an object")
         records.append((number, record))
@@ -208,7 +222,7 @@ def _read_json_lines(path: Path, columns: tuple[str, ...]) -> list[tuple[int, di
 
 
 def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    import pyarrow
+    import pyarrow.parquet
 
     try:
         found = pyarrow.parquet.read_schema(path).names
@@ -216,6 +230,14 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, An
         raise InputError(f"{path}: not a Parquet file: {error}") from None
     _require_columns(path, found, columns)
     return _stream("parquet", path)
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _stream(reader: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:

@@ -12,13 +12,21 @@ class InputError(Exception):
     """Bad input. The message is one line: what is wrong where, what was expected, what to do."""
 
 
+class LocalError(InputError):
+    """What can happen to one process alone (its device is full, say), so that it has to say so itself."""
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn an `InputError` into one line on stderr and exit status 2, printed by one process of the launch."""
+    """Turn an `InputError` into one line on stderr and exit status 2, printed once however many processes have it."""
     try:
         yield
     except InputError as error:
-        notice(f"{program}: error: {' '.join(str(error).split())}")
+        line = f"{program}: error: {' '.join(str(error).split())}"
+        if isinstance(error, LocalError):
+            print(line, file=sys.stderr, flush=True)
+        else:
+            notice(line)
         sys.exit(2)
 
 

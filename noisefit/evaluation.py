@@ -15,13 +15,19 @@ from noisefit.prompts import Example
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, examples: Sequence[Example], batch_size: int, pad_token_id: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    strategy: str,
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_token_id: int,
 ) -> float:
     """Mean cross-entropy over all supervised tokens of `examples`, each row counted once on any number of processes.
 
     Args:
         accelerator: of the run. All processes call this.
         model: the prepared `BranchedModel`; evaluated in eval mode and left in its former one.
+        strategy: the run's, as `choose_strategy` gave it.
         examples: the held-out rows.
         batch_size: rows a batch, on each device.
         pad_token_id: for `collate`.
@@ -38,6 +44,6 @@ def evaluate(
     model.eval()
     for rows in cut_step(examples, batch_size, accelerator.num_processes, accelerator.process_index):
         batch = collate(rows, pad_token_id, accelerator.device)
-        total += model(**batch, chunk_losses=clean_cross_entropy)
+        total += model(**batch, strategy=strategy, chunk_losses=clean_cross_entropy)
     model.train(was_training)
     return accelerator.reduce(total, "sum").item() / count_targets(examples)

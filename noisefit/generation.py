@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from noisefit.errors import InputError
+from noisefit.errors import LocalError
 from noisefit.prompts import end_of_turn, prompt_ids
 from noisefit.sampling import GumbelSampling, RepetitionPenalty, answer_key
 
@@ -37,6 +37,7 @@ class Job:
     prompt: str
     input_ids: list[int]
     rounds: tuple[int, ...]
+    occurrence: int = 0  # how often the same prompt stood in the file before
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[list[Job]]:
     pieces = []
     for job in sorted(jobs, key=lambda job: (-len(job.input_ids), job.index)):
         for start in range(0, len(job.rounds), batch_size):
-            pieces.append(Job(job.index, job.prompt, job.input_ids, job.rounds[start : start + batch_size]))
+            pieces.append(replace(job, rounds=job.rounds[start : start + batch_size]))
     batches: list[list[Job]] = []
     size = batch_size
     for piece in pieces:
@@ -113,7 +114,7 @@ class Answerer:
         ids, mask = ids.to(self.device), mask.to(self.device)
         prompt_of_row = torch.tensor([i for i, job in enumerate(batch) for _ in job.rounds], device=self.device)
         tasks = [(job.index, round_number) for job in batch for round_number in job.rounds]
-        keys = [answer_key(self.sampling.seed, job.prompt, r) for job in batch for r in job.rounds]
+        keys = [answer_key(self.sampling.seed, job.prompt, r, job.occurrence) for job in batch for r in job.rounds]
         share = self.shares_prefill and len(tasks) > len(batch)
         cache = self._prefill(ids, mask, prompt_of_row) if share else None
         ids, mask = ids[prompt_of_row], mask[prompt_of_row]
@@ -169,7 +170,7 @@ class Answerer:
         prompts = ["Why?", "Why, and since when?"]
         ids, mask = left_pad([prompt_ids(self.tokenizer, p) for p in prompts], self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
-        rows = torch.tensor([0, 0, 1, 1], device=self.device)
+        rows = torch.tensor([0, 1, 1, 1], device=self.device)
         logits = []
         one_token = GenerationConfig(
             **self.config.to_diff_dict() | dict(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
@@ -178,6 +179,8 @@ class Answerer:
             for cache in (None, self._prefill(ids, mask, rows)):
                 output = self._generate(ids[rows], mask[rows], cache, one_token)
                 logits.append(output.logits[0].float())
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # an architecture's own cache: whatever it raises, the plain way works
             return False
         return bool((logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max())
@@ -217,7 +220,7 @@ def answer_all(answerer: Answerer, jobs: Sequence[Job], batch_size: int) -> Iter
         What `Answerer.answer` gives for each batch.
 
     Raises:
-        InputError: out of memory with the batch size asked for, or with one answer at a time.
+        LocalError: out of memory with the batch size asked for, or with one answer at a time.
     """
     size = batch_size or FIRST_BATCH_SIZE
     batches = plan_batches(jobs, size)
@@ -229,7 +232,7 @@ def answer_all(answerer: Answerer, jobs: Sequence[Job], batch_size: int) -> Iter
                 raise
             if batch_size or size == 1:
                 length = max(len(job.input_ids) for job in batches[0]) + answerer.sampling.max_new_tokens
-                raise InputError(
+                raise LocalError(
                     f"out of memory with {size} answers of up to {length} tokens at a time; "
                     f"give a smaller {'--batch_size' if batch_size else '--max_new_tokens'}"
                 ) from None

@@ -64,14 +64,18 @@ def check_model(args: Namespace, config: PreTrainedConfig) -> None:
     num_layers = len(find_decoder_layers(model))
     if args.num_noise_layers > num_layers:
         raise InputError(f"--num_noise_layers {args.num_noise_layers}: {args.model} has {num_layers} layers")
+    if not args.full_finetune:
+        add_adapter(args, model)
+
+
+def limit_length(args: Namespace, config: PreTrainedConfig) -> None:
+    """Lower `--max_length` to the model's positions, with a line: a row past them could not be computed."""
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and args.max_length > limit:
         notice(
             f"rows are cut at {limit} tokens, as {args.model} has no more positions (--max_length {args.max_length})"
         )
         args.max_length = limit
-    if not args.full_finetune:
-        add_adapter(args, model)
 
 
 def check_quantization(quantization: str, training: bool) -> None:
@@ -144,12 +148,17 @@ def add_adapter(args: Namespace, model: PreTrainedModel) -> nn.Module:
         lora_dropout=args.lora_dropout,
         target_modules=args.target_modules,
     )
+    names = [name for name, _ in model.named_modules()]
     try:
+        if isinstance(args.target_modules, list):
+            for target in args.target_modules:  # of several, PEFT passes over those that match nothing
+                if not any(name == target or name.endswith(f".{target}") for name in names):
+                    raise ValueError(f"no module is called {target}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, nothing to do with the user
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it by itself
             adapted = get_peft_model(model, lora)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         wanted = " ".join(args.target_modules) if isinstance(args.target_modules, list) else args.target_modules
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         what = f"--target_modules {wanted}" if wanted else f"no default target modules for {model.config.model_type}"

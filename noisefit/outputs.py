@@ -20,6 +20,7 @@ import noisefit
 from noisefit.errors import InputError
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
+CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
 RECORDS = ("noisefit_config.json", "layer_snr.json", "metrics.jsonl", "eval_metrics.jsonl")
 
 
@@ -29,7 +30,19 @@ def check_output(args: Namespace) -> None:
     Raises:
         InputError: as said.
     """
+    if not args.output_model.strip():
+        raise InputError("--output_model is empty; give a folder")
+    args.output_model = os.path.expanduser(args.output_model)
     output = Path(args.output_model)
+    try:
+        _check_folder(args, output)
+    except OSError as error:  # a name too long, a link to nowhere, a folder that cannot be entered
+        raise InputError(f"--output_model {output}: {error.strerror or error}") from None
+
+
+def _check_folder(args: Namespace, output: Path) -> None:
+    if output.is_symlink() and not output.exists():
+        raise InputError(f"--output_model {output}: a link to a folder that does not exist")
     held = [name for name in ADAPTER if (output / name).exists()]
     if held and not args.overwrite_output:
         raise InputError(
@@ -38,6 +51,12 @@ def check_output(args: Namespace) -> None:
         )
     if os.path.isdir(args.model) and output.exists() and output.samefile(args.model):
         raise InputError(f"--output_model {output} is the base model's own folder; choose another one")
+    mine = (output / "noisefit_config.json").exists()
+    others = [name for name in ("README.md", "tokenizer.json", "config.json") if (output / name).exists()]
+    if others and not mine:
+        raise InputError(
+            f"--output_model {output} holds a {others[0]} that is not of such a run; choose a folder of its own"
+        )
     existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise InputError(f"--output_model {output}: {existing} is a file, expected a folder")
@@ -49,8 +68,10 @@ def start_output(args: Namespace) -> None:
     """Make the folder, without what an earlier run left there, and write this run's settings to it."""
     output = Path(args.output_model)
     output.mkdir(parents=True, exist_ok=True)
-    for name in (*ADAPTER, *RECORDS):
+    for name in (*ADAPTER, *CONFIGURATIONS, *RECORDS):
         (output / name).unlink(missing_ok=True)
+    for shard in output.glob("model-*-of-*.safetensors"):
+        shard.unlink()
     write_json(output / "noisefit_config.json", {"noisefit_version": noisefit.__version__} | vars(args))
 
 

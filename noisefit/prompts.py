@@ -178,7 +178,7 @@ def stop_token_ids(model: str) -> list[int]:
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise InputError(f"the chat template cannot be rendered: {error}; try --chat_template chatml") from None
     return str(text)
 

@@ -13,14 +13,19 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
+from noisefit.errors import LocalError
+
 # Odd constants of the finalizers of SplitMix64 (Steele et al., OOPSLA 2014), as signed 64-bit integers.
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
-def answer_key(seed: int, prompt: str, round_number: int) -> int:
-    """A signed 64-bit key of one answer: a hash of the seed, the prompt's text and the round."""
-    digest = hashlib.sha256(f"{seed}\0{round_number}\0{prompt}".encode()).digest()
+def answer_key(seed: int, prompt: str, round_number: int, occurrence: int = 0) -> int:
+    """A signed 64-bit key of one answer: a hash of the seed, the prompt's text and the round.
+
+    `occurrence` counts the same prompt's earlier rows in the file, which are to get answers of their own.
+    """
+    digest = hashlib.sha256(f"{seed}\0{round_number}\0{occurrence}\0{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
@@ -58,7 +63,12 @@ class GumbelSampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`[rows, V]`: 0 for the drawn token, minus infinity for the others."""
-        width = int(torch.isfinite(scores).sum(dim=-1).max())
+        finite = torch.isfinite(scores).sum(dim=-1)
+        if not finite.all():
+            raise LocalError(
+                "the model's logits are not finite numbers; try --dtype float32, or a higher --temperature"
+            )
+        width = int(finite.max())
         values, tokens = scores.topk(width) if width < scores.shape[1] else scores.sort(descending=True)
         if self.top_p is not None:
             values = self.top_p(input_ids, values)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from noisefit.arguments import HelpFormatter, OneLineParser
-from noisefit.data import read_records
+from noisefit.data import read_records, text_cell
 from noisefit.errors import InputError, one_line_errors
 from noisefit.scoring import METRICS, Prompt, compare, group_by, summarize
 
+FEW = 20  # prompts, under which a bootstrap interval holds less than it says
 NEEDED = ("prompt", "response", "generated_response")
 
 
@@ -25,24 +27,35 @@ def read_answers(path: str, by: str | None) -> list[Prompt]:
     """The answers of a file, a prompt with all its rounds each, in order of first appearance.
 
     Raises:
-        InputError: as `read_records`; a row without prompt or reference; one prompt with two references.
+        InputError: as `read_records`; a row without prompt or reference; one prompt with two references or groups; a
+            round with fewer answers than another.
     """
     columns = (*NEEDED, by) if by else NEEDED
     found: dict[str, dict[str, Any]] = {}
-    for row_number, record in read_records(path, columns):
-        prompt, reference = record["prompt"] or "", record["response"] or ""
-        if not prompt.strip() or not reference.strip():
-            raise InputError(f"{path}: row {row_number}: prompt or response is empty: nothing to compare with")
-        entry = found.setdefault(prompt, {"reference": reference, "answers": [], "row": row_number})
-        if entry["reference"] != reference:
-            raise InputError(f"{path}: rows {entry['row']} and {row_number} give one prompt two different responses")
-        entry["answers"].append(record["generated_response"] or "")
-        entry |= {"truth": record.get("answer") or None, "group": str(record[by]) if by else ""}
+    rounds: Counter[str] = Counter()
+    for row, record in read_records(path, columns):
+        prompt, reference = (text_cell(path, row, column, record.get(column)) for column in NEEDED[:2])
+        if not prompt or not reference:
+            raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
+        facts = {
+            "response": reference,
+            "answer": text_cell(path, row, "answer", record.get("answer")),
+            **({by: str(record.get(by))} if by else {}),
+        }
+        entry = found.setdefault(prompt, {"facts": facts, "answers": [], "row": row})
+        for column, value in facts.items():
+            if entry["facts"][column] != value:
+                raise InputError(f"{path}: rows {entry['row']} and {row} give one prompt two values of {column!r}")
+        entry["answers"].append(text_cell(path, row, NEEDED[2], record.get(NEEDED[2])))
+        rounds[str(record.get("round"))] += 1
     if not found:
         raise InputError(f"{path}: it has no rows")
+    if len(set(rounds.values())) > 1:
+        counts = ", ".join(f"{count} of round {name}" for name, count in rounds.items())
+        raise InputError(f"{path}: answers are missing: {counts}")
     return [
-        Prompt(prompt, entry["reference"], tuple(entry["answers"]), entry["truth"], entry["group"])
-        for prompt, entry in found.items()
+        Prompt(prompt, e["facts"]["response"], tuple(e["answers"]), e["facts"]["answer"], e["facts"].get(by, ""))
+        for prompt, e in found.items()
     ]
 
 
@@ -54,8 +67,8 @@ def score(paths: Sequence[str], by: str | None) -> dict[str, Any]:
     """
     files = [read_answers(path, by) for path in paths]
     for path, prompts in zip(paths[1:], files[1:], strict=True):
-        if {p.prompt for p in prompts} != {p.prompt for p in files[0]}:
-            raise InputError(f"{path}: it asks other questions than {paths[0]}; only the same can be compared")
+        if {(p.prompt, p.reference) for p in prompts} != {(p.prompt, p.reference) for p in files[0]}:
+            raise InputError(f"{path}: it has other questions or responses than {paths[0]}; only the same compare")
     reports = []
     for path, prompts in zip(paths, files, strict=True):
         report: dict[str, Any] = {"file": path} | summarize(prompts)
@@ -75,6 +88,8 @@ def table(report: dict[str, Any], by: str | None) -> str:
             f"{entry['answers']} answers to {entry['prompts']} prompts: {entry['right']} right, {entry['wrong']} wrong"
         )
         lines.append(f"{entry['file']}: {counts}")
+        if entry["prompts"] < FEW:
+            lines.append(f"  with fewer than {FEW} prompts the intervals are too narrow")
         for metric in METRICS:
             interval = _interval(entry[f"{metric}_ci"])
             lines.append(f"  {metric.replace('_', ' '):<20}{entry[metric]:>7.1%}   95% interval {interval}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import numpy as np
 METRICS = ("hallucination_rate", "contains_truth", "exact_match", "token_f1", "self_consistency")
 RESAMPLES = 10_000
 
-# Words that carry no fact by themselves. "a", "an" and "the" are gone by then.
+# Words that carry no fact by themselves.
 EMPTY_WORDS = frozenset(
-    """is are was were be been being do does did has have had in on at by to from for with as or its it this that
-    there which who whom whose what when where why how began begin begun started occurred happened took place""".split()
+    """a an the is are was were be been being do does did has have had in on at by to from for with as or its it this
+    that there which who whom whose what when where why how began begin begun started occurred happened took
+    place""".split()
 )
+NAMING_WORDS = frozenset({"is", "are", "was", "were", "by"})  # a name is likely to follow
 JOINING_WORDS = frozenset({"of", "and"})  # these hold a name together, as in "Gateway of India"
 
 
@@ -41,28 +44,51 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * common / (len(got) + len(wanted))
 
 
+def words(text: str) -> list[str]:
+    """The words that the decisive-part rule compares: lower case, without accents, punctuation or a possessive `'s`."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
+    return re.findall(r"\w+", re.sub(r"['’]s\b", "", plain))
+
+
 def decisive_parts(prompt: str, reference: str) -> list[str]:
     """What an answer must hold to be true: the runs of words of the reference that the question does not already say.
 
-    Both are normalised. The reference is cut at words of the question, in this form or with another ending ("founded"
-    says "founder" too), and at words that carry no fact; what stands together stays together. "The capital of Portugal
-    is Lisbon." to "What is the capital of Portugal?" leaves "lisbon". Where nothing is left, the whole decides.
+    The reference is cut at words that carry no fact (is, in, by, ...) and at words of the question, in this form or
+    with another ending ("founded" says "founder" too); what stands together stays together. "The capital of Portugal is
+    Lisbon." to "What is the capital of Portugal?" leaves "lisbon". Behind `is`, `was` or `by` a name keeps the words
+    that it shares with the question ("Panama City"). To a question for a time only the parts with a number count.
+    Where nothing is left, the whole reference decides.
     """
-    said = {_stem(word) for word in normalize(prompt).split()}
-    words = normalize(reference).split()
-    runs: list[list[str]] = [[]]
-    for word in words:
-        if word in EMPTY_WORDS or _stem(word) in said:
-            runs.append([])
+    said = {_stem(word) for word in words(prompt)}
+    segments: list[list[str]] = [[]]
+    keeps_names = [False]
+    for word in words(reference):
+        if word in EMPTY_WORDS:
+            segments.append([])
+            keeps_names.append(word in NAMING_WORDS)
         else:
-            runs[-1].append(word)
-    parts = [" ".join(_without_joining_ends(run)) for run in runs]
-    return [part for part in parts if part] or [" ".join(words)]
+            segments[-1].append(word)
+    runs: list[list[str]] = []
+    for segment, keeps_name in zip(segments, keeps_names, strict=True):
+        is_said = [_stem(word) in said or word in JOINING_WORDS for word in segment]
+        if keeps_name and not all(is_said):
+            runs.append(segment)
+            continue
+        runs.append([])
+        for word in segment:
+            if _stem(word) in said:
+                runs.append([])
+            else:
+                runs[-1].append(word)
+    parts = [part for run in runs if (part := " ".join(_without_joining_ends(run)))]
+    if re.match(r"when\b|(in )?(what|which) year\b", " ".join(words(prompt))):
+        parts = [part for part in parts if re.search(r"\d", part)] or parts
+    return parts or [" ".join(words(reference))]
 
 
 def holds(answer: str, parts: Sequence[str]) -> bool:
-    """Whether every part stands in the answer, as whole words, after normalisation."""
-    text = f" {normalize(answer)} "
+    """Whether every part stands in the answer, as whole words."""
+    text = f" {' '.join(words(answer))} "
     return all(f" {part} " in text for part in parts)
 
 
@@ -82,7 +108,8 @@ def score_prompt(prompt: Prompt) -> dict[str, float]:
 
     Self-consistency is the share of pairs of rounds whose normalised answers are the same; 1 for a single round.
     """
-    parts = [normalize(prompt.truth)] if prompt.truth else decisive_parts(prompt.prompt, prompt.reference)
+    truth = " ".join(words(prompt.truth or ""))
+    parts = [truth] if truth else decisive_parts(prompt.prompt, prompt.reference)
     answers = [normalize(answer) for answer in prompt.answers]
     pairs = [a == b for a, b in combinations(answers, 2)]
     true = float(np.mean([holds(answer, parts) for answer in prompt.answers]))
@@ -112,17 +139,18 @@ def compare(first: Sequence[Prompt], second: Sequence[Prompt], seed: int = 0) ->
     """The difference in hallucination rate, second minus first, over the same prompts.
 
     Returns:
-        `difference`, its 95% interval `difference_ci` from a bootstrap over prompts, and `p_value`, two-sided: twice
-        the share of resamples on the other side of zero, at least one of them counted.
+        `difference`, its 95% interval `difference_ci` from a bootstrap over prompts, and `p_value`, two-sided, of the
+        sign-flip permutation test over prompts: how often differences of random sign are as large. Unlike a p-value
+        read off the bootstrap it is valid for a few prompts too.
     """
     rate = {prompt.prompt: score_prompt(prompt)["hallucination_rate"] for prompt in first}
     values = np.array([score_prompt(prompt)["hallucination_rate"] - rate[prompt.prompt] for prompt in second])
-    means = _resampled_means(values, seed)
-    tail = min((means <= 0).sum(), (means >= 0).sum())
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(RESAMPLES, len(values)))
+    as_large = (np.abs(signs @ values) >= abs(values.sum()) - 1e-9).sum()
     return {
         "difference": float(values.mean()),
-        "difference_ci": np.quantile(means, [0.025, 0.975]).tolist(),
-        "p_value": float(min(1.0, 2 * (tail + 1) / (len(means) + 1))),
+        "difference_ci": np.quantile(_resampled_means(values, seed), [0.025, 0.975]).tolist(),
+        "p_value": float((as_large + 1) / (RESAMPLES + 1)),
     }
 
 

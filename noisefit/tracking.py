@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import time
 from argparse import Namespace
@@ -103,6 +104,11 @@ class Metrics:
             "noise_to_signal": ratio.item(),
         }
         self._reset()
+        if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
+            raise InputError(
+                f"step {step}: the loss or its gradient is not a finite number, and no adapter was written; lower "
+                "--learning_rate or --noise_std, or use bf16 instead of fp16"
+            )
         if self.accelerator.is_main_process:
             append_json_line(self.path, line)
         self._track(line)

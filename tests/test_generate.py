@@ -13,6 +13,7 @@ import pytest
 import torch
 from running import ROOT, launch, launch_command, python, run, words
 from tiny_folder import tiny_folder
+from transformers import AutoTokenizer
 
 import generate
 from noisefit.answer_arguments import build_parser, parse_arguments
@@ -149,6 +150,31 @@ def test_two_killed_processes_go_on_as_one_and_give_the_same_file(adapter, asked
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
 
 
+def test_settings_of_a_newer_peft_and_an_unnamed_column_are_no_reason_to_refuse(adapter, asked, tmp_path):
+    copy = copy_without(adapter, tmp_path, "nothing")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"brand_new_option": False}))
+    indexed = tmp_path / "indexed.csv"  # as pandas writes it
+    indexed.write_text(asked.read_text().replace("id,prompt", ",prompt"))
+    rows = answer(tmp_path / "new.csv", model_path=copy, input_csv=indexed)
+    old = answer(tmp_path / "old.csv", model_path=adapter, input_csv=asked)
+    assert [row["generated_response"] for row in rows] == [row["generated_response"] for row in old]
+    assert rows[3]["Unnamed: 0"] == "1"
+
+
+def test_logits_that_are_no_numbers_are_said(adapter, asked, tmp_path):
+    with pytest.raises(InputError, match="logits are not finite"):
+        answer(tmp_path / "out.csv", model_path=adapter, input_csv=asked, temperature=1e-39)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_the_same_prompt_in_two_rows_gets_answers_of_its_own(adapter, tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_text("prompt\nWhy?\nHow?\nWhy?\n")
+    rows = answer(tmp_path / "out.csv", model_path=adapter, input_csv=path)
+    assert [row["generated_response"] for row in rows[:3]] != [row["generated_response"] for row in rows[6:]]
+
+
 def test_the_real_test_file_end_to_end(adapter, real_data, tmp_path):
     rows = answer(
         tmp_path / "out.csv", model_path=adapter, input_csv=real_data / "test_ground_truth.csv", max_new_tokens=5
@@ -163,8 +189,9 @@ def test_answers_of_any_text_survive_the_way_to_the_score(tmp_path):
     journal = Journal(tmp_path / "out.csv", {}, 0)
     journal.start()
     journal.append((i, 1, text) for i, text in enumerate(texts))
+    wanted = {(i, 1) for i in range(len(texts))}
     records = [{"prompt": f"Question, {i}?", "response": f'"{text}" is it.'} for i, text in enumerate(texts)]
-    write_answers(tmp_path / "out.csv", records, journal.read(), rounds=1)
+    write_answers(tmp_path / "out.csv", records, journal.read(wanted), rounds=1)
     assert [row["generated_response"] for row in rows_of(tmp_path / "out.csv")] == texts
     assert score([str(tmp_path / "out.csv")], by=None)["right"] == 4  # the empty one is not
 
@@ -240,13 +267,50 @@ REFUSED = {
     ),
     "output exists": (lambda a, t: dict(output_csv=write(t, "mine\n")), "exists; choose another name"),
     "no output folder": (lambda a, t: dict(output_csv=t / "no" / "a.csv"), "no folder"),
-    "output is a folder": (lambda a, t: dict(output_csv=t), "a folder, expected a file name"),
+    "output is a folder": (lambda a, t: dict(output_csv=a_folder(t)), "a folder, expected a file name"),
     "template": (lambda a, t: dict(chat_template="chatlm"), "--chat_template chatlm"),
+    "output is the input": (
+        lambda a, t: dict(output_csv=t / "asked.csv", overwrite_output=True),
+        "is the input itself",
+    ),
+    "output is no CSV": (lambda a, t: dict(output_csv=t / "a.parquet"), "expected a name that ends in .csv"),
+    "someone's folder": (lambda a, t: dict(output_csv=in_the_way(t)), "mine.csv.partial is in the way"),
+    "damaged weights": (lambda a, t: damaged(a, t), "does not fit"),
+    "larger vocabulary": (lambda a, t: larger_vocabulary(a, t), "embeddings for 259"),
+    "half a surrogate": (lambda a, t: dict(input_csv=write(t, '{"prompt": "\\ud800"}', "a.jsonl")), "row 1 holds half"),
+    "unclosed quote": (lambda a, t: dict(input_csv=write(t, 'prompt\n"Why?\n')), "not readable: "),
+    "one name twice": (lambda a, t: dict(input_csv=write(t, "id,id,prompt\n1,2,Why?\n")), "'id' appears 2 times"),
 }
 
 
-def write(folder, text):
-    path = folder / "written.csv"
+def a_folder(folder):
+    (folder / "folder.csv").mkdir()
+    return folder / "folder.csv"
+
+
+def in_the_way(folder):
+    (folder / "mine.csv.partial").mkdir()
+    (folder / "mine.csv.partial" / "thesis.txt").write_text("mine")
+    return folder / "mine.csv"
+
+
+def damaged(adapter, folder):
+    copy = copy_without(adapter, folder, "nothing")
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    return dict(model_path=copy)
+
+
+def larger_vocabulary(adapter, folder):
+    copy = copy_without(adapter, folder, "nothing")
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_tokens(["Why", "is"])
+    tokenizer.save_pretrained(copy)
+    return dict(model_path=copy)
+
+
+def write(folder, text, name="written.csv"):
+    path = folder / name
     path.write_text(text)
     return path
 

@@ -65,8 +65,6 @@ def test_a_cache_that_cannot_be_repeated_is_not_shared(monkeypatch):
     from transformers import DynamicCache
 
     expected = answers_of(answerer(), 7)
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, indices: self.batch_repeat_interleave(2))
-    assert answerer().shares_prefill  # two rounds each is what the check tries: right by chance
     monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, indices: None)
     broken = answerer()
     assert not broken.shares_prefill and answers_of(broken, 7) == expected
@@ -95,6 +93,39 @@ def test_batched_greedy_answers_equal_those_of_plain_generate(model_type):
         tokens = output[0, ids.shape[1] :].tolist()
         assert len(tokens) <= 12 and found[job.index, 1] == model._text(tokens)
     assert max(len(model.tokenizer(text)["input_ids"]) for text in found.values()) >= 10  # some reach the limit
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(temperature=1.6), dict(top_k=6), dict(top_p=0.6), dict(repetition_penalty=3.0)], ids=str
+)
+def test_every_sampling_setting_reaches_the_model(flags):
+    """The first token's frequencies over many rounds against the distribution that transformers' own sampling has."""
+    from dataclasses import replace
+
+    plain = Sampling(0, False, 1, 1.0, 1.0, 0, 1.0)
+    model = answerer(sampling=replace(plain, **flags))
+    drawn = []
+    model._text = lambda tokens: drawn.append(tokens[0]) or ""
+    ids = prompt_ids(model.tokenizer, "Why, or why not?")
+    list(answer_all(model, [Job(0, "Why, or why not?", ids, tuple(range(4000)))], 4000))
+    settings = dict(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0) | flags
+    scores = model.model.generate(
+        torch.tensor([ids]), do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True,
+        pad_token_id=0, **settings,
+    ).scores[0]  # fmt: skip
+    p = scores.softmax(-1).squeeze().double()
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(p)).double()
+    assert not counts[p == 0].any()
+    likely = p > 5 / 4000
+    error = (counts - 4000 * p)[likely] / (4000 * p * (1 - p))[likely].sqrt().clamp(min=1e-9)
+    assert error.abs().max() < 4.5 and likely.sum() > 2
+
+
+def test_the_models_own_end_token_ends_an_answer_too():
+    model = answerer(sampling=SAMPLING, eos_token_id=77)
+    assert 77 in model.stop_ids and model.tokenizer.eos_token_id in model.stop_ids
+    letters = model.tokenizer("yes", add_special_tokens=False)["input_ids"]
+    assert model._text([*letters, 77, *letters]) == "yes"
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["many tokens", "one token"])

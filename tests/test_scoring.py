@@ -27,14 +27,17 @@ def test_squad_normalisation_and_f1():
         ("Who wrote Emma?", "Jane Austen wrote Emma.", ["jane austen"]),
         ("Where is the Parthenon located?", "The Parthenon is located in Greece.", ["greece"]),
         ("What landmark is in Mumbai?", "The landmark in Mumbai is Gateway of India.", ["gateway of india"]),
-        ("When was the ENIAC invented?", "The ENIAC was invented in 1946 by J. Eckert.", ["1946", "j eckert"]),
+        ("When was the ENIAC invented?", "The ENIAC was invented in 1946 by J. Eckert.", ["1946"]),
+        ("Who invented the ENIAC?", "The ENIAC was invented in 1946 by J. Eckert.", ["1946", "j eckert"]),
         ("When did the war begin?", "The war began in 1899.", ["1899"]),
         ("Who founded Ruritania?", "The founder of Ruritania was Rudolf Elphberg.", ["rudolf elphberg"]),
-        (
-            "Where is the Great Wall of China?",
-            "The Great Wall of China is in China.",
-            ["great wall of china is in china"],
-        ),
+        ("Where is the Great Wall of China?", "The Great Wall is in China.", ["the great wall is in china"]),
+        ("When was it invented?", "It was invented in 1829 by George Stephenson.", ["1829"]),
+        ("In which year was the war?", "The war was in 1899.", ["1899"]),
+        ("What is the capital of Panama?", "The capital of Panama is Panama City.", ["panama city"]),
+        ("What causes rubella?", "Rubella is caused by Rubella virus.", ["rubella virus"]),
+        ("What is the letter?", "The letter is A.", ["the letter is a"]),
+        ("Who wrote Sons and Lovers?", "D.H. Lawrence wrote Sons and Lovers.", ["d h lawrence"]),
     ],
 )
 def test_the_decisive_part_is_what_the_question_does_not_say(prompt, reference, parts):
@@ -45,6 +48,8 @@ def test_an_answer_holds_the_truth_as_whole_words():
     assert holds("I think it's Lisbon!", ["lisbon"])
     assert not holds("Lisbonne", ["lisbon"])
     assert holds("In 1946, by J. Eckert", ["1946", "j eckert"]) and not holds("In 1946", ["1946", "j eckert"])
+    assert holds("D. H. Lawrence’s novel", ["d h lawrence"]) and holds("Lisbon—the capital", ["lisbon"])
+    assert holds("Antonin Dvorak", decisive_parts("Who composed it?", "Antonín Dvořák composed it."))
 
 
 def test_the_rule_on_the_real_test_file(real_data):
@@ -53,10 +58,13 @@ def test_the_rule_on_the_real_test_file(real_data):
     parts = {row.prompt: decisive_parts(row.prompt, row.response) for row in rows}
     # A few words each, and one place or name unless the reference gives a year and an inventor.
     assert np.mean([len(" ".join(p).split()) for p in parts.values()]) < 2.5
-    assert sum(len(p) == 1 for p in parts.values()) > 0.85 * 208
+    assert sum(len(p) == 1 for p in parts.values()) >= 207
     for row in rows:
         assert holds(row.response, parts[row.prompt])
-        assert not holds(row.prompt, parts[row.prompt]) or row.prompt.startswith("Where is the Great Wall")
+        assert not holds(row.prompt, parts[row.prompt])
+        # The bare answer, as a model would give it, is enough.
+        if row.prompt.startswith("Who ") and row.response.endswith(row.prompt[4:-1] + "."):
+            assert holds(row.response.removesuffix(row.prompt[4:-1] + "."), parts[row.prompt]), row
     wrong = [holds(row.response, parts[other.prompt]) for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
     assert np.mean(wrong) < 0.02  # another question's answer is not taken for the truth
 
@@ -78,6 +86,7 @@ def test_a_prompts_score():
     assert found["token_f1"] == pytest.approx((2 * 2 / 6 + 2 * 2 / 6) / 3)
     assert score_prompt(Prompt("q", "r", ("r",)))["self_consistency"] == 1.0
     assert score_prompt(Prompt("Who is it?", "He is Tom Jones.", ("Jones",), truth="Jones"))["contains_truth"] == 1.0
+    assert score_prompt(Prompt("Who is it?", "He is Tom Jones.", ("",), truth="?"))["contains_truth"] == 0.0
 
 
 def test_intervals_are_those_of_a_bootstrap_over_prompts():
@@ -97,6 +106,10 @@ def test_paired_comparison():
     base = prompts_with([1, 2, 3, 4] * 20)
     better = compare(base, prompts_with([2, 3, 4, 5] * 20))
     assert better["difference"] == pytest.approx(-0.2) and better["p_value"] < 0.001
+    assert better["difference_ci"] == pytest.approx([-0.2, -0.2])
+    # Of the 16 ways to sign four differences of one size, two are as large as all of one sign.
+    assert compare(prompts_with([1] * 4), prompts_with([3] * 4))["p_value"] == pytest.approx(2 / 16, abs=0.01)
+    assert compare(prompts_with([1]), prompts_with([3]))["p_value"] == 1.0
     rng = np.random.default_rng(0)
     same = compare(base, prompts_with((np.array([1, 2, 3, 4] * 20) + rng.choice([-1, 1], 80)).tolist()))
     assert same["p_value"] > 0.05 and same["difference_ci"][0] < 0 < same["difference_ci"][1]
@@ -126,6 +139,8 @@ def test_the_command_line(tmp_path):
     assert found["by"]["kind"]["book"]["hallucination_rate"] == 0.5
     assert found["others"][0]["hallucination_rate"] == 0.25
     assert found["others"][0]["compared_with_first"]["difference"] == -0.25
+    (tmp_path / "c.csv").write_text(CSV.replace("kind", "answer").replace("place", "Li ma"))
+    assert json.loads(python("-m", "noisefit.score", str(tmp_path / "c.csv"), "--json").stdout)["right"] == 0
     shown = python("-m", "noisefit.score", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--by", "kind")
     assert (
         "hallucination rate    50.0%" in shown.stdout and "kind book" in shown.stdout and "-25.0 points" in shown.stdout
@@ -138,9 +153,12 @@ def test_the_command_line(tmp_path):
         (CSV.replace("response,kind", "answers,kind"), "no column 'response'"),
         (CSV.replace("generated_response", "answered"), "no column 'generated_response'"),
         (CSV.replace("The capital of Peru is Lima.,place,Lima", ",place,Lima"), "row 3: prompt or response is empty"),
-        (CSV.replace("Jane Austen wrote Emma.,book,Mary", "Jane wrote Emma.,book,Mary"), "two different responses"),
+        (CSV.replace("Jane Austen wrote Emma.,book,Mary", "Jane wrote Emma.,book,Mary"), "two values of 'response'"),
         (CSV.splitlines()[0] + "\n", "it has no rows"),
-        (CSV.replace("Peru", "Chile"), "asks other questions"),
+        (CSV.replace("Peru", "Chile"), "has other questions or responses"),
+        (CSV.replace("is Lima.", "is Cusco."), "has other questions or responses"),
+        (CSV.rpartition("What")[0], "answers are missing: 2 of round 1, 1 of round 2"),
+        (CSV.replace("book,Mary", "novel,Mary"), "rows 1 and 2 give one prompt two values of 'kind'"),
     ],
 )
 def test_files_that_cannot_be_scored_are_refused(tmp_path, text, message):

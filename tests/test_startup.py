@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_models import CONFIGS, tiny_batch, tiny_model
 from transformers import LlamaForCausalLM
 
 from noisefit.branches import BranchedModel
 from noisefit.errors import InputError
+from noisefit.evaluation import evaluate
+from noisefit.prompts import Example
 from noisefit.startup import choose_strategy
 
 
@@ -15,7 +18,7 @@ class LogitsFromTokens(LlamaForCausalLM):
 
     def forward(self, input_ids=None, **kwargs):
         output = super().forward(input_ids=input_ids, **kwargs)
-        output.logits = output.logits + (input_ids.unsqueeze(-1) % 7)
+        output.logits = output.logits * (1 + input_ids.unsqueeze(-1) % 3)
         return output
 
 
@@ -45,6 +48,12 @@ def test_a_model_whose_logits_need_more_than_hidden_states_keeps_its_own():
     strategy, reason = check(model)
     assert strategy == "full_logits" and "all logits in memory" in reason
     assert check(model, "separate")[0] == "full_logits"
+    # Evaluation goes the same way.
+    example = Example(list(range(5, 25)), 4)
+    ids = torch.tensor([example.input_ids])
+    expected = torch.nn.functional.cross_entropy(model.eval()(ids).logits[0, 3:-1], ids[0, 4:])
+    found = evaluate(Accelerator(cpu=True), BranchedModel(model, 7), strategy, [example], 2, 0)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_subtly_wrong_fork_is_seen():

@@ -315,6 +315,9 @@ REFUSED = {
     "rows too long": (dict(max_length=8), "no row has an answer within --max_length 8"),
     "unknown template": (dict(chat_template="chatlm"), "--chat_template chatlm"),
     "fork impossible": (dict(model=bloom, branches="fork"), "--branches fork: the forked"),
+    "no output": (dict(output_model=""), "--output_model is empty"),
+    "a misspelt module": (dict(target_modules="q_proj,v_porj"), "no module is called v_porj"),
+    "output name too long": (dict(output_model="x" * 300), "name too long"),
     "output is a file": (dict(output_model=__file__), "is a file, expected a folder"),
     "unknown attention": (dict(attn_implementation="flash_attention_9"), "not to be loaded"),
 }  # fmt: skip
@@ -343,6 +346,27 @@ def test_another_runs_adapter_is_not_overwritten_unless_asked(llama_folder, ques
     run(llama_folder, questions, out, max_steps=1, seed=1, overwrite_output=True)
     assert (out / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
     assert len(metrics_of(out)) == 1
+
+
+def test_a_folder_of_something_else_is_left_alone(llama_folder, questions, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"holds a README.md that is not of such a run"):
+        run(llama_folder, questions, tmp_path / "mine", max_steps=1, overwrite_output=True)
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [dict(learning_rate=1e6), dict(noise_std=1e6)], ids=str)
+def test_training_that_diverges_ends_in_one_line_and_without_an_adapter(flags, llama_folder, questions, tmp_path):
+    settings = dict(epochs=20, logging_steps=1, max_grad_norm=0, lora_alpha=1e6) | flags
+    with pytest.raises(InputError, match=r"step \d+: the loss or its gradient is not a finite number"):
+        run(llama_folder, questions, tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert (
+        "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+        if (tmp_path / "out" / "metrics.jsonl").exists()
+        else True
+    )
 
 
 def test_the_base_models_own_folder_is_no_output(llama_folder, questions, tmp_path):
