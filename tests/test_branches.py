@@ -1,15 +1,18 @@
 """The fork equals three separate passes, and the chunked head equals all logits at once: values and gradients."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS, fixed_noise, supervise, tiny_batch, tiny_model
+from torch.utils.checkpoint import checkpoint
 
 from noisefit.branches import BranchedModel, branch_hidden_states
 from noisefit.decoder import logits_of
 from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.noise import TokenScaledNoise
 
 REQUIRED = ["llama", "qwen2", "mistral", "gemma2", "gpt2"]
 FORKS = [name for name in CONFIGS if name not in ("bloom", "mixtral")]  # mixtral's experts know no float64
@@ -70,6 +73,38 @@ def test_checkpointing_changes_no_gradient_also_with_drawn_noise(strategy, use_r
         torch.manual_seed(7)
         states = branch_hidden_states(model, **batch, noise={0: drawn, 2: drawn}, strategy=strategy)
         found.append(gradients(model, (states**2).sum()))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def checkpoint_whole_blocks(model):
+    """As transformers did up to 5.17 and some later: the block's `__call__` is checkpointed, hooks and all."""
+    for layer in model.model.layers:
+        parent = type(layer)
+
+        def call(self, *args, parent=parent, **kwargs):
+            function = functools.partial(super(parent, self).__call__, **kwargs)
+            return self._gradient_checkpointing_func(function, *args)
+
+        layer.__class__ = type(f"Old{parent.__name__}", (parent,), {"__call__": call})
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+
+@pytest.mark.parametrize("strategy", ["fork", "separate"])
+def test_blocks_that_are_checkpointed_with_their_hooks_recompute_the_pass_and_the_noise_they_had(strategy):
+    batch, found, states = tiny_batch(), [], []
+    for old_style in (False, True):
+        model = tiny_model()
+        if old_style:
+            checkpoint_whole_blocks(model)
+        source = TokenScaledNoise(2.0)
+        torch.manual_seed(7)
+        noise = {layer: functools.partial(source, mask=batch["attention_mask"]) for layer in (1, 2)}
+        result = branch_hidden_states(model, **batch, noise=noise, strategy=strategy)
+        branch_hidden_states(model, **batch, noise={0: fixed_noise(0)}, strategy="fork")  # another pass in between
+        states.append(result)
+        found.append(gradients(model, (result**2).sum()))
+    assert torch.equal(states[0], states[1])
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-9, msg=name)
 
