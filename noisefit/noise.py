@@ -120,7 +120,7 @@ class TokenScaledNoise:
 
         `branch` (1 or 2) is unused: each call draws afresh. The draw comes from the device's default generator,
         which activation checkpointing restores when it runs a layer again; a private `torch.Generator` it does
-        not, and the gradient would be silently wrong.
+        not, and a gradient that passes through the second draw would be silently wrong.
         """
         sigma = noise_scale(hidden, snr_base_std(hidden, self.noise_std, mask), mask)
         noise, signal = noise_to_signal(hidden, sigma, mask)
