@@ -104,7 +104,9 @@ class Metrics:
             "noise_to_signal": ratio.item(),
         }
         self._reset()
-        if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
+        if not math.isfinite(line["grad_norm"]) and self.accelerator.optimizer_step_was_skipped:
+            line["grad_norm"] = None  # fp16's loss scale was too large for once, and is lowered
+        elif not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
             raise InputError(
                 f"step {step}: the loss or its gradient is not a finite number, and no adapter was written; lower "
                 "--learning_rate or --noise_std, or use bf16 instead of fp16"
