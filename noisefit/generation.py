@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from noisefit.errors import LocalError
-from noisefit.prompts import end_of_turn, prompt_ids
+from noisefit.prompts import end_of_turn, end_token_ids, prompt_ids
 from noisefit.sampling import GumbelSampling, RepetitionPenalty, answer_key
 
 FIRST_BATCH_SIZE = 256  # answers at a time, where memory allows
@@ -193,8 +193,7 @@ class Answerer:
 
 def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, end_text: str) -> list[int]:
     """Tokens that end an answer: the model's own, the tokenizer's end of text, the end of turn if it is one token."""
-    own = generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
+    found = {tokenizer.eos_token_id, *end_token_ids(generation_config)}
     if end_text and len(tokenizer(end_text, add_special_tokens=False)["input_ids"]) == 1:
         found.add(tokenizer.convert_tokens_to_ids(end_text))
     return sorted(token for token in found if token is not None)

@@ -169,10 +169,15 @@ def tokenize_rows(args: Namespace, tokenizer: PreTrainedTokenizerBase, rows: lis
 def stop_token_ids(model: str) -> list[int]:
     """Tokens at which the base model's own generation settings stop; empty where it has none."""
     try:
-        stops = GenerationConfig.from_pretrained(model).eos_token_id
+        return end_token_ids(GenerationConfig.from_pretrained(model))
     except OSError:
         return []
-    return [stops] if isinstance(stops, int) else list(stops or [])
+
+
+def end_token_ids(config: GenerationConfig) -> list[int]:
+    """`eos_token_id`, which may be one token, several or none, as a list."""
+    ends = config.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or [])
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
