@@ -23,18 +23,22 @@ from transformers import get_scheduler
 from noisefit.arguments import parse_arguments
 from noisefit.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.branches import BranchedModel
+from noisefit.checkpoints import Checkpoints, find_checkpoint
 from noisefit.data import load_rows
-from noisefit.errors import notice, one_line_errors
+from noisefit.errors import Stopped, notice, one_line_errors
 from noisefit.evaluation import evaluate
+from noisefit.identity import identify_run
 from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.memory import naming_out_of_memory
 from noisefit.models import check_model, limit_length, load_config, load_model, load_tokenizer
 from noisefit.noise import TokenScaledNoise
 from noisefit.outputs import check_output, save_model, start_output, where_things_are, write_layer_snr
-from noisefit.processes import finish
+from noisefit.processes import finish, on_any_process
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
+from noisefit.signals import StopSignals
 from noisefit.snr import average_snr, negligible_noise, select_layers
 from noisefit.startup import choose_strategy
-from noisefit.tracking import Metrics, check_tracker, progress_bar, start_trackers
+from noisefit.tracking import Metrics, check_bad_steps, check_tracker, progress_bar, start_trackers
 
 
 def train(args: Namespace) -> None:
@@ -57,16 +61,19 @@ def train(args: Namespace) -> None:
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates by itself, whatever the launch's config says
     num_processes = accelerator.num_processes
 
-    set_seed(args.seed)  # the same adapter on every process ...
-    model = BranchedModel(load_model(args, accelerator), args.loss_chunk_size)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
-    )
     rows_per_step = args.batch_size * args.gradient_accumulation_steps * num_processes
     epoch_length = steps_per_epoch(len(examples), rows_per_step)
     total_steps = args.epochs * epoch_length
     if args.max_steps != -1:
         total_steps = min(total_steps, args.max_steps)
+    run = identify_run(args, config, examples, rows_per_step, accelerator)
+    checkpoint = find_checkpoint(args, run, total_steps)
+
+    set_seed(args.seed)  # the same adapter on every process ...
+    model = BranchedModel(load_model(args, accelerator, checkpoint), args.loss_chunk_size)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
+    )
     # The schedule is not given to `prepare`, which would step it once for every process.
     warmup_steps = math.ceil(args.warmup_ratio * total_steps)
     schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, total_steps)
@@ -86,7 +93,7 @@ def train(args: Namespace) -> None:
             break
     calibration = calibration[: args.snr_batches]
 
-    def choose_noise() -> tuple[dict[int, TokenScaledNoise], str, Tensor]:
+    def choose_layers() -> tuple[list[int], str, Tensor]:
         """Measure the layers, choose those that get noise, and check how the branches can be run."""
         snr = average_snr(model, calibration, args.noise_std)
         layers = select_layers(snr, args.num_noise_layers, args.snr_format)
@@ -94,7 +101,7 @@ def train(args: Namespace) -> None:
         chosen = ", ".join(f"{layer} (SNR {snr[layer]:.3g})" for layer in layers)
         notice(f"noise in layers: {chosen or 'none'}; branches: {strategy}")
         notice(reason, negligible_noise(snr, layers))
-        return {layer: TokenScaledNoise(args.noise_std) for layer in layers}, strategy, snr
+        return layers, strategy, snr
 
     def chunk_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, target_tokens: Tensor) -> Tensor:
         """The three losses of one chunk of supervised tokens, each a sum: logits [N, V] and targets [N] to [3]."""
@@ -105,59 +112,82 @@ def train(args: Namespace) -> None:
 
     weights = (args.hybrid_loss_alpha, 1 - args.hybrid_loss_alpha, args.lambda_consistency)
 
-    # --- The loop ---------------------------------------------------------------------------------------------------
-    noise, strategy, snr = choose_noise()
-    if accelerator.is_main_process:
-        start_output(args)
-        write_layer_snr(args, snr, noise)
-    start_trackers(accelerator, args)
+    # --- Where the run stands: at its start, or where a checkpoint was written -------------------------------------
     metrics = Metrics(accelerator, args)
+    checkpoints = Checkpoints(args, run, accelerator, model, optimizer, schedule, metrics, tokenizer)
+    if checkpoint is None:
+        step = seen_targets = bad_steps = 0
+        layers, strategy, snr = choose_layers()
+    else:
+        state = checkpoints.load(checkpoint)
+        step, seen_targets, bad_steps = state["step"], state["seen_targets"], state["bad_steps"]
+        layers, strategy, snr = state["layers"], state["strategy"], torch.tensor(state["snr"], dtype=torch.float64)
+        notice(f"going on from {checkpoint}, after step {step}")
+    noise = {layer: TokenScaledNoise(args.noise_std) for layer in layers}
+    if accelerator.is_main_process:
+        start_output(args, checkpoint)
+        write_layer_snr(args, snr, layers)
+    start_trackers(accelerator, args)
+
+    # --- The loop ---------------------------------------------------------------------------------------------------
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
-    progress = progress_bar(accelerator, total_steps, "training", "step")
     model.train()
-    step = seen_targets = 0
-    for epoch in range(math.ceil(total_steps / epoch_length)):
-        for rows in epoch_steps(examples, rows_per_step, args.seed, epoch):
-            if step == total_steps:
-                break
-            if args.snr_every and step and step % args.snr_every == 0:
-                noise, strategy, snr = choose_noise()
-                if accelerator.is_main_process:
-                    write_layer_snr(args, snr, noise)
+    with StopSignals() as stop, progress_bar(accelerator, total_steps, "training", "step", step) as progress:
+        for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):
+            for rows in epoch_steps(examples, rows_per_step, args.seed, epoch, step - epoch * epoch_length):
+                if step == total_steps:
+                    break
+                if args.snr_every and step and step % args.snr_every == 0:
+                    layers, strategy, snr = choose_layers()
+                    noise = {layer: TokenScaledNoise(args.noise_std) for layer in layers}
+                    if accelerator.is_main_process:
+                        write_layer_snr(args, snr, layers)
 
-            target_tokens = count_targets(rows)  # of the whole step: all its micro-batches, all processes
-            batches = micro_batches(rows)
-            for batch in batches:
-                # Gradients are reduced over the processes once a step, with its last micro-batch.
-                with nullcontext() if batch is batches[-1] else accelerator.no_sync(model):
-                    sums = model(**batch, noise=noise, strategy=strategy, chunk_losses=chunk_losses)
-                    ce, soft, consistency = sums / target_tokens
-                    loss = weights[0] * ce + weights[1] * soft + weights[2] * consistency
-                    # The reduction averages over processes, but these losses are shares of one sum.
-                    accelerator.backward(loss * num_processes)
-                metrics.add_losses(sums)
+                step += 1
+                target_tokens = count_targets(rows)  # of the whole step: all its micro-batches, all processes
+                step_sums = torch.zeros(3, device=accelerator.device)
+                batches = micro_batches(rows)
+                for batch in batches:
+                    # Gradients are reduced over the processes once a step, with its last micro-batch.
+                    reduction = nullcontext() if batch is batches[-1] else accelerator.no_sync(model)
+                    with reduction, naming_out_of_memory(args, step, batch):
+                        sums = model(**batch, noise=noise, strategy=strategy, chunk_losses=chunk_losses)
+                        ce, soft, consistency = sums / target_tokens
+                        loss = weights[0] * ce + weights[1] * soft + weights[2] * consistency
+                        # The reduction averages over processes, but these losses are shares of one sum.
+                        accelerator.backward(loss * num_processes)
+                    step_sums += sums.detach()
 
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            learning_rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # fp16's loss scale overflowed
-                schedule.step()
-            optimizer.zero_grad()
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                finite = step_sums.isfinite().all() & grad_norm.isfinite()
+                stopping, bad = on_any_process(accelerator, stop.received is not None, ~finite)
+                learning_rate = schedule.get_last_lr()[0]
+                if not bad or accelerator.scaler:  # fp16's scaler skips by itself, and lowers its scale
+                    optimizer.step()
+                optimizer.zero_grad()
+                if not bad:
+                    schedule.step()
+                    seen_targets += target_tokens
+                metrics.add_step(step_sums, noise, target_tokens, count_tokens(rows), skipped=bad)
+                bad_steps = check_bad_steps(args, step, bad_steps + 1) if bad else 0
 
-            step += 1
-            seen_targets += target_tokens
-            progress.update()
-            metrics.add_step(target_tokens, count_tokens(rows))
-            passes = step / epoch_length
-            if step % args.logging_steps == 0 or step == total_steps:
-                line = metrics.log(step, passes, weights, learning_rate, grad_norm, noise)
-                progress.set_postfix(loss=f"{line['loss']:.4f}", ce=f"{line['ce_loss']:.4f}", refresh=False)
-            due = step % args.eval_steps == 0 if args.eval_steps else step % epoch_length == 0
-            if eval_examples and (due or step == total_steps):
-                start = time.perf_counter()
-                ce = evaluate(accelerator, model, strategy, eval_examples, args.batch_size, tokenizer.pad_token_id)
-                metrics.log_evaluation(step, passes, ce, count_targets(eval_examples), time.perf_counter() - start)
-    progress.close()
+                progress.update()
+                passes, last = step / epoch_length, step == total_steps
+                if step % args.logging_steps == 0 or last:
+                    line = metrics.log(step, passes, weights, learning_rate, grad_norm)
+                    progress.set_postfix({name: line[name] for name in ("loss", "ce_loss")}, refresh=False)
+                due = step % args.eval_steps == 0 if args.eval_steps else step % epoch_length == 0
+                if eval_examples and (due or last):
+                    start = time.perf_counter()
+                    ce = evaluate(accelerator, model, strategy, eval_examples, args.batch_size, tokenizer.pad_token_id)
+                    metrics.log_evaluation(step, passes, ce, count_targets(eval_examples), time.perf_counter() - start)
+                if stopping or (args.save_steps and (step % args.save_steps == 0 or last)):
+                    variables = {"seen_targets": seen_targets, "bad_steps": bad_steps, "snr": snr.tolist()}
+                    checkpoint = checkpoints.save(step, **variables, layers=layers, strategy=strategy)
+                if stopping and not last:
+                    finish(accelerator)
+                    raise Stopped(f"stopped after step {step} of {total_steps}; the same command with "
+                                  f"--resume_from_checkpoint latest goes on from {checkpoint}")  # fmt: skip
 
     save_model(accelerator, model, tokenizer, args, seen_targets)
     finish(accelerator)

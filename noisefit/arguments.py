@@ -134,6 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup_ratio", type=share, default=0.0, help="share of the steps in which the learning rate rises")
     add("--weight_decay", type=non_negative, default=0.0, help="weight decay of AdamW")
     add("--max_grad_norm", type=non_negative, default=1.0, help="gradients are scaled down to this norm; 0: never")
+    add("--max_bad_steps", type=positive, default=10,
+        help="a step whose loss or gradient is not finite is skipped; so many in a row end the run")  # fmt: skip
     add("--seed", type=count, default=42, help="determines adapter, order of the rows, dropout and noise")
 
     group = parser.add_argument_group("the model")
@@ -152,6 +154,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--attn_implementation", help="attention of the model: eager, sdpa, flash_attention_2, ...; default: its own")
     add("--quantization", choices=("none", "8bit", "4bit"), default="none",
         help="load the frozen base model in 8 or 4 bits (needs: pip install bitsandbytes)")  # fmt: skip
+
+    group = parser.add_argument_group("kills")
+    add = group.add_argument
+    add("--save_steps", type=count, default=100, help="a checkpoint every so many steps and after the last; 0: none")
+    add("--save_total_limit", type=count, default=2, help="so many checkpoints are kept, the last ones; 0: all")
+    add("--resume_from_checkpoint", metavar="PATH|latest|auto",
+        help="go on from a checkpoint; latest: of --output_model; auto: that, or afresh where none is")  # fmt: skip
 
     group = parser.add_argument_group("records")
     add = group.add_argument

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from noisefit.errors import InputError
-from noisefit.outputs import write_json
+from noisefit.files import write_json
 
 Answers = dict[tuple[int, int], str]
 """`(index of the prompt, round)` to the answer."""

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -111,20 +119,29 @@ def quantization_options(quantization: str, dtype: torch.dtype, device: torch.de
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def load_model(args: Namespace, accelerator: Accelerator) -> nn.Module:
+def load_model(args: Namespace, accelerator: Accelerator, checkpoint: Path | None = None) -> nn.Module:
     """The base model with its adapter, or all of it trainable under `--full_finetune`.
 
     Frozen weights are loaded in the launch's mixed-precision dtype; weights that are trained are float32, as an
     update is too small a change for 16 bits.
+
+    Args:
+        args: the run's settings.
+        accelerator: of the run.
+        checkpoint: its weights are the ones that the training begins with.
+
+    Raises:
+        InputError: no such model in safetensors, or the checkpoint's adapter is not of this model.
     """
     frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     options: dict[str, Any] = {"dtype": torch.float32 if args.full_finetune else frozen_dtype}
     if args.attn_implementation is not None:
         options["attn_implementation"] = args.attn_implementation
     options |= quantization_options(args.quantization, frozen_dtype, accelerator.device)
-    with loading("--model", args.model, "weights as safetensors"):
+    whole = checkpoint if args.full_finetune else None
+    with loading("--model", str(whole or args.model), "weights as safetensors"):
         model = AutoModelForCausalLM.from_pretrained(
-            _name(args), use_safetensors=True, trust_remote_code=args.trust_remote_code, **options
+            whole or _name(args), use_safetensors=True, trust_remote_code=args.trust_remote_code, **options
         )
     if args.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -132,7 +149,21 @@ def load_model(args: Namespace, accelerator: Accelerator) -> nn.Module:
         # Newer transformers have another name for it, and warn of this one.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    return model if args.full_finetune else add_adapter(args, model)
+    if args.full_finetune:
+        return model
+    adapted = add_adapter(args, model)
+    if checkpoint is not None:
+        _restore_adapter(adapted, checkpoint)
+    return adapted
+
+
+def _restore_adapter(model: nn.Module, checkpoint: Path) -> None:
+    with loading("--resume_from_checkpoint", str(checkpoint), "this model's adapter"):
+        weights = load_file(checkpoint / "adapter_model.safetensors")
+        unmatched = weights.keys() ^ get_peft_model_state_dict(model).keys()
+        if unmatched:
+            raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
+        set_peft_model_state_dict(model, weights)
 
 
 def add_adapter(args: Namespace, model: PreTrainedModel) -> nn.Module:
@@ -180,7 +211,7 @@ def loading(flag: str, name: str, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())

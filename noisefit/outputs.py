@@ -7,9 +7,8 @@ import os
 import shlex
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,11 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import noisefit
+from noisefit.checkpoints import list_checkpoints, remove_checkpoint
 from noisefit.errors import InputError
+from noisefit.files import sync_folder, write_json, writing
+from noisefit.tracking import LINES
+from noisefit.weights import gather_weights, write_model
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
-RECORDS = ("noisefit_config.json", "layer_snr.json", "metrics.jsonl", "eval_metrics.jsonl")
+RECORDS = ("noisefit_config.json", "layer_snr.json", *LINES)
+PREVIOUS = "previous_run"  # what --overwrite_output replaces, until it is replaced
 
 
 def check_output(args: Namespace) -> None:
@@ -44,14 +48,20 @@ def _check_folder(args: Namespace, output: Path) -> None:
     if output.is_symlink() and not output.exists():
         raise InputError(f"--output_model {output}: a link to a folder that does not exist")
     held = [name for name in ADAPTER if (output / name).exists()]
-    if held and not args.overwrite_output:
+    checkpoints = list_checkpoints(output)
+    wanted = args.resume_from_checkpoint
+    resuming = wanted == "latest" or (wanted == "auto" and bool(checkpoints))
+    resuming = resuming or (wanted is not None and _is_inside(Path(wanted), output))
+    if (held or checkpoints) and not resuming and not args.overwrite_output:
+        what = held[0] if held else checkpoints[-1].name
+        resume = ", or go on with it: --resume_from_checkpoint latest" if checkpoints else ""
         raise InputError(
-            f"--output_model {output} already holds {held[0]} of another run; choose another folder, or give "
-            "--overwrite_output"
+            f"--output_model {output} already holds {what} of another run; choose another folder, or give "
+            f"--overwrite_output{resume}"
         )
     if os.path.isdir(args.model) and output.exists() and output.samefile(args.model):
         raise InputError(f"--output_model {output} is the base model's own folder; choose another one")
-    mine = (output / "noisefit_config.json").exists()
+    mine = any((folder / "noisefit_config.json").exists() for folder in (output, *output.glob(f"{PREVIOUS}*")))
     others = [name for name in ("README.md", "tokenizer.json", "config.json") if (output / name).exists()]
     if others and not mine:
         raise InputError(
@@ -64,28 +74,57 @@ def _check_folder(args: Namespace, output: Path) -> None:
         raise InputError(f"--output_model {output}: no permission to write in {existing}")
 
 
-def start_output(args: Namespace) -> None:
-    """Make the folder, without what an earlier run left there, and write this run's settings to it."""
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.expanduser().resolve().parent == folder.resolve()
+
+
+def start_output(args: Namespace, checkpoint: Path | None) -> None:
+    """Make the folder ready for a run, and write its settings there.
+
+    Args:
+        args: the run's settings.
+        checkpoint: the run goes on from it, and its records with it; `None`: it starts afresh. What another run left
+            is set aside as `previous_run`, until this one is saved.
+
+    Raises:
+        LocalError: it cannot be written.
+    """
     output = Path(args.output_model)
-    output.mkdir(parents=True, exist_ok=True)
-    for name in (*ADAPTER, *CONFIGURATIONS, *RECORDS):
-        (output / name).unlink(missing_ok=True)
-    for shard in output.glob("model-*-of-*.safetensors"):
-        shard.unlink()
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None or not _is_inside(checkpoint, output):
+            _set_aside(output)
+        if checkpoint is not None:
+            for name in LINES:
+                _restore(checkpoint / name, output / name)
     write_json(output / "noisefit_config.json", {"noisefit_version": noisefit.__version__} | vars(args))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to `path`, whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+def _set_aside(output: Path) -> None:
+    """Move an earlier run's model and records to `previous_run`; what there is of a run without a model is removed."""
+    shards = [path.name for path in output.glob("model-*-of-*.safetensors")]
+    held = [output / name for name in (*RECORDS, *CONFIGURATIONS, *shards, *ADAPTER) if (output / name).exists()]
+    aside = output / f"{PREVIOUS}.tmp"  # a kill in the midst of this leaves it for the next run to go on with
+    if aside.exists() or any(path.name in ADAPTER for path in held):
+        aside.mkdir(exist_ok=True)
+        for path in held:
+            os.replace(path, aside / path.name)
+        shutil.rmtree(output / PREVIOUS, ignore_errors=True)
+        os.replace(aside, output / PREVIOUS)
+    else:
+        for path in held:
+            path.unlink()
+    for folder in list_checkpoints(output):
+        remove_checkpoint(folder)
 
 
-def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
-    """Add a line to a JSON Lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
+def _restore(source: Path, target: Path) -> None:
+    if not source.exists():
+        target.unlink(missing_ok=True)
+        return
+    beside = target.with_name(target.name + ".tmp")
+    shutil.copyfile(source, beside)
+    os.replace(beside, target)
 
 
 def write_layer_snr(args: Namespace, snr: Tensor, selected: Iterable[int]) -> None:
@@ -107,22 +146,28 @@ def save_model(
         tokenizer: with its chat template.
         args: the run's settings.
         tokens: supervised tokens that the run trained on, for the card.
+
+    Raises:
+        LocalError: it cannot be written.
     """
-    state = accelerator.get_state_dict(model)  # on all processes, as a sharded model is gathered here
+    weights = gather_weights(accelerator, model, adapter_only=not args.full_finetune)
     if not accelerator.is_main_process:
         return
     output = Path(args.output_model)
-    inside = accelerator.unwrap_model(model).model
-    prefix = "model."  # the attribute of BranchedModel; the saved names are those of the model inside
-    state = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in state.items()}
     beside = output / "saving.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    inside.save_pretrained(beside, state_dict=state)
-    tokenizer.save_pretrained(beside)
-    (beside / "README.md").write_text(model_card(args, tokens), encoding="utf-8")
-    for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        os.replace(path, output / path.name)
-    beside.rmdir()
+    checkpoints = list_checkpoints(output)
+    advice = "; free some space, then --resume_from_checkpoint latest goes on from here" if checkpoints else ""
+    with writing(output, advice):
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            write_model(beside, accelerator.unwrap_model(model).model, weights, tokenizer)
+            (beside / "README.md").write_text(model_card(args, tokens), encoding="utf-8")
+            sync_folder(beside)
+            for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+                os.replace(path, output / path.name)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(output / PREVIOUS, ignore_errors=True)
 
 
 def where_things_are(args: Namespace) -> list[str]:

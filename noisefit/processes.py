@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import time
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 QUIET_SECONDS = 0.5
+
+
+def on_any_process(accelerator: Accelerator, *conditions: bool | Tensor) -> list[bool]:
+    """Which of the conditions hold on at least one process: what all must agree on. All processes call it.
+
+    It is one small reduction, and the one time in a step that a GPU is waited for.
+    """
+    device = accelerator.device
+    votes = torch.stack([torch.as_tensor(c, device=device).float() for c in conditions])
+    return [count > 0 for count in accelerator.reduce(votes, "sum").tolist()]
 
 
 def finish(accelerator: Accelerator) -> None:

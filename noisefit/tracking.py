@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from noisefit.errors import InputError, notice
+from noisefit.files import append_json_line
 from noisefit.noise import TokenScaledNoise
-from noisefit.outputs import append_json_line
 
 LOSSES = ("ce_loss", "soft_loss", "consistency_loss")
+LINES = ("metrics.jsonl", "eval_metrics.jsonl")  # the files, in the output folder
 
 
 def check_tracker(args: Namespace) -> None:
@@ -42,11 +43,35 @@ def start_trackers(accelerator: Accelerator, args: Namespace) -> None:
         notice(f"--report_to {args.report_to} failed, training goes on without it: {error}")
 
 
-def progress_bar(accelerator: Accelerator, total: int, what: str, unit: str) -> tqdm:
+def progress_bar(accelerator: Accelerator, total: int, what: str, unit: str, initial: int = 0) -> tqdm:
     """A bar on the main process; in a log file, which keeps every update, a rarely updated one."""
     interval = 0.1 if sys.stderr.isatty() else 20
     main = accelerator.is_main_process
-    return tqdm(total=total, desc=what, unit=unit, mininterval=interval, disable=not main)
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=interval, disable=not main)
+
+
+def check_bad_steps(args: Namespace, step: int, bad_steps: int) -> int:
+    """Say that a step is skipped, as its loss or gradient is not finite.
+
+    Args:
+        args: the run's settings.
+        step: its number.
+        bad_steps: such steps in a row, this one included.
+
+    Returns:
+        `bad_steps`.
+
+    Raises:
+        InputError: they are as many as `--max_bad_steps`.
+    """
+    what = f"step {step}: the loss or its gradient is not a finite number"
+    if bad_steps == args.max_bad_steps:
+        raise InputError(
+            f"{what}, as in the {bad_steps - 1} steps before; lower --learning_rate or --noise_std, use bf16 instead "
+            "of fp16, or look at the rows of these steps. No weight was touched by them"
+        )
+    notice(f"{what}; the step is skipped ({bad_steps} in a row, the run ends at {args.max_bad_steps})")
+    return bad_steps
 
 
 class Metrics:
@@ -54,73 +79,100 @@ class Metrics:
 
     def __init__(self, accelerator: Accelerator, args: Namespace):
         self.accelerator = accelerator
-        self.path = Path(args.output_model) / "metrics.jsonl"
+        self.path, self.eval_path = (Path(args.output_model) / name for name in LINES)
         self._reset()
 
     def _reset(self) -> None:
         self._sums = torch.zeros(len(LOSSES), device=self.accelerator.device)
-        self._targets = self._tokens = 0
+        self._ratios = torch.zeros((), device=self.accelerator.device)
+        self._steps = self._skipped = self._targets = self._tokens = 0
         self._since = time.perf_counter()
 
-    def add_losses(self, sums: Tensor) -> None:
-        """Add a micro-batch's sums, `[3]`: cross-entropy, soft, consistency, of this process."""
-        self._sums += sums.detach()
+    def add_step(
+        self, sums: Tensor, noise: Mapping[int, TokenScaledNoise], target_tokens: int, tokens: int, skipped: bool
+    ) -> None:
+        """Add an optimizer step.
 
-    def add_step(self, target_tokens: int, tokens: int) -> None:
-        """Count a step's supervised and real tokens, over all processes."""
-        self._targets += target_tokens
+        Args:
+            sums: `[3]`, this process's sums of cross-entropy, soft and consistency loss.
+            noise: the noisy layers' noise, whose record of `noise_to_signal` is taken from it.
+            target_tokens, tokens: the step's supervised and real tokens, over all processes.
+            skipped: its numbers were not finite and its gradient was not used; it is counted, and nothing else.
+        """
+        ratios = [layer.pop_noise_to_signal() for layer in noise.values()]
         self._tokens += tokens
+        if skipped:
+            self._skipped += 1
+            return
+        self._sums += sums
+        self._ratios += torch.stack(ratios).mean() if ratios else 0
+        self._steps += 1
+        self._targets += target_tokens
 
     def log(
-        self, step: int, epoch: float, weights: Iterable[float], learning_rate: float, grad_norm: Tensor,
-        noise: Mapping[int, TokenScaledNoise],
-    ) -> dict[str, Any]:  # fmt: skip
+        self, step: int, epoch: float, weights: Iterable[float], learning_rate: float, grad_norm: Tensor
+    ) -> dict[str, Any]:
         """Write the line of a step. All processes call it.
 
         Args:
             step, epoch: how far the training is, in optimizer steps and passes over the data.
             weights: of the three losses in the whole.
             learning_rate, grad_norm: of this step; the norm before clipping.
-            noise: the noisy layers' noise, read for `noise_to_signal`.
 
         Returns:
-            The line. Losses are means over the supervised tokens since the last line; `target_tokens` counts these;
-            `tokens_per_second` counts real tokens, prompts included, over all processes.
+            The line. Losses are means over the supervised tokens since the last line, but for skipped steps;
+            `target_tokens` counts these; `tokens_per_second` counts real tokens, prompts included, over all processes.
+            What is not a finite number, or a mean over nothing, is `None`.
         """
-        ratios = [layer.pop_noise_to_signal() for layer in noise.values()]
-        ratio = torch.stack(ratios).mean() if ratios else torch.zeros(())
-        sums = self.accelerator.reduce(self._sums, "sum")
-        ratio = self.accelerator.reduce(ratio.to(sums), "mean")
-        means = [total / max(self._targets, 1) for total in sums.tolist()]
+        sums = self.accelerator.reduce(self._sums, "sum").tolist()
+        ratio = self.accelerator.reduce(self._ratios, "mean").item()
+        means = [total / self._targets if self._targets else None for total in sums]
+        norm = float(grad_norm)
         line = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": sum(weight * mean for weight, mean in zip(weights, means, strict=True)),
+            "loss": sum(w * m for w, m in zip(weights, means, strict=True) if m is not None) if self._targets else None,
             **dict(zip(LOSSES, means, strict=True)),
             "learning_rate": learning_rate,
-            "grad_norm": float(grad_norm),
+            "grad_norm": norm if math.isfinite(norm) else None,
             "target_tokens": self._targets,
             "tokens_per_second": round(self._tokens / max(time.perf_counter() - self._since, 1e-9), 1),
-            "noise_to_signal": ratio.item(),
+            "noise_to_signal": ratio / self._steps if self._steps else None,
+            "skipped_steps": self._skipped,
         }
         self._reset()
-        if not math.isfinite(line["grad_norm"]) and self.accelerator.optimizer_step_was_skipped:
-            line["grad_norm"] = None  # fp16's loss scale was too large for once, and is lowered
-        elif not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
-            raise InputError(
-                f"step {step}: the loss or its gradient is not a finite number, and no adapter was written; lower "
-                "--learning_rate or --noise_std, or use bf16 instead of fp16"
-            )
         if self.accelerator.is_main_process:
             append_json_line(self.path, line)
-        self._track(line)
+        self._track({name: value for name, value in line.items() if value is not None})
         return line
+
+    def own_sums(self) -> dict[str, Tensor]:
+        """This process's part of the line that is not yet due, for a checkpoint."""
+        return {"losses": self._sums, "noise_to_signal": self._ratios}
+
+    def counts(self) -> dict[str, float]:
+        """The part that all processes share."""
+        return {
+            "steps": self._steps,
+            "skipped": self._skipped,
+            "targets": self._targets,
+            "tokens": self._tokens,
+            "seconds": time.perf_counter() - self._since,
+        }
+
+    def restore(self, own_sums: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
+        """Undo of `own_sums` and `counts`."""
+        self._sums = own_sums["losses"].to(self._sums)
+        self._ratios = own_sums["noise_to_signal"].to(self._ratios)
+        self._steps, self._skipped = counts["steps"], counts["skipped"]
+        self._targets, self._tokens = counts["targets"], counts["tokens"]
+        self._since = time.perf_counter() - counts["seconds"]
 
     def log_evaluation(self, step: int, epoch: float, ce_loss: float, target_tokens: int, seconds: float) -> None:
         """Write a line to `eval_metrics.jsonl`; its seconds do not count as training. All processes call it."""
         line = {"step": step, "epoch": round(epoch, 4), "eval_ce_loss": ce_loss, "eval_target_tokens": target_tokens}
         if self.accelerator.is_main_process:
-            append_json_line(self.path.with_name("eval_metrics.jsonl"), line)
+            append_json_line(self.eval_path, line)
         self._track(line)
         self._since += seconds
 

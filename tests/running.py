@@ -1,19 +1,28 @@
-"""Running `train_loop.py`: in this process for speed, or as a user does."""
+"""Running `train_loop.py`: in this process for speed, in processes of its own that can be killed, or as a user does."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
 import train_loop
 from noisefit.arguments import parse_arguments
+from noisefit.errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Its processes are forked from one that has imported everything: a real process of its own in a moment.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["running", "tiny_folder", "peft", "transformers.models.llama.modeling_llama"])
 
 
 def run(model: Path, data: Path, output: Path, **flags: object) -> list[dict]:
@@ -33,6 +42,46 @@ def words(**flags: object) -> list[str]:
 
 def metrics_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(model: Path, data: Path, output: Path, processes: int = 1, **flags: object) -> list[BaseProcess]:
+    """Start `train_loop.py` on processes that meet as those of a launch do; what they say goes to OUTPUT.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = words(model=model, train_data=data, output_model=output, **flags)
+    started = []
+    for rank in range(processes):
+        environment = {"ACCELERATE_USE_CPU": "true", "RANK": str(rank)}
+        if processes > 1:
+            environment |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+            environment |= {"MASTER_PORT": str(port)}
+        started.append(PROCESSES.Process(target=in_process, args=(_train, argv, environment, f"{output}.log")))
+        started[-1].start()
+    return started
+
+
+def wait(processes: list[BaseProcess], seconds: float = 120) -> list[int | None]:
+    """Their exit statuses; a process that does not end in time is killed, and its status is -9."""
+    for process in processes:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def in_process(target: Callable[..., object], argument: object, environment: dict[str, str], log: str) -> None:
+    """What a process of `start` does first: its environment, and both its outputs into a file."""
+    os.environ |= environment
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    target(argument)
+
+
+def _train(argv: list[str]) -> None:
+    with one_line_errors("train_loop.py"):
+        train_loop.train(parse_arguments(argv))
 
 
 def launch(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:

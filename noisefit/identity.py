@@ -1,0 +1,80 @@
+"""What determines the numbers of a run, so that it is not resumed as another one."""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from noisefit.prompts import Example
+
+# Settings that a resumed run may change: how long it runs, what it records, how its work is cut and where files are.
+# What the files hold is compared instead of their names; so is the number of rows a step instead of the cut.
+FREE = {
+    "model", "train_data", "eval_data", "config", "output_model", "overwrite_output", "trust_remote_code",
+    "max_steps", "epochs", "max_bad_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
+    "logging_steps", "eval_steps", "report_to", "run_name", "batch_size", "gradient_accumulation_steps",
+    "loss_chunk_size", "gradient_checkpointing", "attn_implementation", "branches",
+}  # fmt: skip
+SAMPLE = 2**20  # bytes at either end of a file of weights
+
+
+def identify_run(
+    args: Namespace, config: PreTrainedConfig, examples: Sequence[Example], rows_per_step: int, accelerator: Any
+) -> dict[str, Any]:
+    """Everything that another run with the same numbers must share, as plain values.
+
+    Args:
+        args: the run's settings.
+        config: the base model's.
+        examples: the tokenized rows.
+        rows_per_step: rows an optimizer step, over all micro-batches and processes.
+        accelerator: of the run.
+    """
+    identity = {name: value for name, value in vars(args).items() if name not in FREE}
+    return identity | {
+        "rows of --train_data": _rows_digest(examples),
+        "weights of --model": _model_digest(args.model, config),
+        "rows an optimizer step": rows_per_step,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, in words; for digests only that they do."""
+    found = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            is_digest = " of --" in name
+            found.append(f"the {name} have changed" if is_digest else f"{name} was {old} and is {new}")
+    return found
+
+
+def _rows_digest(examples: Sequence[Example]) -> str:
+    content = hashlib.sha256()
+    for example in examples:
+        content.update(array("q", [example.target_start, len(example.input_ids), *example.input_ids]).tobytes())
+    return content.hexdigest()
+
+
+def _model_digest(name: str, config: PreTrainedConfig) -> str:
+    """Of a folder the files' sizes and a sample of the weights, so that a copy elsewhere counts as the same model."""
+    folder, content = Path(name).expanduser(), hashlib.sha256()
+    if not folder.is_dir():
+        return f"{name} at {getattr(config, '_commit_hash', None)}"
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        content.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            content.update(file.read(SAMPLE))
+            file.seek(max(size - SAMPLE, 0))
+            content.update(file.read(SAMPLE))
+    content.update((folder / "config.json").read_bytes())
+    return content.hexdigest()

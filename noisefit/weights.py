@@ -1,0 +1,72 @@
+"""Weights and optimizer state of a model that may be sharded over processes: gathered, written, given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedTokenizerBase
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def gather_weights(accelerator: Accelerator, model: nn.Module, adapter_only: bool) -> dict[str, Tensor]:
+    """The weights of the model inside a prepared `BranchedModel`, whole, under its own names. All processes call it.
+
+    Args:
+        accelerator: of the run.
+        model: the prepared `BranchedModel`.
+        adapter_only: a sharded model's frozen weights are not wanted, so they need not be gathered.
+
+    Returns:
+        Name to weight, on the main process; what the others get may be empty.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only)
+        state = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    else:
+        state = accelerator.get_state_dict(model)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}  # the attribute of BranchedModel
+
+
+def write_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write adapter (or model), its configuration and the tokenizer to `folder`, as PEFT and transformers read them."""
+    state = {name: tensor.contiguous() for name, tensor in weights.items()}
+    model.save_pretrained(folder, state_dict=state)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of headings with nothing under them
+    tokenizer.save_pretrained(folder)
+
+
+def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, whole, as `PARAMETER.KEY`; on the main process. All processes call it."""
+    if not optimizer.state:  # before the first step; torch would take one to make a state
+        return {}
+    gathered = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=WHOLE))
+    state = gathered.get("state", {})  # nothing at all on the other processes
+    return {f"{name}.{key}": tensor for name, held in state.items() for key, tensor in held.items()}
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give the optimizer the tensors that `gather_optimizer` returned. All processes call it with all of them.
+
+    Learning rate and the other numbers of its groups are left as they are.
+    """
+    if not tensors:
+        return
+    groups: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions())["param_groups"]
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition(".")
+        state.setdefault(parameter, {})[key] = tensor
+    whole: Any = {"state": state, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
