@@ -116,7 +116,7 @@ def list_checkpoints(output: Path) -> list[Path]:
         try:
             when = int(json.loads((folder / STATE).read_bytes())["saved_at"])
         except (OSError, ValueError, KeyError, TypeError):
-            when = 0
+            when = folder.stat().st_mtime_ns
         return when, int(folder.name.rpartition("-")[2])
 
     folders = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]

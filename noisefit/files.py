@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,10 @@ def writing(path: Path, advice: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         # safetensors and tokenizers have exceptions of their own for these, whose text says "(os error 28)".
-        if not isinstance(error, OSError) and "os error" not in str(error):
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not isinstance(error, OSError) and number is None:
             raise
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
         raise LocalError(f"{path}: cannot be written: {reason}{advice}") from None
 
 

@@ -40,7 +40,7 @@ def start_trackers(accelerator: Accelerator, args: Namespace) -> None:
         accelerator.init_trackers("noisefit", config=plain, init_kwargs={"wandb": {"name": name}})
     except Exception as error:  # whatever a tracker's client raises: no network, no key, a full disk
         accelerator.trackers = []
-        notice(f"--report_to {args.report_to} failed, training goes on without it: {error}")
+        notice(f"--report_to {args.report_to} failed, training goes on without it: {' '.join(str(error).split())}")
 
 
 def progress_bar(accelerator: Accelerator, total: int, what: str, unit: str, initial: int = 0) -> tqdm:
@@ -67,8 +67,8 @@ def check_bad_steps(args: Namespace, step: int, bad_steps: int) -> int:
     what = f"step {step}: the loss or its gradient is not a finite number"
     if bad_steps == args.max_bad_steps:
         raise InputError(
-            f"{what}, as in the {bad_steps - 1} steps before; lower --learning_rate or --noise_std, use bf16 instead "
-            "of fp16, or look at the rows of these steps. No weight was touched by them"
+            f"{what}, {bad_steps} steps in a row (--max_bad_steps); lower --learning_rate or --noise_std, use bf16 "
+            "instead of fp16, or look at the rows of these steps. No weight was touched by them"
         )
     notice(f"{what}; the step is skipped ({bad_steps} in a row, the run ends at {args.max_bad_steps})")
     return bad_steps
@@ -181,4 +181,5 @@ class Metrics:
             self.accelerator.log(line, step=line["step"])
         except Exception as error:  # as in start_trackers
             self.accelerator.trackers = []
-            notice(f"the tracker failed at step {line['step']}, training goes on without it: {error}")
+            reason = " ".join(str(error).split())
+            notice(f"the tracker failed at step {line['step']}, training goes on without it: {reason}")

@@ -44,7 +44,10 @@ def metrics_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def start(model: Path, data: Path, output: Path, processes: int = 1, **flags: object) -> list[BaseProcess]:
+def start(
+    model: Path, data: Path, output: Path, processes: int = 1, log: Path | None = None,
+    environment: dict[str, str] | None = None, **flags: object,
+) -> list[BaseProcess]:  # fmt: skip
     """Start `train_loop.py` on processes that meet as those of a launch do; what they say goes to OUTPUT.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,11 +55,11 @@ def start(model: Path, data: Path, output: Path, processes: int = 1, **flags: ob
     argv = words(model=model, train_data=data, output_model=output, **flags)
     started = []
     for rank in range(processes):
-        environment = {"ACCELERATE_USE_CPU": "true", "RANK": str(rank)}
+        own = {"ACCELERATE_USE_CPU": "true", "RANK": str(rank)} | (environment or {})
         if processes > 1:
-            environment |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-            environment |= {"MASTER_PORT": str(port)}
-        started.append(PROCESSES.Process(target=in_process, args=(_train, argv, environment, f"{output}.log")))
+            own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+            own |= {"MASTER_PORT": str(port)}
+        started.append(PROCESSES.Process(target=in_process, args=(train, argv, own, str(log or f"{output}.log"))))
         started[-1].start()
     return started
 
@@ -79,7 +82,7 @@ def in_process(target: Callable[..., object], argument: object, environment: dic
     target(argument)
 
 
-def _train(argv: list[str]) -> None:
+def train(argv: list[str]) -> None:
     with one_line_errors("train_loop.py"):
         train_loop.train(parse_arguments(argv))
 
