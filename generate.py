@@ -33,7 +33,7 @@ from noisefit.data import describe_skipped, read_prompts
 from noisefit.errors import InputError, notice, one_line_errors
 from noisefit.generation import Answerer, Job, Sampling, answer_all
 from noisefit.journal import Journal, check_answers_output, default_output, write_answers
-from noisefit.processes import finish
+from noisefit.processes import check_processes, finish
 from noisefit.prompts import check_chat_template, prompt_ids, set_chat_template
 from noisefit.tracking import progress_bar
 
@@ -69,6 +69,7 @@ def generate(args: Namespace) -> None:
     )
     # A process that is done waits for the others, however long that takes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    check_processes(accelerator)
     settings = asdict(sampling) | {
         "rounds": args.rounds,
         "input": digest(Path(args.input_csv).read_bytes()),

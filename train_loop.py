@@ -33,7 +33,7 @@ from noisefit.memory import naming_out_of_memory
 from noisefit.models import check_model, limit_length, load_config, load_model, load_tokenizer
 from noisefit.noise import TokenScaledNoise
 from noisefit.outputs import check_output, save_model, start_output, where_things_are, write_layer_snr
-from noisefit.processes import finish, on_any_process
+from noisefit.processes import check_processes, finish, on_any_process
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
 from noisefit.signals import StopSignals
 from noisefit.snr import average_snr, negligible_noise, select_layers
@@ -58,6 +58,7 @@ def train(args: Namespace) -> None:
     # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
     tracker = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(log_with=tracker, project_dir=args.output_model)
+    check_processes(accelerator)
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates by itself, whatever the launch's config says
     num_processes = accelerator.num_processes
 

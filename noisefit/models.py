@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from noisefit.decoder import find_decoder_layers
 from noisefit.errors import InputError, notice
@@ -207,6 +208,8 @@ def _name(args: Namespace) -> str:
 @contextmanager
 def loading(flag: str, name: str, what: str) -> Iterator[None]:
     """Turn what a library raises while it loads `name` as `what` into an `InputError` that names the flag."""
+    if os.environ.get("RANK", "0") != "0":
+        disable_progress_bar()  # the main process shows one for all
     try:
         yield
     except InputError:

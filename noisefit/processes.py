@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from noisefit.errors import InputError
+
 QUIET_SECONDS = 0.5
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise `InputError` where a launch started several processes that do not know of each other.
+
+    On a machine without GPUs a launch for GPUs does, and each of them would write to the same folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise InputError(
+            f"the launch started {started} processes, but each is alone: on a CPU, set ACCELERATE_USE_CPU=true in "
+            "the environment of accelerate launch"
+        )
 
 
 def on_any_process(accelerator: Accelerator, *conditions: bool | Tensor) -> list[bool]:

@@ -7,48 +7,72 @@ import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from noisefit.errors import on_main_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ORPHANED = signal.SIGUSR1  # sent by the system when `accelerate launch` dies
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+_LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch"}
 
 
 class StopSignals:
     """While it is entered, a first SIGTERM or SIGINT is noted in `received`, and a second one ends the process at once.
 
-    It also asks the system for a SIGTERM when `accelerate launch` dies: with one process the launcher passes no signal
-    on, and the run would train on without it.
+    `accelerate launch` with one process passes no signal on: it dies, and the run would train on without it. So the
+    system is asked for a signal when the launcher dies. That one counts as a first signal and never as a second, as it
+    follows a Ctrl-C or a scheduler's signal to all processes of a job.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._when = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-            _end_with_launcher(signal.SIGTERM)
+            if _launched():
+                self._before[ORPHANED] = signal.signal(ORPHANED, self._note)
+                _end_with_parent(ORPHANED)
         return self
 
     def __exit__(self, *error: object) -> None:
+        if ORPHANED in self._before:
+            _end_with_parent(None)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._before:
-            _end_with_launcher(None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        if on_main_process():
-            # Not print: the signal may have come in the midst of one, which is an error.
-            os.write(2, f"\n{self.received}: ending after this step; a second one ends at once\n".encode())
+        if self.received is None:
+            self.received, self._when = signal.Signals(number).name, time.monotonic()
+            if on_main_process():
+                # Not print: the signal may have come in the midst of one, which is an error.
+                os.write(2, f"\n{self.received}: ending after this step; a second one ends at once\n".encode())
+        elif number != ORPHANED and not self._is_the_same():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _is_the_same(self) -> bool:
+        """A scheduler that signals every process of a job reaches this one twice: the launcher of several processes
+        passes the signal on."""
+        return "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._when < 1
 
 
-def _end_with_launcher(number: signal.Signals | None) -> None:
-    """Have the system send this process a signal when its parent ends; `None`: no longer. Linux has that."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # which every accelerate launch sets
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if number is None else int(number))
+def _launched() -> bool:
+    """Whether the parent is `accelerate launch`. Linux alone tells, and can be asked for a signal."""
+    if sys.platform != "linux":
+        return False
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(word.rpartition(b"/")[2] in _LAUNCHERS for word in words)
+
+
+def _end_with_parent(number: signal.Signals | None) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if number is None else int(number))

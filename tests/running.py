@@ -8,10 +8,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil  # accelerate needs it, so it is there
 from accelerate.state import AcceleratorState, GradientState
 
 import train_loop
@@ -19,6 +23,9 @@ from noisefit.arguments import parse_arguments
 from noisefit.errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs" / "accelerate"
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
+MARK = "NOISEFIT_TEST_LAUNCH"
 
 # Its processes are forked from one that has imported everything: a real process of its own in a moment.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -49,16 +56,14 @@ def start(
     environment: dict[str, str] | None = None, **flags: object,
 ) -> list[BaseProcess]:  # fmt: skip
     """Start `train_loop.py` on processes that meet as those of a launch do; what they say goes to OUTPUT.log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     argv = words(model=model, train_data=data, output_model=output, **flags)
     started = []
     for rank in range(processes):
         own = {"ACCELERATE_USE_CPU": "true", "RANK": str(rank)} | (environment or {})
         if processes > 1:
             own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-            own |= {"MASTER_PORT": str(port)}
+            own |= {"MASTER_PORT": port}
         started.append(PROCESSES.Process(target=in_process, args=(train, argv, own, str(log or f"{output}.log"))))
         started[-1].start()
     return started
@@ -89,21 +94,88 @@ def train(argv: list[str]) -> None:
 
 def launch(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
     """`accelerate launch ...` from the project's root."""
-    return _run(launch_command(*arguments, processes=processes), environment)
+    return run_command(launch_command(*arguments, processes=processes), **environment)
 
 
 def launch_command(*arguments: str, processes: int = 1) -> list[str]:
     """The words of a launch. Two processes on a CPU need just these, and ACCELERATE_USE_CPU."""
     options = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else ["--num_processes", "1"]
     options += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
+    return [*LAUNCHER, *options, *arguments]
+
+
+def config_command(name: str, *arguments: str) -> list[str]:
+    """The words of a launch with a file of configs/accelerate; options that go over the file come first."""
+    return [*LAUNCHER, "--config_file", str(CONFIGS / name), *arguments]
+
+
+def run_command(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command from the project's root, to its end."""
+    mark = uuid.uuid4().hex
+    env = _environment(environment, mark)
+    try:
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    finally:
+        _kill_marked(mark)
+
+
+@contextmanager
+def started(command: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """A command in the background, both its streams in `log`. Nothing of it is left behind."""
+    mark = uuid.uuid4().hex
+    with log.open("w") as stream:
+        # A process group of its own, as a shell makes for a command: Ctrl-C is a signal to all of it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=_environment(environment, mark), stdout=stream, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            _kill_marked(mark)
+            process.wait()
+
+
+def worker(launcher: subprocess.Popen, rank: int) -> psutil.Process:
+    """The process of a running launch that has this rank."""
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        if process.environ().get("RANK", "0") == str(rank):
+            return process
+    raise AssertionError(f"the launch has no process of rank {rank}")
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Poll until the condition holds; an `AssertionError` if that takes longer."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
+        time.sleep(0.02)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python ...` from the project's root."""
-    return _run([sys.executable, *arguments], environment)
+    return run_command([sys.executable, *arguments], **environment)
 
 
-def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"ACCELERATE_USE_CPU": "true"} | environment
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+def _environment(environment: dict[str, str], mark: str) -> dict[str, str]:
+    return os.environ | {"ACCELERATE_USE_CPU": "true", MARK: mark} | environment
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill what a command left running.
+
+    Found by the mark in its environment: a launcher's workers are sessions of their own, which no signal to a process
+    group reaches, and those of a launcher that died are nobody's children.
+    """
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                process.kill()
+        except psutil.Error:  # another user's, or gone by now
+            continue

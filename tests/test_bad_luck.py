@@ -9,14 +9,11 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from running import metrics_of, python, run, start, wait, words
+from running import metrics_of, python, run, start, wait, wait_until, words
 from safetensors.torch import load_file
 from tiny_folder import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,7 +102,7 @@ def test_out_of_memory_is_one_line_with_what_helps_and_a_whole_checkpoint(llama_
     flags = FAST | dict(num_noise_layers=1, max_length=64, max_steps=40, epochs=40, save_steps=1)
     large = flags | dict(batch_size=256, gradient_accumulation_steps=2)
     [running] = start(llama_folder, data, out, **large)
-    wait_until(lambda: list_checkpoints(out), running)
+    wait_until(lambda: list_checkpoints(out))
     [pages, *_] = Path(f"/proc/{running.pid}/statm").read_text().split()
     limit = int(pages) * os.sysconf("SC_PAGE_SIZE")  # what it has now, and no more
     resource.prlimit(running.pid, resource.RLIMIT_AS, (limit, limit))
@@ -119,13 +116,6 @@ def test_out_of_memory_is_one_line_with_what_helps_and_a_whole_checkpoint(llama_
     [resumed] = start(llama_folder, data, out, **small, resume_from_checkpoint="latest")
     assert wait([resumed]) == [0], log_of(out)
     assert [line["step"] for line in metrics_of(out)] == list(range(1, int(step) + 1))
-
-
-def wait_until(condition: Callable[[], object], running: BaseProcess) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert running.is_alive() and time.monotonic() < until
-        time.sleep(0.02)
 
 
 # --- Disks ------------------------------------------------------------------------------------------------------------
@@ -217,8 +207,8 @@ def test_a_disk_that_is_read_only_from_the_start_or_from_some_moment_on(disk, ll
     remount("rw")
     log.unlink()
     running = start(llama_folder, questions, out, **FAST | dict(epochs=50), save_steps=5, log=log)
-    wait_until(lambda: list_checkpoints(out), running[0])
-    wait_until(lambda: remount("ro"), running[0])  # refused while a file is being written
+    wait_until(lambda: list_checkpoints(out))
+    wait_until(lambda: remount("ro"))  # refused while a file is being written
     assert wait(running) == [2]
     said = log.read_text()
     assert "cannot be written: Read-only file system" in said and "Traceback" not in said
@@ -410,7 +400,7 @@ def test_wandb_that_dies_in_the_middle_costs_one_warning(llama_folder, questions
     [running] = start(
         llama_folder, questions, out, **FAST | dict(epochs=20), max_steps=60, report_to="wandb", environment=settings
     )
-    wait_until((out / "metrics.jsonl").exists, running)
+    wait_until((out / "metrics.jsonl").exists)
     for child in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split():
         os.kill(int(child), signal.SIGKILL)  # wandb's own process
     assert wait([running]) == [0], log_of(out)

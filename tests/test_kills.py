@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import PROCESSES, in_process, metrics_of, start, wait
+from running import PROCESSES, in_process, metrics_of, start, wait, wait_until
 
 from noisefit.checkpoints import Checkpoints, find_checkpoint, list_checkpoints
 
@@ -93,10 +93,9 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_status_of_its_own(number, whol
 
 def wait_for(out: Path, text: str, running: list) -> None:
     """Until the run says `text`; its progress bar says "training" when the loop begins."""
-    log, until = Path(f"{out}.log"), time.monotonic() + 60
-    while text not in (log.read_text() if log.exists() else ""):
-        assert time.monotonic() < until and running[0].is_alive(), log.read_text()
-        time.sleep(0.02)
+    log = Path(f"{out}.log")
+    wait_until(lambda: (log.exists() and text in log.read_text()) or not running[0].is_alive())
+    assert running[0].is_alive(), log.read_text()
 
 
 def test_a_second_signal_ends_it_at_once(llama_folder, questions, tmp_path):
