@@ -33,12 +33,14 @@ from noisefit.memory import naming_out_of_memory
 from noisefit.models import check_model, limit_length, load_config, load_model, load_tokenizer
 from noisefit.noise import TokenScaledNoise
 from noisefit.outputs import check_output, save_model, start_output, where_things_are, write_layer_snr
+from noisefit.precision import keep_float32_when_sharded
 from noisefit.processes import check_processes, finish, on_any_process
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
 from noisefit.signals import StopSignals
 from noisefit.snr import average_snr, negligible_noise, select_layers
 from noisefit.startup import choose_strategy
 from noisefit.tracking import Metrics, check_bad_steps, check_tracker, progress_bar, start_trackers
+from noisefit.weights import unsharded
 
 
 def train(args: Namespace) -> None:
@@ -58,7 +60,8 @@ def train(args: Namespace) -> None:
     # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
     tracker = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(log_with=tracker, project_dir=args.output_model)
-    check_processes(accelerator)
+    check_processes(accelerator, args.quantization)
+    keep_float32_when_sharded(accelerator)
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates by itself, whatever the launch's config says
     num_processes = accelerator.num_processes
 
@@ -159,7 +162,7 @@ def train(args: Namespace) -> None:
                         accelerator.backward(loss * num_processes)
                     step_sums += sums.detach()
 
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                grad_norm = unsharded(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf))
                 finite = step_sums.isfinite().all() & grad_norm.isfinite()
                 stopping, bad = on_any_process(accelerator, stop.received is not None, ~finite)
                 learning_rate = schedule.get_last_lr()[0]

@@ -47,6 +47,12 @@ class BranchedModel(nn.Module):
         self.model = model
         self.loss_chunk_size = loss_chunk_size
         _layer_hooks(model)  # now, so that they stand before those of whatever wraps this module
+        # Here accelerate reads which modules FSDP gathers one at a time; else it gathers the whole model at once.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in find_decoder_layers(model)})
+
+    def tie_weights(self) -> None:
+        """accelerate calls this where it has made new parameters (FSDP): shared weights must be shared again."""
+        find_causal_lm(self.model).tie_weights()
 
     def forward(
         self,

@@ -7,6 +7,7 @@ import time
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from noisefit.errors import InputError
@@ -14,10 +15,16 @@ from noisefit.errors import InputError
 QUIET_SECONDS = 0.5
 
 
-def check_processes(accelerator: Accelerator) -> None:
-    """Raise `InputError` where a launch started several processes that do not know of each other.
+def check_processes(accelerator: Accelerator, quantization: str = "none") -> None:
+    """Refuse a launch whose processes would not do together what is asked for.
 
-    On a machine without GPUs a launch for GPUs does, and each of them would write to the same folder.
+    Args:
+        accelerator: of the run.
+        quantization: the value of `--quantization`.
+
+    Raises:
+        InputError: the processes do not know of each other, as those of a launch for GPUs on a machine without, and
+            would write to the same folder; or they shard the model in a way that is not supported.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -25,6 +32,18 @@ def check_processes(accelerator: Accelerator) -> None:
             f"the launch started {started} processes, but each is alone: on a CPU, set ACCELERATE_USE_CPU=true in "
             "the environment of accelerate launch"
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise InputError("the launch asks for FSDP 1; set fsdp_version: 2 in its configuration")
+        if accelerator.state.fsdp_plugin.activation_checkpointing:
+            # It computes a block again without knowing of which branches.
+            raise InputError(
+                "the launch asks for fsdp_activation_checkpointing; set it to false, and give --gradient_checkpointing"
+            )
+        if quantization != "none":
+            raise InputError(f"--quantization {quantization} does not go with FSDP; leave one of them out")
+    elif accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InputError(f"the launch asks for {accelerator.distributed_type.value}; use DDP or FSDP")
 
 
 def on_any_process(accelerator: Accelerator, *conditions: bool | Tensor) -> list[bool]:

@@ -15,9 +15,15 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be in shards. All processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_weights(accelerator: Accelerator, model: nn.Module, adapter_only: bool) -> dict[str, Tensor]:
@@ -34,6 +40,10 @@ def gather_weights(accelerator: Accelerator, model: nn.Module, adapter_only: boo
     if accelerator.distributed_type == DistributedType.FSDP:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only)
         state = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+        # Gathered from shards, a tied weight comes twice and is no longer seen to be one.
+        once = dict(model.named_parameters())
+        tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in once]
+        state = {name: tensor for name, tensor in state.items() if name not in tied}
     else:
         state = accelerator.get_state_dict(model)
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}  # the attribute of BranchedModel

@@ -1,0 +1,134 @@
+"""Run by `test_fsdp.py` on two processes of a CPU: `fsdp_program.py RESULTS.json FLAGS_OF_TRAIN_LOOP...`
+
+First `RESULTS.json`, unless it is `none`, gets the differences between sharded losses and gradients and those of the
+plain model; then train_loop.py runs with these flags, sharded by accelerate as the launch's configuration says.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from peft import LoraConfig, get_peft_model
+from tiny_models import fixed_noise, tiny_batch, tiny_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+import train_loop
+from noisefit.arguments import parse_arguments
+from noisefit.batches import collate
+from noisefit.branches import BranchedModel
+from noisefit.decoder import find_decoder_layers
+from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.prompts import Example
+
+SECONDS = 120  # a process whose partner is gone would wait for it half an hour
+NOISE = {1: fixed_noise(1), 2: fixed_noise(2)}
+LENGTHS = [(11, 4, 9), (6,)]  # of the rows of each process: three chunks of targets on one, one on the other
+
+
+def branched_model(kind: str) -> BranchedModel:
+    if kind == "tied":  # all weights trained, of which the head's are the embedding's
+        return BranchedModel(tiny_model(tie_word_embeddings=True), loss_chunk_size=6)
+    model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, and with it the gradient of lora_A
+            nn.init.normal_(parameter, std=0.1)
+    return BranchedModel(model.double(), loss_chunk_size=6)
+
+
+def batch_of(process: int, empty: bool) -> dict[str, Tensor]:
+    if empty and process == 1:
+        return collate([], pad_token_id=0)
+    ids = tiny_batch(LENGTHS[process], seed=process)["input_ids"]
+    rows = zip(ids.tolist(), LENGTHS[process], strict=True)
+    return collate([Example(tuple(row[:length]), target_start=3) for row, length in rows], pad_token_id=0)
+
+
+def chunk_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, targets: Tensor) -> Tensor:
+    soft = soft_target_loss(clean, noisy_1, 2.0) + soft_target_loss(clean, noisy_2, 2.0)
+    return torch.stack([cross_entropy(clean, targets), soft / 2, consistency_loss(noisy_1, noisy_2, 2.0)])
+
+
+def loss_sums(model: nn.Module, batch: dict[str, Tensor], strategy: str) -> Tensor:
+    return model(**batch, noise=NOISE, strategy=strategy, chunk_losses=chunk_losses)
+
+
+def differences(
+    accelerator: Accelerator, kind: str, strategy: str, checkpointing: bool, empty: bool
+) -> dict[str, float]:
+    """The largest differences between the sharded model, each process with its own batch, and the plain one, which
+    has the batches of both; and what makes them worth something."""
+    rank, batches = accelerator.process_index, [batch_of(process, empty) for process in range(2)]
+    plain = branched_model(kind)
+    expected = [loss_sums(plain, batch, strategy) for batch in batches]
+    (expected[0].sum() + expected[1].sum()).backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+
+    model = branched_model(kind)
+    if checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in find_decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    sums = loss_sums(model, batches[rank], strategy)
+    (sums.sum() * 2).backward()  # as in the loop: the reduction averages
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == gradients.keys()
+    return {
+        "losses": (sums - expected[rank]).abs().max().item(),
+        "gradients": max((trained[name].full_tensor() - g).abs().max().item() for name, g in gradients.items()),
+        "smallest_gradient": min(g.abs().max().item() for g in gradients.values()),
+        "target_tokens": len(batches[rank]["target_tokens"]),
+    }
+
+
+def compare(accelerator: Accelerator) -> dict:
+    cases = [
+        dict(kind="lora", strategy=strategy, checkpointing=checkpointing, empty=empty)
+        for strategy in ("fork", "separate")
+        for checkpointing, empty in ((False, False), (True, False), (True, True))
+    ]
+    cases.append(dict(kind="tied", strategy="fork", checkpointing=True, empty=False))
+    found = gather_object([[differences(accelerator, **case) for case in cases]])
+    lines = [dict(case=case, of_processes=both) for case, *both in zip(cases, *found, strict=True)]
+    return {"processes": accelerator.num_processes, "cases": lines}
+
+
+class ShardingAccelerator(Accelerator):
+    """accelerate shards on a GPU only. Told that this is one, its code for it runs on a CPU."""
+
+    def __init__(self, **options: object):
+        super().__init__(**options)
+        # From the environment that the launch made of its configuration, as on a GPU.
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        # Whoever asks for the state later gets a fresh copy of the shared one.
+        self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    def prepare(self, *objects: object) -> tuple:
+        model, optimizer = super().prepare(*objects)
+        groups = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+        self.print(f"groups: {json.dumps(groups)}")
+        return model, optimizer
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    torch.set_num_threads(1)
+    results, *flags = sys.argv[1:]
+    accelerator = Accelerator()
+    content = json.dumps(compare(accelerator)) if results != "none" else None
+    if accelerator.is_main_process and content is not None:
+        Path(results).write_text(content)
+    train_loop.Accelerator = ShardingAccelerator
+    train_loop.train(parse_arguments(flags))

@@ -1,0 +1,113 @@
+"""FSDP: sharding changes where the weights are, and nothing else. Two processes of a CPU stand for the GPUs."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from running import ROOT, config_command, metrics_of, run, run_command, words
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+
+from noisefit.branches import BranchedModel
+from noisefit.precision import keep_float32_when_sharded
+
+SETTINGS = dict(
+    learning_rate=1e-2, max_steps=4, logging_steps=1, lora_dropout=0, noise_std=0, gradient_checkpointing=True,
+    gradient_accumulation_steps=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def questions(folder):
+    lines = [f"What is {'very ' * (i % 5)}{i} plus {i}?,It is {i + i}{' as is known' * (i % 3)}." for i in range(24)]
+    path = folder / "questions.csv"
+    path.write_text("\n".join(["prompt,response", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def train_sharded(results, model, data, output, **flags):
+    """`fsdp_program.py` on two processes."""
+    flags = words(model=model, train_data=data, eval_data=data, output_model=output, **SETTINGS, **flags)
+    program = ["--num_processes", "2", "tests/fsdp_program.py", str(results), *flags]
+    # Without a GPU in sight `fully_shard` takes the CPU.
+    return run_command(config_command("fsdp.yaml", *program), PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.fixture(scope="module")
+def launched(folder, llama_folder, questions):
+    """One launch for several tests, as most of its time goes into starting."""
+    flags = dict(batch_size=2, save_steps=2)
+    return train_sharded(folder / "results.json", llama_folder, questions, folder / "two", **flags)
+
+
+def test_sharded_losses_and_gradients_are_the_plain_ones(launched, folder):
+    assert (folder / "results.json").exists(), launched.stderr
+    compared = json.loads((folder / "results.json").read_text())
+    assert compared["processes"] == 2 and len(compared["cases"]) == 7
+    for line in compared["cases"]:
+        first, second = line["of_processes"]
+        assert first["target_tokens"] == 15 and second["target_tokens"] == (0 if line["case"]["empty"] else 3)
+        for process in (first, second):
+            assert process["losses"] < 1e-9 and process["gradients"] < 1e-9, line
+            assert process["smallest_gradient"] > 1e-3, line  # every trained tensor has one to compare
+
+
+def test_the_loop_trains_sharded_as_it_does_on_one_process(launched, folder, llama_folder, questions):
+    assert launched.returncode == 0, launched.stderr
+    assert "processes: 2" in launched.stderr and "branches: fork" in launched.stderr
+    [groups] = [json.loads(line[7:]) for line in launched.stdout.splitlines() if line.startswith("groups:")]
+    assert groups == ["", *(f"model.base_model.model.model.layers.{layer}" for layer in range(4))]
+
+    expected = run(llama_folder, questions, folder / "one", **SETTINGS, batch_size=4, eval_data=questions)
+    for line, one in zip(metrics_of(folder / "two"), expected, strict=True):
+        for name in ("step", "loss", "ce_loss", "grad_norm", "learning_rate", "target_tokens", "epoch"):
+            assert line[name] == pytest.approx(one[name], rel=1e-4, abs=1e-9), name
+    one, two = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    one, two = (
+        json.loads((folder / name / "eval_metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")
+    )
+    assert two["eval_ce_loss"] == pytest.approx(one["eval_ce_loss"], rel=1e-4)
+
+
+def test_a_sharded_run_resumed_is_the_same_run(launched, folder, llama_folder, questions):
+    assert launched.returncode == 0, launched.stderr
+    flags = dict(batch_size=2, save_steps=2, resume_from_checkpoint=folder / "two" / "checkpoint-2")
+    done = train_sharded("none", llama_folder, questions, folder / "resumed", **flags)
+    assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
+    two, resumed = (
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics_of(folder / name)]
+        for name in ("two", "resumed")
+    )
+    assert resumed == two
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "processes.safetensors"):
+        one, other = (folder / run / "checkpoint-4" / name for run in ("two", "resumed"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_in_16_bits_gradients_are_reduced_and_losses_returned_in_float32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    keep_float32_when_sharded(accelerator)
+    assert plugin.mixed_precision_policy is None  # no mixed precision, nothing to keep
+    plugin.set_mixed_precision("bf16")
+    keep_float32_when_sharded(accelerator)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
+def test_tied_weights_are_tied_again_after_accelerate_made_new_ones():
+    model = BranchedModel(tiny_model(tie_word_embeddings=True), loss_chunk_size=8).to("meta")
+    head, embedding = model.model.lm_head, model.model.model.embed_tokens
+    assert head.weight is not embedding.weight
+    model.tie_weights()
+    assert head.weight is embedding.weight
