@@ -19,7 +19,7 @@ demo: $(WORLD)/base.csv $(WORLD)/answers.csv  ## build a small world, train on i
 	@$(BIN)/python -m noisefit.score $(WORLD)/base.csv $(WORLD)/answers.csv --by relation
 
 test: lint $(WORLD)/facts.json  ## lint, then run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check .
@@ -55,7 +55,7 @@ $(WORLD)/facts.json: | $(VENV)/.run
 
 $(WORLD)/adapter/adapter_model.safetensors: | $(WORLD)/facts.json
 	$(LAUNCH) train_loop.py --model $(WORLD)/model --train_data $(WORLD)/train.csv --output_model $(WORLD)/adapter \
-	    --learning_rate 3e-3 --epochs 20
+	    --learning_rate 3e-3 --epochs 20 --resume_from_checkpoint auto
 
 # No repetition penalty: the right answers repeat the name of the country in the question.
 ASK := generate.py --input_csv $(WORLD)/test.csv --repetition_penalty 1.0

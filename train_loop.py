@@ -193,7 +193,7 @@ def train(args: Namespace) -> None:
                     raise Stopped(f"stopped after step {step} of {total_steps}; the same command with "
                                   f"--resume_from_checkpoint latest goes on from {checkpoint}")  # fmt: skip
 
-    save_model(accelerator, model, tokenizer, args, seen_targets)
+        save_model(accelerator, model, tokenizer, args, seen_targets)
     finish(accelerator)
     notice(*where_things_are(args))
 

@@ -19,7 +19,7 @@ FREE = {
     "model", "train_data", "eval_data", "config", "output_model", "overwrite_output", "trust_remote_code",
     "max_steps", "epochs", "max_bad_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "logging_steps", "eval_steps", "report_to", "run_name", "batch_size", "gradient_accumulation_steps",
-    "loss_chunk_size", "gradient_checkpointing", "attn_implementation", "branches",
+    "loss_chunk_size", "gradient_checkpointing", "attn_implementation",
 }  # fmt: skip
 SAMPLE = 2**20  # bytes at either end of a file of weights
 

@@ -53,9 +53,12 @@ def metrics_of(output: Path) -> list[dict]:
 
 def start(
     model: Path, data: Path, output: Path, processes: int = 1, log: Path | None = None,
-    environment: dict[str, str] | None = None, **flags: object,
+    environment: dict[str, str] | None = None, target: Callable[[list[str]], object] | None = None, **flags: object,
 ) -> list[BaseProcess]:  # fmt: skip
-    """Start `train_loop.py` on processes that meet as those of a launch do; what they say goes to OUTPUT.log."""
+    """Start `train_loop.py` on processes that meet as those of a launch do; what they say goes to OUTPUT.log.
+
+    `target` runs in its place, with the words of its command line.
+    """
     port = free_port()
     argv = words(model=model, train_data=data, output_model=output, **flags)
     started = []
@@ -64,7 +67,8 @@ def start(
         if processes > 1:
             own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
             own |= {"MASTER_PORT": port}
-        started.append(PROCESSES.Process(target=in_process, args=(train, argv, own, str(log or f"{output}.log"))))
+        arguments = (target or train, argv, own, str(log or f"{output}.log"))
+        started.append(PROCESSES.Process(target=in_process, args=arguments))
         started[-1].start()
     return started
 

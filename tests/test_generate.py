@@ -223,7 +223,7 @@ def copy_without(adapter, folder, name):
     copy = folder / "copy"
     copy.mkdir()
     for path in adapter.iterdir():
-        if path.name != name:
+        if path.is_file() and path.name != name:
             (copy / path.name).write_bytes(path.read_bytes())
     return copy
 

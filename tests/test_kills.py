@@ -17,7 +17,7 @@ from running import PROCESSES, in_process, metrics_of, start, wait, wait_until
 
 from noisefit.checkpoints import Checkpoints, find_checkpoint, list_checkpoints
 
-KILLS = int(os.environ.get("NOISEFIT_KILLS", "4"))
+KILLS = int(os.environ.get("NOISEFIT_KILLS", "6"))
 # In the middle of an epoch (6 or 3 steps), with accumulation, layers chosen again, and metrics between their lines.
 RUN = dict(
     learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, max_steps=14, epochs=10, snr_every=4,

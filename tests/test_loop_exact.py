@@ -5,11 +5,12 @@ the formulas, one division by the step's supervised tokens, and torch's own clip
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from running import launch, metrics_of, run, words
+from running import metrics_of, run, start, wait
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, set_seed
 
@@ -117,6 +118,12 @@ def test_the_loop_is_its_definition(flags, llama_folder, few_questions, tmp_path
         torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 
 
+def on_processes(number, *arguments, **flags):
+    """Train on so many processes, which say so."""
+    assert wait(start(*arguments, number, **flags)) == [0] * number
+    assert f"processes: {number}" in Path(f"{arguments[-1]}.log").read_text()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_is_the_cross_entropy_of_the_saved_adapter(processes, llama_folder, few_questions, tmp_path):
     out = tmp_path / "out"
@@ -124,15 +131,7 @@ def test_evaluation_is_the_cross_entropy_of_the_saved_adapter(processes, llama_f
         learning_rate=1e-2, epochs=1, eval_data=few_questions, lora_dropout=0.9, noise_std=2.0, batch_size=2,
         logging_steps=1,
     )  # fmt: skip
-    if processes == 1:
-        run(llama_folder, few_questions, out, **flags)
-    else:
-        done = launch(
-            "train_loop.py",
-            *words(model=llama_folder, train_data=few_questions, output_model=out, **flags),
-            processes=2,
-        )
-        assert done.returncode == 0 and "processes: 2" in done.stderr, done.stderr
+    on_processes(processes, llama_folder, few_questions, out, **flags)
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama_folder), out).eval()
     total = tokens = 0
@@ -150,15 +149,10 @@ def test_evaluation_is_the_cross_entropy_of_the_saved_adapter(processes, llama_f
 
 def test_measuring_the_layers_uses_real_batches_of_every_process(llama_folder, few_questions, tmp_path):
     """Two processes with one row each measure what one process measures over the same two batches."""
-    flags = dict(
-        model=llama_folder, train_data=few_questions, max_steps=1, snr_batches=2, batch_size=1, noise_std=0.3,
-        gradient_accumulation_steps=2,
-    )  # fmt: skip
-    done = launch("train_loop.py", *words(**flags, output_model=tmp_path / "two"), processes=2)
-    assert done.returncode == 0 and "processes: 2" in done.stderr, done.stderr
+    flags = dict(max_steps=1, snr_batches=2, batch_size=1, noise_std=0.3, gradient_accumulation_steps=2)
+    on_processes(2, llama_folder, few_questions, tmp_path / "two", **flags)
     four = flags | dict(gradient_accumulation_steps=4, snr_batches=4)
-    done = launch("train_loop.py", *words(**four, output_model=tmp_path / "one"))
-    assert done.returncode == 0, done.stderr
+    on_processes(1, llama_folder, few_questions, tmp_path / "one", **four)
     two, one = (json.loads((tmp_path / name / "layer_snr.json").read_text()) for name in ("two", "one"))
     assert two["snr"] == pytest.approx(one["snr"], rel=1e-6) and two["selected"] == one["selected"]
 
@@ -166,14 +160,9 @@ def test_measuring_the_layers_uses_real_batches_of_every_process(llama_folder, f
 def test_noise_and_dropout_differ_between_processes(llama_folder, few_questions, tmp_path):
     """With the same draws on both, two processes that hold the same row would give the loss of one, exactly."""
     few_questions.write_text("prompt,response\n" + "What is it?,It is this.\n" * 2)
-    flags = dict(
-        model=llama_folder, train_data=few_questions, max_steps=1, batch_size=1, gradient_accumulation_steps=1,
-        noise_std=1.0, lora_dropout=0,
-    )  # fmt: skip
-    done = launch("train_loop.py", *words(**flags, output_model=tmp_path / "two"), processes=2)
-    assert done.returncode == 0 and "processes: 2" in done.stderr, done.stderr
-    done = launch("train_loop.py", *words(**flags, output_model=tmp_path / "one"))
-    assert done.returncode == 0, done.stderr
+    flags = dict(max_steps=1, batch_size=1, gradient_accumulation_steps=1, noise_std=1.0, lora_dropout=0)
+    on_processes(2, llama_folder, few_questions, tmp_path / "two", **flags)
+    on_processes(1, llama_folder, few_questions, tmp_path / "one", **flags)
     [two], [one] = metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one")
     assert two["ce_loss"] == pytest.approx(one["ce_loss"], rel=1e-5)
     assert two["soft_loss"] != pytest.approx(one["soft_loss"], rel=1e-4)

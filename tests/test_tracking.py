@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from noisefit.errors import InputError
-from noisefit.tracking import Metrics
+from noisefit.tracking import Metrics, check_bad_steps
 
 
 @pytest.fixture
@@ -20,29 +19,53 @@ def metrics(tmp_path):
 
 
 def log(metrics, step=1, grad_norm=2.0):
-    return metrics.log(step, 0.5, (0.5, 0.5, 0.1), 1e-3, torch.tensor(grad_norm), {})
+    return metrics.log(step, 0.5, (0.5, 0.5, 0.1), 1e-3, torch.tensor(grad_norm))
+
+
+def add(metrics, sums, skipped=False):
+    metrics.add_step(torch.tensor(sums), {}, target_tokens=5, tokens=20, skipped=skipped)
 
 
 def test_a_line_has_the_means_since_the_one_before(metrics):
-    for sums in ([6.0, 3.0, 0.0], [4.0, 1.0, 2.0]):
-        metrics.add_losses(torch.tensor(sums))
-        metrics.add_step(target_tokens=5, tokens=20)
+    add(metrics, [6.0, 3.0, 0.0])
+    add(metrics, [4.0, 1.0, 2.0])
     line = log(metrics)
     assert (line["ce_loss"], line["soft_loss"], line["consistency_loss"]) == pytest.approx((1.0, 0.4, 0.2))
     assert line["loss"] == pytest.approx(0.72) and line["target_tokens"] == 10 and line["tokens_per_second"] > 0
-    metrics.add_step(target_tokens=5, tokens=20)
+    add(metrics, [0.0, 0.0, 0.0])
     assert log(metrics, step=2)["loss"] == 0
     assert [json.loads(text)["step"] for text in metrics.path.read_text().splitlines()] == [1, 2]
 
 
-def test_a_skipped_fp16_step_has_no_gradient_norm_but_divergence_is_an_error(metrics):
-    metrics.add_step(target_tokens=5, tokens=20)
-    with pytest.raises(InputError, match="step 1: the loss or its gradient is not a finite number"):
-        log(metrics, grad_norm=float("inf"))
-    assert not metrics.path.exists()
-    metrics.accelerator._optimizers = [SimpleNamespace(step_was_skipped=True)]
-    assert log(metrics, grad_norm=float("inf"))["grad_norm"] is None
-    assert json.loads(metrics.path.read_text())["grad_norm"] is None
-    metrics.add_losses(torch.tensor([float("nan"), 0.0, 0.0]))
-    with pytest.raises(InputError):
-        log(metrics, grad_norm=1.0)
+def test_a_skipped_step_is_counted_and_does_not_touch_the_means(metrics):
+    add(metrics, [6.0, 3.0, 0.0])
+    add(metrics, [float("nan"), 1.0, 2.0], skipped=True)
+    line = log(metrics, grad_norm=float("inf"))
+    assert line["ce_loss"] == pytest.approx(1.2) and line["target_tokens"] == 5 and line["skipped_steps"] == 1
+    assert line["grad_norm"] is None
+    add(metrics, [float("nan"), 1.0, 2.0], skipped=True)
+    line = log(metrics)
+    assert line["loss"] is line["ce_loss"] is line["noise_to_signal"] is None and line["skipped_steps"] == 1
+    assert "NaN" not in metrics.path.read_text()
+
+
+def test_a_line_that_is_not_yet_due_survives_in_a_checkpoint(metrics):
+    add(metrics, [6.0, 3.0, 0.1])
+    add(metrics, [float("nan"), 1.0, 2.0], skipped=True)
+    sums = {name: tensor.clone() for name, tensor in metrics.own_sums().items()}
+    counts = json.loads(json.dumps(metrics.counts()))
+    add(metrics, [4.0, 1.0, 0.2])
+    expected = log(metrics)
+    metrics.restore(sums, counts)
+    add(metrics, [4.0, 1.0, 0.2])
+    again = log(metrics)
+    assert {**again, "tokens_per_second": 0} == {**expected, "tokens_per_second": 0}
+    assert again["tokens_per_second"] == pytest.approx(expected["tokens_per_second"], rel=0.9)
+
+
+def test_bad_steps_are_said_and_too_many_of_them_an_error(capsys):
+    args = Namespace(max_bad_steps=2)
+    assert check_bad_steps(args, step=7, bad_steps=1) == 1
+    assert "step 7: the loss or its gradient is not a finite number; the step is skipped" in capsys.readouterr().err
+    with pytest.raises(InputError, match="step 8: the loss or its gradient is not a finite number, 2 steps in a row"):
+        check_bad_steps(args, step=8, bad_steps=2)

@@ -236,23 +236,6 @@ def test_tensorboard(llama_folder, questions, tmp_path):
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
 
 
-def test_two_processes_take_the_steps_of_one(llama_folder, questions, tmp_path):
-    settings = FAST | dict(lora_dropout=0, noise_std=0, model=llama_folder, train_data=questions, logging_steps=1)
-    done = launch("train_loop.py", *words(**settings, output_model=tmp_path / "two", batch_size=2), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert "processes: 2" in done.stderr
-    expected = run(
-        llama_folder, questions, tmp_path / "one", **FAST | dict(logging_steps=1), lora_dropout=0, noise_std=0
-    )
-    found = metrics_of(tmp_path / "two")
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for line, one in zip(found, expected, strict=True):
-        for name in ("loss", "ce_loss", "grad_norm", "learning_rate", "target_tokens", "epoch"):
-            assert line[name] == pytest.approx(one[name], rel=1e-4, abs=1e-9), name
-    for name, tensor in adapter(tmp_path / "one").items():
-        torch.testing.assert_close(adapter(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-5)
-
-
 def test_bad_input_ends_in_one_line_and_status_2(llama_folder, tmp_path):
     flags = words(model=llama_folder, train_data=tmp_path / "missing.csv", output_model=tmp_path / "out")
     done = python("train_loop.py", *flags)
