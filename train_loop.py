@@ -13,6 +13,7 @@ import math
 import time
 from argparse import Namespace
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -23,10 +24,11 @@ from transformers import get_scheduler
 from noisefit.arguments import parse_arguments
 from noisefit.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.branches import BranchedModel
-from noisefit.checkpoints import Checkpoints, find_checkpoint
+from noisefit.checkpoints import Checkpoints
 from noisefit.data import load_rows
 from noisefit.errors import Stopped, notice, one_line_errors
 from noisefit.evaluation import evaluate
+from noisefit.files import alone_in
 from noisefit.identity import identify_run
 from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
 from noisefit.memory import naming_out_of_memory
@@ -36,6 +38,7 @@ from noisefit.outputs import check_output, save_model, start_output, where_thing
 from noisefit.precision import keep_float32_when_sharded
 from noisefit.processes import check_processes, finish, on_any_process
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
+from noisefit.resuming import find_checkpoint
 from noisefit.signals import StopSignals
 from noisefit.snr import average_snr, negligible_noise, select_layers
 from noisefit.startup import choose_strategy
@@ -70,7 +73,7 @@ def train(args: Namespace) -> None:
     total_steps = args.epochs * epoch_length
     if args.max_steps != -1:
         total_steps = min(total_steps, args.max_steps)
-    run = identify_run(args, config, examples, rows_per_step, accelerator)
+    run = identify_run(args, config, examples, eval_examples, rows_per_step, accelerator)
     checkpoint = find_checkpoint(args, run, total_steps)
 
     set_seed(args.seed)  # the same adapter on every process ...
@@ -128,15 +131,19 @@ def train(args: Namespace) -> None:
         layers, strategy, snr = state["layers"], state["strategy"], torch.tensor(state["snr"], dtype=torch.float64)
         notice(f"going on from {checkpoint}, after step {step}")
     noise = {layer: TokenScaledNoise(args.noise_std) for layer in layers}
-    if accelerator.is_main_process:
-        start_output(args, checkpoint)
-        write_layer_snr(args, snr, layers)
-    start_trackers(accelerator, args)
+    notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
 
     # --- The loop ---------------------------------------------------------------------------------------------------
-    notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
     model.train()
-    with StopSignals() as stop, progress_bar(accelerator, total_steps, "training", "step", step) as progress:
+    with (
+        alone_in(Path(args.output_model), accelerator.is_main_process),
+        StopSignals() as stop,
+        progress_bar(accelerator, total_steps, "training", "step", step) as progress,
+    ):
+        if accelerator.is_main_process:
+            start_output(args, checkpoint)
+            write_layer_snr(args, snr, layers)
+        start_trackers(accelerator, args)
         for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):
             for rows in epoch_steps(examples, rows_per_step, args.seed, epoch, step - epoch * epoch_length):
                 if step == total_steps:

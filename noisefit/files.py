@@ -12,6 +12,11 @@ from typing import Any
 
 from noisefit.errors import LocalError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def writing(path: Path, advice: str = "") -> Iterator[None]:
@@ -29,6 +34,38 @@ def writing(path: Path, advice: str = "") -> Iterator[None]:
             raise
         reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
         raise LocalError(f"{path}: cannot be written: {reason}{advice}") from None
+
+
+@contextmanager
+def alone_in(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Make a folder and keep it to this process, so that two runs do not mix what they write there.
+
+    Args:
+        folder: made where it does not exist.
+        wanted: whether this process is the one that writes there; the others do nothing here.
+
+    Raises:
+        LocalError: another process has it, or it cannot be made.
+    """
+    if not wanted:
+        yield
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it at a kill
+            except BlockingIOError:
+                raise LocalError(
+                    f"{folder}: another run is writing there; wait for its end, or choose another"
+                ) from None
+            except OSError:
+                pass  # some network filesystems have no such locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -141,9 +141,16 @@ def load_model(args: Namespace, accelerator: Accelerator, checkpoint: Path | Non
     options |= quantization_options(args.quantization, frozen_dtype, accelerator.device)
     whole = checkpoint if args.full_finetune else None
     with loading("--model", str(whole or args.model), "weights as safetensors"):
-        model = AutoModelForCausalLM.from_pretrained(
-            whole or _name(args), use_safetensors=True, trust_remote_code=args.trust_remote_code, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            whole or _name(args), use_safetensors=True, trust_remote_code=args.trust_remote_code,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+        model, report = loaded
+        if whole is not None:
+            wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+            wrong += [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is missing, not of this model or not finite")
     if args.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if args.gradient_checkpointing:
@@ -164,6 +171,8 @@ def _restore_adapter(model: nn.Module, checkpoint: Path) -> None:
         unmatched = weights.keys() ^ get_peft_model_state_dict(model).keys()
         if unmatched:
             raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
+        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{bad[0]} is not finite")
         set_peft_model_state_dict(model, weights)
 
 

@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import noisefit
-from noisefit.checkpoints import list_checkpoints, remove_checkpoint
+from noisefit.checkpoints import remove_checkpoint
 from noisefit.errors import InputError
 from noisefit.files import sync_folder, write_json, writing
+from noisefit.resuming import last_whole, list_checkpoints
 from noisefit.tracking import LINES
 from noisefit.weights import gather_weights, write_model
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
 RECORDS = ("noisefit_config.json", "layer_snr.json", *LINES)
+# The other files of a model's folder that a new run writes again, whatever the tokenizer.
+TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 PREVIOUS = "previous_run"  # what --overwrite_output replaces, until it is replaced
 
 
@@ -38,6 +41,14 @@ def check_output(args: Namespace) -> None:
         raise InputError("--output_model is empty; give a folder")
     args.output_model = os.path.expanduser(args.output_model)
     output = Path(args.output_model)
+    wanted = args.resume_from_checkpoint
+    if wanted is not None:
+        try:
+            if not wanted.strip():
+                raise ValueError("is empty; give a path, latest or auto")
+            Path(wanted).expanduser().resolve().exists()
+        except (OSError, RuntimeError, ValueError) as error:  # a home of nobody, links in a circle, a name too long
+            raise InputError(f"--resume_from_checkpoint {wanted[:200]}: {error}") from None
     try:
         _check_folder(args, output)
     except OSError as error:  # a name too long, a link to nowhere, a folder that cannot be entered
@@ -75,7 +86,7 @@ def _check_folder(args: Namespace, output: Path) -> None:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    return path.expanduser().resolve().parent == folder.resolve()
+    return path.expanduser().absolute().parent.resolve() == folder.resolve()
 
 
 def start_output(args: Namespace, checkpoint: Path | None) -> None:
@@ -91,7 +102,6 @@ def start_output(args: Namespace, checkpoint: Path | None) -> None:
     """
     output = Path(args.output_model)
     with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
         if checkpoint is None or not _is_inside(checkpoint, output):
             _set_aside(output)
         if checkpoint is not None:
@@ -102,8 +112,8 @@ def start_output(args: Namespace, checkpoint: Path | None) -> None:
 
 def _set_aside(output: Path) -> None:
     """Move an earlier run's model and records to `previous_run`; what there is of a run without a model is removed."""
-    shards = [path.name for path in output.glob("model-*-of-*.safetensors")]
-    held = [output / name for name in (*RECORDS, *CONFIGURATIONS, *shards, *ADAPTER) if (output / name).exists()]
+    patterns = ("README.md", *TOKENIZER, *RECORDS, *CONFIGURATIONS, "model-*-of-*.safetensors", *ADAPTER)
+    held = [path for pattern in patterns for path in sorted(output.glob(pattern)) if path.is_file()]
     aside = output / f"{PREVIOUS}.tmp"  # a kill in the midst of this leaves it for the next run to go on with
     if aside.exists() or any(path.name in ADAPTER for path in held):
         aside.mkdir(exist_ok=True)
@@ -155,8 +165,8 @@ def save_model(
         return
     output = Path(args.output_model)
     beside = output / "saving.tmp"
-    checkpoints = list_checkpoints(output)
-    advice = "; free some space, then --resume_from_checkpoint latest goes on from here" if checkpoints else ""
+    before = last_whole(output)
+    advice = f"; free some space, and --resume_from_checkpoint latest goes on from {before}" if before else ""
     with writing(output, advice):
         try:
             shutil.rmtree(beside, ignore_errors=True)

@@ -52,7 +52,8 @@ class StopSignals:
             self.received, self._when = signal.Signals(number).name, time.monotonic()
             if on_main_process():
                 # Not print: the signal may have come in the midst of one, which is an error.
-                os.write(2, f"\n{self.received}: ending after this step; a second one ends at once\n".encode())
+                what = "the launcher ended" if number == ORPHANED else self.received
+                os.write(2, f"\n{what}: ending after this step; a second one ends at once\n".encode())
         elif number != ORPHANED and not self._is_the_same():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -65,7 +65,7 @@ def check_bad_steps(args: Namespace, step: int, bad_steps: int) -> int:
         InputError: they are as many as `--max_bad_steps`.
     """
     what = f"step {step}: the loss or its gradient is not a finite number"
-    if bad_steps == args.max_bad_steps:
+    if bad_steps >= args.max_bad_steps:
         raise InputError(
             f"{what}, {bad_steps} steps in a row (--max_bad_steps); lower --learning_rate or --noise_std, use bf16 "
             "instead of fp16, or look at the rows of these steps. No weight was touched by them"
@@ -170,7 +170,8 @@ class Metrics:
 
     def log_evaluation(self, step: int, epoch: float, ce_loss: float, target_tokens: int, seconds: float) -> None:
         """Write a line to `eval_metrics.jsonl`; its seconds do not count as training. All processes call it."""
-        line = {"step": step, "epoch": round(epoch, 4), "eval_ce_loss": ce_loss, "eval_target_tokens": target_tokens}
+        ce = ce_loss if math.isfinite(ce_loss) else None
+        line = {"step": step, "epoch": round(epoch, 4), "eval_ce_loss": ce, "eval_target_tokens": target_tokens}
         if self.accelerator.is_main_process:
             append_json_line(self.eval_path, line)
         self._track(line)

@@ -70,9 +70,17 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     """Give the optimizer the tensors that `gather_optimizer` returned. All processes call it with all of them.
 
     Learning rate and the other numbers of its groups are left as they are.
+
+    Raises:
+        ValueError: a tensor is not finite, is of no trained parameter, or has another shape than it.
     """
     if not tensors:
         return
+    shapes = {name.removeprefix("module."): p.shape for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in tensors.items():
+        fits = tensor.dim() == 0 or tensor.shape == shapes.get(name.rpartition(".")[0])
+        if not fits or name.rpartition(".")[0] not in shapes or not tensor.isfinite().all():
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} is not of this model, or not finite")
     groups: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions())["param_groups"]
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

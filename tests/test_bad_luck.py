@@ -9,18 +9,19 @@ import resource
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from running import metrics_of, python, run, start, wait, wait_until, words
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_folder import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from noisefit.batches import epoch_steps
-from noisefit.checkpoints import list_checkpoints
 from noisefit.errors import InputError
+from noisefit.resuming import fingerprint, list_checkpoints
 
 FAST = dict(learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, epochs=9, logging_steps=1)
 
@@ -193,6 +194,7 @@ def test_on_a_full_disk_overwriting_loses_nothing(disk, llama_folder, questions,
     assert "No space left on device" in log.read_text() and "Traceback" not in log.read_text()
     held = [path for path in out.rglob("adapter_model.safetensors") if path.read_bytes() == before]
     assert held == [out / "previous_run" / "adapter_model.safetensors"]
+    assert {path.name for path in held[0].parent.iterdir()} >= {"tokenizer.json", "chat_template.jinja", "README.md"}
     (folder / "filler").unlink()
     assert wait(start(llama_folder, questions, out, **FAST, max_steps=1, overwrite_output=True, seed=1, log=log)) == [0]
     assert (out / "adapter_model.safetensors").read_bytes() != before and not (out / "previous_run").exists()
@@ -264,7 +266,7 @@ def test_other_rows_or_another_model_are_refused(copied, llama_folder, tmp_path)
     weights = AutoModelForCausalLM.from_pretrained(other)
     weights.lm_head.weight.data[0, 0] += 1
     weights.save_pretrained(other)
-    with pytest.raises(InputError, match=r"the weights of --model have changed\. Resume it with its own, or start"):
+    with pytest.raises(InputError, match=r"the files of --model have changed\. Resume it with its own, or start"):
         run(other, data, out, **flags)
     data.write_text(data.read_text().replace("It is 7.", "It is 8."))
     with pytest.raises(InputError, match=r"checkpoint-3 is of a run .*the rows of --train_data have changed"):
@@ -327,10 +329,11 @@ def pickle_of_the_same_size(path: Path, evil: Path) -> None:
 
 
 DAMAGES = [
-    ("adapter_model.safetensors", cut, "has \\d+ bytes instead of \\d+|is not a safetensors file"),
+    ("adapter_model.safetensors", cut, "is not a safetensors file"),
+    ("metrics.jsonl", cut, "metrics.jsonl has \\d+ bytes instead of \\d+"),
     ("optimizer.safetensors", remove, "optimizer.safetensors is missing"),
     ("checkpoint.json", remove, "no checkpoint.json in it"),
-    ("checkpoint.json", pickle_of_the_same_size, "checkpoint.json is not readable"),
+    ("checkpoint.json", pickle_of_the_same_size, "checkpoint.json is not readable as one of a checkpoint"),
     ("adapter_model.safetensors", pickle_of_the_same_size, "is not a safetensors file; nothing else is loaded"),
     ("processes.safetensors", pickle_of_the_same_size, "is not a safetensors file; nothing else is loaded"),
 ]
@@ -353,15 +356,129 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_or_refused(
     assert not evil.exists()
 
 
-def test_a_checkpoint_with_other_tensors_than_the_run_has_is_refused(copied, llama_folder):
+EDITS = {
+    "loop": dict(
+        step=["8", 8.5, -3, True, 4], layers=[[99], [-1], ["0"], "012", None, [0, 0]], snr=["x", None, [[1.0]], [1.0]],
+        seen_targets=["x", None, -1], bad_steps=["x", 99], strategy=["nope", 3, None],
+    ),
+    "metrics": dict(steps=["1", -1], targets=[0.5], seconds=[-1, float("inf")]),
+    "schedule": dict(last_epoch=["3", -5, 10**30]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [(part, name, value) for part, names in EDITS.items() for name, values in names.items() for value in values],
+)
+def test_an_edited_checkpoint_is_refused_in_a_line(part, name, value, copied, llama_folder):
     out, data = copied
-    folder = out / "checkpoint-3"
-    shutil.copyfile(folder / "processes.safetensors", folder / "optimizer.safetensors")
-    state = json.loads((folder / "checkpoint.json").read_text())
-    state["files"]["optimizer.safetensors"] = state["files"]["processes.safetensors"]
-    (folder / "checkpoint.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match=r"checkpoint-3: its files do not fit this run"):
-        run(llama_folder, data, out, **FAST, max_steps=5, resume_from_checkpoint=folder)
+    path = out / "checkpoint-3" / "checkpoint.json"
+    state = json.loads(path.read_text())
+    state[part][name] = value
+    path.write_text(json.dumps(state))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"checkpoint-3|--max_steps"):
+        run(llama_folder, data, out, **FAST, max_steps=3, resume_from_checkpoint=out / "checkpoint-3")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", "null", '{"saved_at": Infinity}'], ids=lambda text: text[:9])
+def test_a_checkpoint_json_of_something_else_is_passed_over(text, copied, llama_folder, capsys):
+    out, data = copied
+    (out / "checkpoint-3" / "checkpoint.json").write_text(text)
+    run(llama_folder, data, out, **FAST, max_steps=3, resume_from_checkpoint="latest")
+    assert f"{out}/checkpoint-3 is passed over: checkpoint.json is not readable" in capsys.readouterr().err
+
+
+def replace_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change a file's tensors and make its checkpoint agree, so that only what they are can tell."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    state = json.loads((path.parent / "checkpoint.json").read_text())
+    state["files"][path.name] = fingerprint(path)
+    (path.parent / "checkpoint.json").write_text(json.dumps(state))
+
+
+TENSORS = {
+    "not finite": ("optimizer.safetensors", lambda t: next(iter(t.values())).fill_(float("nan"))),
+    "another shape": ("optimizer.safetensors", lambda t: t.update({max(t): torch.zeros(3)})),
+    "of no parameter": ("optimizer.safetensors", lambda t: t.update({"model.head.exp_avg": torch.zeros(3)})),
+    "no random state": ("processes.safetensors", lambda t: t.pop("0.random.torch")),
+    "adapter not finite": ("adapter_model.safetensors", lambda t: next(iter(t.values())).fill_(float("inf"))),
+    "adapter lacking": ("adapter_model.safetensors", lambda t: t.popitem()),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_a_checkpoint_with_other_tensors_than_the_run_has_is_refused(case, copied, llama_folder):
+    out, data = copied
+    name, change = TENSORS[case]
+    replace_tensors(out / "checkpoint-3" / name, change)
+    with pytest.raises(InputError, match=r"checkpoint-3: (its files do not fit|not to be loaded)"):
+        run(llama_folder, data, out, **FAST, max_steps=5, resume_from_checkpoint=out / "checkpoint-3")
+
+
+def test_a_full_model_whose_weights_are_lacking_is_refused(llama_folder, questions, tmp_path):
+    out = tmp_path / "out"
+    flags = FAST | dict(full_finetune=True, save_steps=1, max_steps=1)
+    run(llama_folder, questions, out, **flags)
+    replace_tensors(out / "checkpoint-1" / "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(InputError, match=r"checkpoint-1: not to be loaded.*up_proj.weight is missing"):
+        run(llama_folder, questions, out, **flags | dict(max_steps=2), resume_from_checkpoint="latest")
+
+
+def test_auto_does_not_start_afresh_over_checkpoints_that_are_all_damaged(copied, llama_folder):
+    out, data = copied
+    for folder in list_checkpoints(out):
+        (folder / "processes.safetensors").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"auto: no checkpoint in .*out is whole; remove them"):
+        run(llama_folder, data, out, **FAST, max_steps=5, resume_from_checkpoint="auto")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_moved_to_another_disk_behind_links_go_on(copied, llama_folder, tmp_path):
+    out, data = copied
+    for name in ("checkpoint-1", "checkpoint-3"):
+        shutil.move(out / name, tmp_path / name)
+        (out / name).symlink_to(tmp_path / name)
+    (out / "checkpoint-7").symlink_to(tmp_path / "nowhere")
+    (out / "checkpoint-8").write_text("a file")
+    (out / "checkpoint-notes.tmp").write_text("mine")
+    flags = FAST | dict(max_steps=4, save_steps=1, save_total_limit=1, resume_from_checkpoint="latest")
+    assert [line["step"] for line in run(llama_folder, data, out, **flags)] == [1, 2, 3, 4]
+    assert [path.name for path in list_checkpoints(out)] == ["checkpoint-4"]
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-1", tmp_path / "checkpoint-3"]
+    assert (out / "checkpoint-notes.tmp").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "path", ["", "~nobody-of-that-name/x", "x" * 5000, "a\0b"], ids=["empty", "home", "long", "nul"]
+)
+def test_a_path_that_is_none_is_refused_in_a_line(path, llama_folder, questions, tmp_path):
+    with pytest.raises(InputError, match="--resume_from_checkpoint"):
+        run(llama_folder, questions, tmp_path / "out", resume_from_checkpoint=path)
+
+
+def test_two_runs_do_not_write_to_one_folder(llama_folder, questions, tmp_path):
+    out = tmp_path / "out"
+    [first] = start(llama_folder, questions, out, **FAST | dict(epochs=1000), max_steps=-1)
+    wait_until((out / "metrics.jsonl").exists)
+    [second] = start(llama_folder, questions, out, **FAST, max_steps=1, seed=1, log=tmp_path / "second.log")
+    assert wait([second]) == [2]
+    assert "another run is writing there" in (tmp_path / "second.log").read_text()
+    os.kill(first.pid, signal.SIGTERM)
+    assert wait([first]) == [75]
+    steps = [line["step"] for line in metrics_of(out)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_other_rows_to_evaluate_on_are_said(copied, llama_folder, tmp_path, capsys):
+    out, data = copied
+    flags = FAST | dict(max_steps=4, resume_from_checkpoint="latest", eval_data=data)
+    assert len(run(llama_folder, data, out, **flags)) == 4
+    assert "the rows of --eval_data are not those that checkpoint-3 was saved with" in capsys.readouterr().err
 
 
 def test_generate_refuses_a_pickle_in_place_of_an_adapter(copied, tmp_path):

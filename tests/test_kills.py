@@ -15,7 +15,8 @@ import pytest
 import torch
 from running import PROCESSES, in_process, metrics_of, start, wait, wait_until
 
-from noisefit.checkpoints import Checkpoints, find_checkpoint, list_checkpoints
+from noisefit.checkpoints import Checkpoints
+from noisefit.resuming import find_checkpoint, list_checkpoints
 
 KILLS = int(os.environ.get("NOISEFIT_KILLS", "6"))
 # In the middle of an epoch (6 or 3 steps), with accumulation, layers chosen again, and metrics between their lines.
@@ -31,6 +32,9 @@ def whole(request, llama_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     data = folder / "questions.csv"
     data.write_text("prompt,response\n" + "".join(f"What is {'so ' * (i % 4)}{i}?,It is {i}.\n" for i in range(24)))
+    warm_up = PROCESSES.Process(target=time.monotonic)  # starts the process that all others are forked from
+    warm_up.start()
+    warm_up.join()
     out, began = folder / "out", time.monotonic()
     assert wait(start(llama_folder, data, out, request.param, **RUN, eval_data=data)) == [0] * request.param
     assert f"processes: {request.param}" in Path(f"{out}.log").read_text()
@@ -126,6 +130,9 @@ def test_interrupted_while_it_loads_it_says_so_in_a_line(llama_folder, questions
 # --- Killed at each single thing that saving a checkpoint does to the disk ------------------------------------------
 
 
+VARIABLES = dict(seen_targets=9, bad_steps=0, snr=[2.0, 1.0, 1.0, 1.0], layers=[0], strategy="fork")
+
+
 def save_and_die(argument: tuple) -> None:
     """Save a checkpoint beside an older one that then goes, and die at the n-th thing done to the disk."""
     args, run, n = argument
@@ -141,7 +148,7 @@ def save_and_die(argument: tuple) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    saver.save(3, seen_targets=1)
+    saver.save(3, **VARIABLES)
     os._exit(0)
 
 
@@ -180,7 +187,7 @@ def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp
     run = {"seed": 1}
     old.mkdir()
     (old / "metrics.jsonl").write_text('{"step": 1}\n')
-    tiny_run(args, run).save(2, seen_targets=0)
+    tiny_run(args, run).save(2, **VARIABLES)
     args.output_model = str(out)
     n, seen = 0, set()
     while True:
@@ -203,7 +210,7 @@ def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp
         if status == 0:
             break
         # Whatever the kill left, the next save ends with the new checkpoint and nothing else.
-        tiny_run(args, run).save(4, seen_targets=1)
+        tiny_run(args, run).save(4, **VARIABLES)
         assert sorted(path.name for path in out.iterdir()) == ["checkpoint-4", "metrics.jsonl"], n
     assert n > 15 and seen == {"checkpoint-2", "checkpoint-3"}
     assert last.keys() == contents(old / "checkpoint-2").keys()

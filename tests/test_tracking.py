@@ -69,3 +69,5 @@ def test_bad_steps_are_said_and_too_many_of_them_an_error(capsys):
     assert "step 7: the loss or its gradient is not a finite number; the step is skipped" in capsys.readouterr().err
     with pytest.raises(InputError, match="step 8: the loss or its gradient is not a finite number, 2 steps in a row"):
         check_bad_steps(args, step=8, bad_steps=2)
+    with pytest.raises(InputError):  # a resumed run whose limit was lowered
+        check_bad_steps(args, step=9, bad_steps=7)
