@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from noisefit.errors import LocalError, is_out_of_memory
-from noisefit.resuming import last_whole
+from noisefit.resuming import list_checkpoints
 
 
 @contextmanager
@@ -39,8 +39,8 @@ def naming_out_of_memory(args: Namespace, step: int, batch: Mapping[str, Tensor]
         if args.loss_chunk_size > 64:
             helps.append(f"--loss_chunk_size {args.loss_chunk_size // 4}")
         helps.append("a shorter --max_length")
-        before = last_whole(Path(args.output_model))
-        resume = f"; {before} is whole: --resume_from_checkpoint latest goes on" if before else ""
+        before = list_checkpoints(Path(args.output_model))  # not opened, for which there may be no memory
+        resume = f"; --resume_from_checkpoint latest goes on from {before[-1].name}" if before else ""
         raise LocalError(
             f"step {step}: out of memory with {rows} rows of {length} tokens in a micro-batch, "
             f"{len(batch['target_tokens'])} of them supervised; any of these helps: {', '.join(helps)}{resume}"

@@ -89,8 +89,28 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_a_good_checkpoint_stays(poi
     said = capsys.readouterr().err
     assert "step 3: " in said and "(1 in a row, the run ends at 3)" in said and "(2 in a row, the run" in said
     assert not (out / "adapter_model.safetensors").exists()
+    with pytest.raises(InputError, match=r"step 5: .* 3 steps in a row"):  # the count goes on where it stood
+        run(poisoned, data, out, **FAST, save_steps=1, max_bad_steps=3, snr_batches=1, seed=2,
+            resume_from_checkpoint="latest")  # fmt: skip
     good, last = (load_file(out / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (3, 4))
     assert all(torch.equal(tensor, last[name]) and tensor.isfinite().all() for name, tensor in good.items())
+
+
+def test_a_gradient_that_overflows_under_a_finite_loss_is_a_bad_step(llama_folder, questions, tmp_path, capsys):
+    """Hidden states of 1e30 whose projections shrink them again: the adapter's gradient is as large, squared it is
+    infinite."""
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    block = model.model.layers[3]
+    block.input_layernorm.weight.data *= 1e30
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(block.self_attn, name).weight.data *= 1e-30
+    shutil.copytree(llama_folder, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    flags = FAST | dict(max_bad_steps=2, eval_data=questions, eval_steps=1)
+    with pytest.raises(InputError, match=r"step 2: .* 2 steps in a row"):
+        run(tmp_path / "model", questions, tmp_path / "out", **flags)
+    line = json.loads((tmp_path / "out" / "eval_metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < line["eval_ce_loss"] < 100  # the loss alone would not have told
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
@@ -111,7 +131,7 @@ def test_out_of_memory_is_one_line_with_what_helps_and_a_whole_checkpoint(llama_
     line = error_of(out)
     [step] = re.findall(r"step (\d+): out of memory with 256 rows of 64 tokens in a micro-batch, \d{4} of them", line)
     assert "--gradient_checkpointing, --batch_size 128 --gradient_accumulation_steps 4, --loss_chunk_size 64" in line
-    assert f"checkpoint-{int(step) - 1} is whole: --resume_from_checkpoint latest goes on" in line
+    assert f"--resume_from_checkpoint latest goes on from checkpoint-{int(step) - 1}" in line
     # The advice is good: the same rows a step in smaller pieces go on from there.
     small = flags | dict(batch_size=16, gradient_accumulation_steps=32, max_steps=int(step), epochs=int(step))
     [resumed] = start(llama_folder, data, out, **small, resume_from_checkpoint="latest")

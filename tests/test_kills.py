@@ -5,6 +5,7 @@ NOISEFIT_KILLS=20 makes the loops of random kills longer than a test run on each
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -49,6 +50,10 @@ def assert_same_run(output: Path, expected: Path) -> None:
     assert len(lines(expected)) == 5  # steps 3, 6, 9, 12 and the last, each once
     for name in ("adapter_model.safetensors", "eval_metrics.jsonl", "layer_snr.json"):
         assert (output / name).read_bytes() == (expected / name).read_bytes(), name
+    [seen], [expected_seen] = (
+        re.findall(r"It saw ([\d,]+) supervised", (folder / "README.md").read_text()) for folder in (output, expected)
+    )
+    assert seen == expected_seen
     last = f"checkpoint-{RUN['max_steps']}"
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "processes.safetensors"):
         assert (output / last / name).read_bytes() == (expected / last / name).read_bytes(), name

@@ -11,7 +11,7 @@ from test_loop_exact import FixedNoise
 
 import train_loop
 from noisefit.batches import collate
-from noisefit.processes import finish
+from noisefit.processes import finish, on_any_process
 from noisefit.prompts import Example
 from noisefit.snr import average_snr, layer_snr
 
@@ -54,6 +54,25 @@ def test_two_processes_take_the_steps_of_one(plain, rows, llama_folder, tmp_path
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1", "2")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def vote(argv: list[str]) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    second = accelerator.process_index == 1
+    output = argv[-1].partition("=")[2]
+    Path(f"{output}.{int(second)}").write_text(
+        json.dumps(on_any_process(accelerator, second, False, torch.tensor(not second), True))
+    )
+    finish(accelerator)
+
+
+def test_what_holds_on_one_process_holds_for_all(llama_folder, tmp_path):
+    out = tmp_path / "out"
+    assert wait(start(llama_folder, tmp_path, out, 2, target=vote)) == [0, 0], Path(f"{out}.log").read_text()
+    for rank in (0, 1):
+        assert json.loads(Path(f"{out}.{rank}").read_text()) == [True, False, True, True]
 
 
 def measure(argv: list[str]) -> None:
