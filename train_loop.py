@@ -39,7 +39,7 @@ from noisefit.precision import keep_float32_when_sharded
 from noisefit.processes import check_processes, finish, on_any_process
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
 from noisefit.resuming import find_checkpoint
-from noisefit.signals import StopSignals
+from noisefit.signals import StopSignals, end_with_launcher
 from noisefit.snr import average_snr, negligible_noise, select_layers
 from noisefit.startup import choose_strategy
 from noisefit.tracking import Metrics, check_bad_steps, check_tracker, progress_bar, start_trackers
@@ -48,6 +48,7 @@ from noisefit.weights import unsharded
 
 def train(args: Namespace) -> None:
     # --- Everything that can be checked without the model's weights, before anything is written ----------------------
+    end_with_launcher()
     check_output(args)
     check_tracker(args)
     check_chat_template(args.chat_template)
@@ -130,6 +131,8 @@ def train(args: Namespace) -> None:
         step, seen_targets, bad_steps = state["step"], state["seen_targets"], state["bad_steps"]
         layers, strategy, snr = state["layers"], state["strategy"], torch.tensor(state["snr"], dtype=torch.float64)
         notice(f"going on from {checkpoint}, after step {step}")
+        if state["total_steps"] != total_steps:
+            notice(f"the learning rate now follows a schedule of {total_steps} steps instead of {state['total_steps']}")
     noise = {layer: TokenScaledNoise(args.noise_std) for layer in layers}
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
 
@@ -173,8 +176,9 @@ def train(args: Namespace) -> None:
                 finite = step_sums.isfinite().all() & grad_norm.isfinite()
                 stopping, bad = on_any_process(accelerator, stop.received is not None, ~finite)
                 learning_rate = schedule.get_last_lr()[0]
-                if not bad or accelerator.scaler:  # fp16's scaler skips by itself, and lowers its scale
-                    optimizer.step()
+                if bad:
+                    optimizer.zero_grad()  # so that the step changes nothing; fp16's scaler lowers its scale there
+                optimizer.step()
                 optimizer.zero_grad()
                 if not bad:
                     schedule.step()
@@ -194,7 +198,8 @@ def train(args: Namespace) -> None:
                     metrics.log_evaluation(step, passes, ce, count_targets(eval_examples), time.perf_counter() - start)
                 if stopping or (args.save_steps and (step % args.save_steps == 0 or last)):
                     variables = {"seen_targets": seen_targets, "bad_steps": bad_steps, "snr": snr.tolist()}
-                    checkpoint = checkpoints.save(step, **variables, layers=layers, strategy=strategy)
+                    variables |= {"layers": layers, "strategy": strategy, "total_steps": total_steps}
+                    checkpoint = checkpoints.save(step, **variables)
                 if stopping and not last:
                     finish(accelerator)
                     raise Stopped(f"stopped after step {step} of {total_steps}; the same command with "

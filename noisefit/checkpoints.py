@@ -30,7 +30,16 @@ from noisefit.decoder import find_decoder_layers
 from noisefit.errors import InputError, is_out_of_memory, notice
 from noisefit.files import sync_folder, writing
 from noisefit.random_state import random_state, restore_random_state
-from noisefit.resuming import OPTIMIZER, PROCESSES, STATE, fingerprint, last_whole, list_checkpoints, read_state
+from noisefit.resuming import (
+    OPTIMIZER,
+    PROCESSES,
+    STATE,
+    fingerprint,
+    last_whole,
+    list_checkpoints,
+    read_state,
+    saved_at,
+)
 from noisefit.tracking import LINES, Metrics
 from noisefit.weights import gather_optimizer, gather_weights, restore_optimizer, write_model
 
@@ -78,7 +87,8 @@ class Checkpoints:
         scaler = self.accelerator.scaler
         state = {
             "noisefit_version": noisefit.__version__,
-            "saved_at": time.time_ns(),
+            # After all others, also where a clock goes wrong.
+            "saved_at": max([time.time_ns(), *(saved_at(other) + 1 for other in list_checkpoints(self.output))]),
             "run": self.run,
             "loop": {"step": step, **variables},
             "metrics": self.metrics.counts(),

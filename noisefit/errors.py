@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
+SECONDS_ALONE = 3
 STOPPED = 75  # the status of a run that was asked to stop and can be resumed; EX_TEMPFAIL of sysexits.h
 
 
@@ -34,10 +36,15 @@ def one_line_errors(program: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, Stopped) as error:
-        say = _say if isinstance(error, LocalError) else notice
-        say(str(error) if isinstance(error, Stopped) else f"{program}: error: {' '.join(str(error).split())}")
-        sys.exit(STOPPED if isinstance(error, Stopped) else 2)
+    except Stopped as stopped:
+        notice(str(stopped))
+        sys.exit(STOPPED)
+    except InputError as error:
+        if not on_main_process() and not isinstance(error, LocalError):
+            # Where all have the error, the main process says it and the launcher ends the others within this time.
+            time.sleep(SECONDS_ALONE)
+        _say(f"{program}: error: {_one_line(error)}")
+        sys.exit(2)
     except KeyboardInterrupt:
         notice(f"{program}: interrupted")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -45,7 +52,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        _say(f"{program}: error: out of memory: {' '.join(str(error).split())[:200]}")
+        _say(f"{program}: error: out of memory: {_one_line(error)[:200]}")
         sys.exit(2)
 
 
@@ -67,6 +74,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size  # here, as it imports torch: seconds
 
     return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+def _one_line(error: BaseException) -> str:
+    """Its text without line ends, nor what would move a terminal's cursor: parts of it may come from a file."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
 
 
 def _say(line: str) -> None:

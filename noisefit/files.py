@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ def sync_folder(folder: Path) -> None:
         if path.is_file() or path == folder:
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                # Some network filesystems have no such thing for a folder.
+                with suppress(OSError) if path == folder else nullcontext():
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)

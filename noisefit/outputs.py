@@ -19,7 +19,7 @@ import noisefit
 from noisefit.checkpoints import remove_checkpoint
 from noisefit.errors import InputError
 from noisefit.files import sync_folder, write_json, writing
-from noisefit.resuming import last_whole, list_checkpoints
+from noisefit.resuming import STATE, last_whole, list_checkpoints
 from noisefit.tracking import LINES
 from noisefit.weights import gather_weights, write_model
 
@@ -115,17 +115,19 @@ def _set_aside(output: Path) -> None:
     patterns = ("README.md", *TOKENIZER, *RECORDS, *CONFIGURATIONS, "model-*-of-*.safetensors", *ADAPTER)
     held = [path for pattern in patterns for path in sorted(output.glob(pattern)) if path.is_file()]
     aside = output / f"{PREVIOUS}.tmp"  # a kill in the midst of this leaves it for the next run to go on with
-    if aside.exists() or any(path.name in ADAPTER for path in held):
+    if aside.exists() or any(path.suffix == ".safetensors" for path in held):
         aside.mkdir(exist_ok=True)
         for path in held:
             os.replace(path, aside / path.name)
-        shutil.rmtree(output / PREVIOUS, ignore_errors=True)
-        os.replace(aside, output / PREVIOUS)
+        if any(aside.glob("*.safetensors")):  # else what is aside already is the last whole model
+            shutil.rmtree(output / PREVIOUS, ignore_errors=True)
+            os.replace(aside, output / PREVIOUS)
     else:
         for path in held:
             path.unlink()
     for folder in list_checkpoints(output):
-        remove_checkpoint(folder)
+        if (folder / STATE).exists():  # another program's are left alone
+            remove_checkpoint(folder)
 
 
 def _restore(source: Path, target: Path) -> None:

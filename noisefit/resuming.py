@@ -108,17 +108,18 @@ def list_checkpoints(output: Path) -> list[Path]:
     That need not be the order of the steps: a run can go on from an earlier one.
     """
 
-    def saved_at(folder: Path) -> tuple[int, int]:
-        try:
-            when = read_state(folder)["saved_at"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            when = None
-        # Of a damaged one the time of the damage, lest an older one be taken without a word.
-        when = when if isinstance(when, int) else folder.stat().st_mtime_ns
-        return when, int(folder.name.rpartition("-")[2])
-
     folders = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,12}", path.name)]
     return sorted((folder for folder in folders if folder.is_dir()), key=saved_at)
+
+
+def saved_at(folder: Path) -> int:
+    """When a checkpoint was saved, in nanoseconds; of a damaged one when it was damaged, lest an older one be taken
+    without a word."""
+    try:
+        when = read_state(folder)["saved_at"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        when = None
+    return when if isinstance(when, int) else folder.stat().st_mtime_ns
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def _check_state(state: Mapping[str, Any]) -> None:
 
     loop, metrics, files = state["loop"], state["metrics"], state["files"]
     require(isinstance(state["run"], dict), "run")
-    require(is_count(loop["step"]) and loop["step"] > 0, "step")
+    require(is_count(loop["step"]) and loop["step"] > 0 and is_count(loop["total_steps"]), "step, total_steps")
     require(is_count(loop["seen_targets"]) and is_count(loop["bad_steps"], loop["step"]), "seen_targets, bad_steps")
     require(is_count(state["schedule"]["last_epoch"], loop["step"]), "last_epoch")
     require(all(is_count(metrics[name]) for name in ("steps", "skipped", "targets", "tokens")), "metrics")

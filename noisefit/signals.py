@@ -20,6 +20,12 @@ _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LAUNCHERS = {b"accelerate", b"accelerate-launch", b"accelerate.commands.launch"}
 
 
+def end_with_launcher() -> None:
+    """Have a run that is still loading end with `accelerate launch`: a launcher of one process tells nobody."""
+    if _launched():
+        _end_with_parent(signal.SIGTERM)
+
+
 class StopSignals:
     """While it is entered, a first SIGTERM or SIGINT is noted in `received`, and a second one ends the process at once.
 
@@ -43,7 +49,7 @@ class StopSignals:
 
     def __exit__(self, *error: object) -> None:
         if ORPHANED in self._before:
-            _end_with_parent(None)
+            _end_with_parent(signal.SIGTERM)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -75,5 +81,5 @@ def _launched() -> bool:
     return any(word.rpartition(b"/")[2] in _LAUNCHERS for word in words)
 
 
-def _end_with_parent(number: signal.Signals | None) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if number is None else int(number))
+def _end_with_parent(number: signal.Signals) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))

@@ -87,4 +87,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         parameter, _, key = name.rpartition(".")
         state.setdefault(parameter, {})[key] = tensor
     whole: Any = {"state": state, "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_optimizer_state_dict(model, optimizer, whole, options=options)
+    for name, weight in model.named_parameters():
+        if name.removeprefix("module.") not in state:  # it never had a gradient; torch has made a state for it
+            optimizer.state.pop(weight, None)

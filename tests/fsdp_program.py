@@ -10,6 +10,7 @@ import faulthandler
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +30,7 @@ from noisefit.branches import BranchedModel
 from noisefit.decoder import find_decoder_layers
 from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
 from noisefit.prompts import Example
+from noisefit.weights import gather_weights
 
 SECONDS = 120  # a process whose partner is gone would wait for it half an hour
 NOISE = {1: fixed_noise(1), 2: fixed_noise(2)}
@@ -85,7 +87,9 @@ def differences(
     (sums.sum() * 2).backward()  # as in the loop: the reduction averages
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == gradients.keys()
+    whole = gather_weights(SimpleNamespace(distributed_type=DistributedType.FSDP), model, adapter_only=kind == "lora")
     return {
+        "gathered": sorted(whole),
         "losses": (sums - expected[rank]).abs().max().item(),
         "gradients": max((trained[name].full_tensor() - g).abs().max().item() for name, g in gradients.items()),
         "smallest_gradient": min(g.abs().max().item() for g in gradients.values()),

@@ -54,6 +54,10 @@ def test_sharded_losses_and_gradients_are_the_plain_ones(launched, folder):
     for line in compared["cases"]:
         first, second = line["of_processes"]
         assert first["target_tokens"] == 15 and second["target_tokens"] == (0 if line["case"]["empty"] else 3)
+        names = first["gathered"]  # on the main process; a tied weight once
+        tied = line["case"]["kind"] == "tied"
+        assert ("lm_head.weight" in names, "model.embed_tokens.weight" in names) == (False, tied)
+        assert all("lora" in name for name in names) == (not tied) and names
         for process in (first, second):
             assert process["losses"] < 1e-9 and process["gradients"] < 1e-9, line
             assert process["smallest_gradient"] > 1e-3, line  # every trained tensor has one to compare

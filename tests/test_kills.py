@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from running import PROCESSES, in_process, metrics_of, start, wait, wait_until
+from safetensors.torch import load_file
 
 from noisefit.checkpoints import Checkpoints
+from noisefit.outputs import save_model
 from noisefit.resuming import find_checkpoint, list_checkpoints
 
-KILLS = int(os.environ.get("NOISEFIT_KILLS", "6"))
+KILLS = int(os.environ.get("NOISEFIT_KILLS", "4"))
 # In the middle of an epoch (6 or 3 steps), with accumulation, layers chosen again, and metrics between their lines.
 RUN = dict(
     learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, max_steps=14, epochs=10, snr_every=4,
@@ -135,13 +137,29 @@ def test_interrupted_while_it_loads_it_says_so_in_a_line(llama_folder, questions
 # --- Killed at each single thing that saving a checkpoint does to the disk ------------------------------------------
 
 
-VARIABLES = dict(seen_targets=9, bad_steps=0, snr=[2.0, 1.0, 1.0, 1.0], layers=[0], strategy="fork")
+VARIABLES = dict(seen_targets=9, bad_steps=0, snr=[2.0, 1.0, 1.0, 1.0], layers=[0], strategy="fork", total_steps=9)
 
 
 def save_and_die(argument: tuple) -> None:
     """Save a checkpoint beside an older one that then goes, and die at the n-th thing done to the disk."""
     args, run, n = argument
     saver = tiny_run(args, run)
+    die_at(n, args)
+    saver.save(3, **VARIABLES)
+    os._exit(0)
+
+
+def finish_and_die(argument: tuple) -> None:
+    """Save the final model over another one, and die so."""
+    args, run, n = argument
+    saver = tiny_run(args, run)
+    saver.model.requires_grad_(False).apply(lambda module: [p.add_(1) for p in module.parameters(recurse=False)])
+    die_at(n, args)
+    save_model(saver.accelerator, saver.model, saver.tokenizer, args, tokens=2)
+    os._exit(0)
+
+
+def die_at(n: int, args) -> None:
     left = n
 
     def count(event: str, details: tuple) -> None:
@@ -153,8 +171,6 @@ def save_and_die(argument: tuple) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    saver.save(3, **VARIABLES)
-    os._exit(0)
 
 
 def tiny_run(args, run) -> Checkpoints:
@@ -184,6 +200,52 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checkpoint.json"}
 
 
+def die_in(act, args, run, n: int, before: Path) -> int | None:
+    """The status of a process that dies at the n-th thing done to the disk, where `before` was."""
+    out = Path(args.output_model)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(before, out)
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    child = PROCESSES.Process(target=in_process, args=(act, (args, run, n), environment, f"{out}.log"))
+    child.start()
+    [status] = wait([child])
+    assert status in (0, -signal.SIGKILL), Path(f"{out}.log").read_text()
+    return status
+
+
+def test_killed_at_each_act_of_the_final_save_a_new_adapter_has_all_that_belongs_to_it(tmp_path):
+    from argparse import Namespace
+
+    old, out, args = tmp_path / "old", tmp_path / "out", Namespace(output_model=str(tmp_path / "old"))
+    args.__dict__ |= dict(full_finetune=False, save_total_limit=1, model="m", train_data="d")
+    old.mkdir()
+    saver = tiny_run(args, {})
+    save_model(saver.accelerator, saver.model, saver.tokenizer, args, tokens=1)
+    args.output_model = str(out)
+    n, status, states = 0, None, set()
+    while status != 0:
+        n += 1
+        status = die_in(finish_and_die, args, {}, n, old)
+        new = (out / "adapter_model.safetensors").read_bytes() != (old / "adapter_model.safetensors").read_bytes()
+        states.add(new)
+        load_file(out / "adapter_model.safetensors")
+        assert not new or "It saw 2 supervised" in (out / "README.md").read_text(), n
+        assert {path.name for path in old.iterdir()} <= {path.name for path in out.iterdir()}, n
+    assert states == {False, True} and n > 8
+
+
+def test_the_loss_scale_of_fp16_is_restored(tmp_path):
+    from argparse import Namespace
+
+    args = Namespace(output_model=str(tmp_path), full_finetune=False, save_total_limit=0)
+    saver, other = tiny_run(args, {}), tiny_run(args, {})
+    saver.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    folder = saver.save(2, **VARIABLES)
+    other.accelerator.scaler = torch.amp.GradScaler("cpu")
+    other.load(folder)
+    assert other.accelerator.scaler.get_scale() == 512
+
+
 def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp_path):
     from argparse import Namespace
 
@@ -194,17 +256,10 @@ def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp
     (old / "metrics.jsonl").write_text('{"step": 1}\n')
     tiny_run(args, run).save(2, **VARIABLES)
     args.output_model = str(out)
-    n, seen = 0, set()
-    while True:
+    n, seen, status = 0, set(), None
+    while status != 0:
         n += 1
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(old, out)
-        child = PROCESSES.Process(
-            target=in_process, args=(save_and_die, (args, run, n), {"ACCELERATE_USE_CPU": "true"}, f"{out}.log")
-        )
-        child.start()
-        [status] = wait([child])
-        assert status in (0, -signal.SIGKILL), Path(f"{out}.log").read_text()
+        status = die_in(save_and_die, args, run, n, old)
         found = find_checkpoint(args, run, total_steps=9)
         assert found is not None and found.name in ("checkpoint-2", "checkpoint-3"), n
         seen.add(found.name)
@@ -212,8 +267,6 @@ def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp
             assert contents(found) == contents(old / "checkpoint-2"), n
         else:
             last = contents(found)
-        if status == 0:
-            break
         # Whatever the kill left, the next save ends with the new checkpoint and nothing else.
         tiny_run(args, run).save(4, **VARIABLES)
         assert sorted(path.name for path in out.iterdir()) == ["checkpoint-4", "metrics.jsonl"], n

@@ -13,7 +13,7 @@ import pytest
 from running import LAUNCHER, ROOT, config_command, run_command, started, wait_until, words, worker
 
 from noisefit.checkpoints import list_checkpoints
-from noisefit.signals import StopSignals
+from noisefit.signals import ORPHANED, StopSignals
 
 
 def to_the_launcher(launcher: subprocess.Popen) -> None:
@@ -68,6 +68,27 @@ def test_processes_that_do_not_know_of_each_other_are_refused(llama_folder, ques
     assert not (tmp_path / "out").exists()
 
 
+def test_the_launchers_end_is_a_first_signal_and_never_a_second():
+    told = StopSignals()
+    told._note(signal.SIGINT, None)
+    told._note(ORPHANED, None)  # as after Ctrl-C: were it a second one, this process would end here
+    assert told.received == "SIGINT"
+    alone = StopSignals()
+    alone._note(ORPHANED, None)
+    assert alone.received is not None
+
+
+def test_a_launch_that_is_ended_while_it_loads_leaves_no_run_behind(llama_folder, questions, tmp_path):
+    log = tmp_path / "log"
+    flags = words(model=llama_folder, train_data=questions, output_model=tmp_path / "out", epochs=10**6, max_steps=-1)
+    with started(config_command("cpu.yaml", "train_loop.py", *flags), log) as launcher:
+        wait_until(lambda: "rows are cut" in log.read_text())  # said before the model is loaded
+        trainer = worker(launcher, 0)
+        launcher.terminate()
+        trainer.wait(30)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_handlers_are_put_back_and_threads_left_alone():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:
@@ -95,7 +116,7 @@ import os, subprocess, sys
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 child = subprocess.Popen([sys.executable, "-c", '''
 import time
-from noisefit.signals import StopSignals
+from noisefit.signals import ORPHANED, StopSignals
 with StopSignals() as stop:
     print("ready", flush=True)
     time.sleep(3)
