@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_folder import tiny_folder
 from transformers import AutoModelForCausalLM
 
+from noisefit.arguments import parse_arguments
 from noisefit.branches import BranchedModel
 from noisefit.errors import InputError
+from noisefit.outputs import start_output
 from noisefit.resuming import fingerprint, list_checkpoints
 
 FAST = dict(learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, epochs=9, logging_steps=1)
@@ -301,6 +303,20 @@ def test_checkpoints_moved_to_another_disk_behind_links_go_on(copied, llama_fold
 def test_a_path_that_is_none_is_refused_in_a_line(path, llama_folder, questions, tmp_path):
     with pytest.raises(InputError, match="--resume_from_checkpoint"):
         run(llama_folder, questions, tmp_path / "out", resume_from_checkpoint=path)
+
+
+def test_what_was_set_aside_survives_a_run_that_left_half_a_model(llama_folder, questions, tmp_path):
+    """Killed while its model was moved in: the configuration is there, the weights are not."""
+    out, whole = tmp_path / "out", tmp_path / "out" / "previous_run" / "adapter_model.safetensors"
+    run(llama_folder, questions, out, **FAST, max_steps=1, save_steps=0)
+    args = parse_arguments(words(model=llama_folder, train_data=questions, output_model=out))
+    start_output(args, None)  # as --overwrite_output does
+    before = whole.read_bytes()
+    (out / "adapter_config.json").write_text("{}")
+    (out / "checkpoint-500").mkdir()  # of another program
+    start_output(args, None)
+    assert whole.read_bytes() == before and (out / "checkpoint-500").exists()
+    assert not (out / "adapter_config.json").exists()
 
 
 def test_two_runs_do_not_write_to_one_folder(llama_folder, questions, tmp_path):
