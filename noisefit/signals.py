@@ -36,7 +36,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._when = 0.0
+        self._when: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -54,20 +54,23 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._when = signal.Signals(number).name, time.monotonic()
+        now = time.monotonic()
+        first = self._when is None
+        if first:  # no call since the line before: in one, Python would handle the next signal, as another first one
+            self._when = now
+            self.received = signal.Signals(number).name
             if on_main_process():
                 # Not print: the signal may have come in the midst of one, which is an error.
                 what = "the launcher ended" if number == ORPHANED else self.received
                 os.write(2, f"\n{what}: ending after this step; a second one ends at once\n".encode())
-        elif number != ORPHANED and not self._is_the_same():
+        elif number != ORPHANED and not self._is_the_same(now):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def _is_the_same(self) -> bool:
+    def _is_the_same(self, now: float) -> bool:
         """A scheduler that signals every process of a job reaches this one twice: the launcher of several processes
         passes the signal on."""
-        return "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._when < 1
+        return "TORCHELASTIC_RUN_ID" in os.environ and self._when is not None and now - self._when < 1
 
 
 def _launched() -> bool:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -76,6 +77,24 @@ def test_the_launchers_end_is_a_first_signal_and_never_a_second():
     alone = StopSignals()
     alone._note(ORPHANED, None)
     assert alone.received is not None
+
+
+def test_a_signal_that_comes_while_another_is_handled_is_a_second_one(monkeypatch, capfd):
+    """As when a scheduler and the launcher signal in the same instant."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    to_come = [signal.SIGTERM]
+
+    def clock() -> float:
+        if to_come:
+            signal.raise_signal(to_come.pop())
+        return clock_before()
+
+    clock_before = time.monotonic
+    monkeypatch.setattr(time, "monotonic", clock)
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.received == "SIGTERM" and not to_come
+    assert capfd.readouterr().err.count("ending after this step") == 1
 
 
 def test_a_launch_that_is_ended_while_it_loads_leaves_no_run_behind(llama_folder, questions, tmp_path):
