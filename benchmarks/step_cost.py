@@ -68,12 +68,12 @@ def ours(model: nn.Module, batch: dict, layers: list[int], strategy: str) -> Non
 
 def published(model: nn.Module, batch: dict, layers: list[int]) -> None:
     """Three passes through the whole model, and the losses over all its logits with the other positions masked."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {"input_ids": batch["input_ids"]}
     clean = model(**inputs).logits
     blocks = find_decoder_layers(model)
 
     def add_noise(source: TokenScaledNoise, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + source(output, 1, inputs["attention_mask"])
+        return output + source(output, 1, batch["attention_mask"])
 
     hooks = [blocks[i].register_forward_hook(functools.partial(add_noise, TokenScaledNoise(0.1))) for i in layers]
     noisy = [model(**inputs).logits for _ in range(2)]

@@ -68,8 +68,10 @@ class BranchedModel(nn.Module):
         """Run the branches and sum the losses over the supervised tokens.
 
         Args:
-            input_ids: `[B, L]`, int64.
-            attention_mask: `[B, L]`, 1 at real tokens.
+            input_ids: `[B, L]`, int64, padded on the right.
+            attention_mask: `[B, L]`, 1 at real tokens. The noise needs it. Attention that looks to the left alone does
+                not, so the fork goes without: a mask with padding would be a dense one, which keeps SDPA from its
+                fastest kernels. `choose_strategy` checks that nothing else changes.
             target_positions: `[N]`, int64, the positions that predict a supervised token, as indices into the
                 `B * L` positions of the batch.
             target_tokens: `[N]`, int64, the token that each of them predicts. `N` may be 0.
@@ -86,33 +88,34 @@ class BranchedModel(nn.Module):
             return _decoder_pass(self.model, input_ids, attention_mask)
         assert target_positions is not None and target_tokens is not None
         run = _full_pass if strategy == "full_logits" else _decoder_pass
+        mask = None if strategy == "fork" else attention_mask
         states = run_branches(
             self.model,
             len(input_ids),
             {layer: functools.partial(draw, mask=attention_mask) for layer, draw in (noise or {}).items()},
             "fork" if strategy == "fork" else "separate",
-            functools.partial(run, self.model, input_ids, attention_mask),
+            functools.partial(run, self.model, input_ids, mask),
         )
         states = states.flatten(1, 2).index_select(1, target_positions)
 
         sums: Any = 0
         # A batch with no supervised token still runs one empty chunk: its zero is tied to every parameter, which
         # must all take part in the gradient reduction or the other processes hang.
-        for start in range(0, max(len(target_tokens), 1), self.loss_chunk_size):
+        starts = range(0, max(len(target_tokens), 1), self.loss_chunk_size)
+        for start in starts:
             chunk = slice(start, start + self.loss_chunk_size)
-            sums = sums + checkpoint(
-                self._chunk_sums,
-                states[:, chunk],
-                target_tokens[chunk],
-                chunk_losses,
-                strategy == "full_logits",
-                use_reentrant=False,
-            )
+            arguments = (states[:, chunk], target_tokens[chunk], chunk_losses, strategy == "full_logits")
+            # Backward begins with the last chunk, so keeping its logits takes no more memory than computing them again.
+            if start == starts[-1]:
+                sums = sums + self._chunk_sums(*arguments)
+            else:
+                sums = sums + checkpoint(self._chunk_sums, *arguments, use_reentrant=False)
         return sums
 
     def _chunk_sums(self, states: Tensor, target_tokens: Tensor, chunk_losses: ChunkLosses, are_logits: bool) -> Tensor:
         logits = states if are_logits else logits_of(self.model, states)
-        clean, noisy_1, noisy_2 = logits.expand(BRANCHES, -1, -1)
+        # Without noise the three are one tensor: views of an expanded one would have three times its gradient.
+        clean, noisy_1, noisy_2 = logits if len(logits) == BRANCHES else [logits[0]] * BRANCHES
         return chunk_losses(clean, noisy_1, noisy_2, target_tokens)
 
 
@@ -161,12 +164,12 @@ def run_branches(
     return torch.stack(branches)
 
 
-def _decoder_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _decoder_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     output = find_decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return output.last_hidden_state
 
 
-def _full_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _full_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return find_causal_lm(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 

@@ -6,8 +6,12 @@ noisy branch, a consistency term from noisy branch 2 to noisy branch 1.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from noisefit.precision import at_least_float32
 
@@ -35,7 +39,7 @@ def soft_target_loss(clean: Tensor, noisy: Tensor, temperature: float) -> Tensor
     Returns:
         A scalar tensor.
     """
-    return _kl_divergence(clean, noisy, temperature)
+    return _KLDivergence.apply(clean.detach(), noisy, temperature)
 
 
 def consistency_loss(noisy_1: Tensor, noisy_2: Tensor, temperature: float) -> Tensor:
@@ -48,10 +52,33 @@ def consistency_loss(noisy_1: Tensor, noisy_2: Tensor, temperature: float) -> Te
     Returns:
         A scalar tensor.
     """
-    return _kl_divergence(noisy_2, noisy_1, temperature)
+    return _KLDivergence.apply(noisy_2.detach(), noisy_1, temperature)
 
 
-def _kl_divergence(target: Tensor, predicted: Tensor, temperature: float) -> Tensor:
-    log_target = F.log_softmax(at_least_float32(target.detach()) / temperature, dim=-1)
-    log_predicted = F.log_softmax(at_least_float32(predicted) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_predicted, log_target, reduction="sum", log_target=True)
+class _KLDivergence(torch.autograd.Function):
+    """`T^2 * KL(softmax(target / T) || softmax(predicted / T))`, summed over tokens.
+
+    Its gradient has a closed form, `T * (softmax(predicted / T) - softmax(target / T))`, and is formed here and now.
+    So one `[N, V]` is kept for backward, where autograd would keep two and go over them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, predicted: Tensor, temperature: float) -> Tensor:
+        log_target, log_predicted = (_log_softmax(logits, temperature) for logits in (target, predicted))
+        target = log_target.exp()
+        divergence = log_target.sub_(log_predicted).mul_(target).sum()
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(log_predicted.exp_().sub_(target))
+            ctx.temperature, ctx.dtype = temperature, predicted.dtype
+        return temperature**2 * divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        [difference] = ctx.saved_tensors
+        return None, (difference * (grad * ctx.temperature)).to(ctx.dtype), None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = at_least_float32(logits)
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)

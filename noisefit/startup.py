@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from noisefit.branches import STRATEGIES
 from noisefit.errors import InputError
+from noisefit.noise import masked_mean
 
 ROWS, TOKENS = 2, 48  # of the first batch; two rows, so that a batch dimension is not mistaken for a broadcast one
 
@@ -85,7 +86,9 @@ def _problem(
 def _logits(model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, strategy: str) -> tuple[Tensor, torch.dtype]:
     """The logits of the three branches at the slice's real tokens, `[3, N, V]` float64, and the model's dtype."""
     ids = batch["input_ids"][:ROWS, :TOKENS]
-    mask = batch["attention_mask"][:ROWS, :TOKENS]
+    mask = batch["attention_mask"][:ROWS, :TOKENS].clone()
+    if ids.shape[1] > 1:
+        mask[-1, -(ids.shape[1] // 3) :] = 0  # the truth is told which tokens are padding, the strategies are not
     positions = mask.flatten().nonzero().flatten()
     chunks: list[Tensor] = []
 
@@ -100,4 +103,4 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, strat
 def _explicit_noise(layer: int, hidden: Tensor, branch: int, mask: Tensor | None = None) -> Tensor:
     """Noise about half as strong as the signal, the same whenever a layer and branch are asked for it."""
     wave = torch.sin(torch.arange(hidden.numel(), device=hidden.device) * 0.7 + 3.0 * branch + layer)
-    return (wave.view_as(hidden) * 0.5 * hidden.float().abs().mean()).to(hidden.dtype)
+    return (wave.view_as(hidden) * 0.5 * masked_mean(hidden.float().abs(), mask)).to(hidden.dtype)
