@@ -1,139 +1,198 @@
-"""What a NoiseFiT step costs, as a ratio to plain fine-tuning of the same model in the same run.
+"""What a NoiseFiT step costs in time and memory, as a ratio to plain fine-tuning of the same model in the same run.
 
-    python benchmarks/step_cost.py [--rounds 3]
+    python benchmarks/step_cost.py [--rounds 5] [--size small] [--picture step_cost.png]
 
-A random Llama (12 layers, width 512, vocabulary 32,000) with LoRA on q_proj and v_proj, batch 4 x 128, 32 supervised
-tokens a row, one forward and backward pass. The ways take turns, so that a machine whose speed drifts slows all of
-them, and each ratio is the median over the rounds. The floor counts decoder layers: with `p = (k + 1) / n`, the share
-of the layers up to the first noisy one, it is `p + 3 (1 - p)`.
+One optimizer step with LoRA: forward, backward, clip, AdamW. The ways take turns, so that a machine whose speed drifts
+slows all of them; each ratio is the median over the rounds of the ratio to plain fine-tuning in that round. Memory is
+the peak of one step over what was there before it (weights, optimizer): on a GPU the allocator's, on a CPU counted
+tensor by tensor. The floor is what the fork must cost by counting, see `ways.floor`. TRL takes part where it is
+installed.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import functools
 import os
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from peak_memory import PeakMemory
+from ways import NOISE_STD, SIZES, Size, Steps, floor, head_share
 
-from noisefit.batches import collate
-from noisefit.branches import BranchedModel
-from noisefit.decoder import find_decoder_layers
-from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
-from noisefit.noise import TokenScaledNoise
-from noisefit.prompts import Example
+from noisefit.snr import layer_snr
 
-LAYERS, WIDTH, VOCABULARY = 12, 512, 32_000
-ROWS, LENGTH, SUPERVISED = 4, 128, 32
+PLAIN, TRL = "plain fine-tuning", "TRL's SFTTrainer"
+NOISY = 3  # layers with noise
 
 
-def build_model(device: str) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=8, max_position_embeddings=LENGTH,
-    )  # fmt: skip
-    lora = LoraConfig(target_modules=["q_proj", "v_proj"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(LlamaForCausalLM(config), lora).to(device).train()
+class Costs:
+    """Seconds and peak memory of every way, measured piece by piece."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.seconds: dict[str, list[float]] = {}
+        self.memory: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    @contextlib.contextmanager
+    def weighed(self, name: str) -> Iterator[None]:
+        if self.device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            yield
+            self.memory[name] = torch.cuda.max_memory_allocated() - before
+        else:
+            with PeakMemory() as memory:
+                yield
+            self.memory[name] = memory.peak
+
+    def ratio(self, name: str, to: str = PLAIN) -> float:
+        """Median over the rounds."""
+        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True))
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
 
-def plain_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(clean, targets).unsqueeze(0)
+def measure(ways: dict[str, Callable[[], object]], size: Size, costs: Costs, rounds: int) -> str | None:
+    """Let the ways take turns: one round to warm up, one to weigh them, then `rounds` timed ones.
+
+    Returns:
+        TRL's version, where it took part.
+    """
+    measures = [contextlib.nullcontext, costs.weighed, *[costs.timed] * rounds]
+    now = iter(measures)  # TRL's trainer runs the show where it is installed, and our ways go between its steps
+    current: list = []
+
+    def begin() -> None:
+        current[:] = [next(now)]
+        current.append(current[0](TRL))
+        current[1].__enter__()
+
+    def end() -> None:
+        current[1].__exit__(None, None, None)
+
+    def ours() -> None:
+        for name, step in ways.items():
+            with current[0](name):
+                step()
+
+    try:
+        from trl_steps import train_with_trl
+
+        return train_with_trl(size, costs.device, len(measures), begin, end, ours)
+    except ImportError:
+        for kind in measures:
+            current[:] = [kind]
+            ours()
+        return None
 
 
-def noisefit_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, targets: Tensor) -> Tensor:
-    soft = soft_target_loss(clean, noisy_1, 1.0) + soft_target_loss(clean, noisy_2, 1.0)
-    return torch.stack(
-        [0.5 * cross_entropy(clean, targets), 0.25 * soft, 0.1 * consistency_loss(noisy_1, noisy_2, 1.0)]
-    )
+def draw(path: str, size: Size, costs: Costs, ways: dict[int, str], share: float, where: str) -> None:
+    """Cost against the first noisy layer, with its floor and the costs that do not depend on it."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-def ours(model: nn.Module, batch: dict, layers: list[int], strategy: str) -> None:
-    losses = noisefit_losses if layers else plain_losses
-    noise = {layer: TokenScaledNoise(0.1) for layer in layers}
-    BranchedModel(model, 256)(**batch, noise=noise, strategy=strategy, chunk_losses=losses).sum().backward()
-
-
-def published(model: nn.Module, batch: dict, layers: list[int]) -> None:
-    """Three passes through the whole model, and the losses over all its logits with the other positions masked."""
-    inputs = {"input_ids": batch["input_ids"]}
-    clean = model(**inputs).logits
-    blocks = find_decoder_layers(model)
-
-    def add_noise(source: TokenScaledNoise, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + source(output, 1, batch["attention_mask"])
-
-    hooks = [blocks[i].register_forward_hook(functools.partial(add_noise, TokenScaledNoise(0.1))) for i in layers]
-    noisy = [model(**inputs).logits for _ in range(2)]
-    for hook in hooks:
-        hook.remove()
-    labels = torch.full(batch["input_ids"].shape, -100, device=clean.device).flatten()
-    labels[batch["target_positions"]] = batch["target_tokens"]
-    supervised = (labels != -100).unsqueeze(-1)
-    ce = F.cross_entropy(clean.flatten(0, 1), labels, reduction="sum")
-    logs = [F.log_softmax(logits.float().flatten(0, 1), dim=-1) for logits in (clean, *noisy)]
-
-    def kl(target: Tensor, predicted: Tensor) -> Tensor:
-        return (F.kl_div(predicted, target.detach(), reduction="none", log_target=True) * supervised).sum()
-
-    (0.5 * ce + 0.25 * (kl(logs[0], logs[1]) + kl(logs[0], logs[2])) + 0.1 * kl(logs[2], logs[1])).backward()
-
-
-def seconds(step: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.6), dpi=150, layout="constrained")
+    layers = list(ways)
+    others = [
+        ("three passes, all logits (published)", "published", "tab:red"),
+        ("separate passes", "separate", "tab:purple"),
+    ]
+    for label, name, colour in others:
+        found = next(way for way in costs.seconds if way.startswith(name))
+        axes.axhline(costs.ratio(found), color=colour, linewidth=1.2)
+        axes.text(size.layers - 0.8, costs.ratio(found), label, color=colour, ha="right", va="bottom", fontsize=9)
+    if TRL in costs.seconds:
+        axes.axhline(costs.ratio(TRL), color="tab:gray", linewidth=1.2)
+        axes.text(
+            -0.2, costs.ratio(TRL), "TRL, plain fine-tuning", color="tab:gray", ha="left", va="bottom", fontsize=9
+        )
+    axes.axhline(1, color="black", linewidth=1.2)
+    axes.text(-0.2, 1, "plain fine-tuning", ha="left", va="bottom", fontsize=9)
+    axes.plot(layers, [floor(size, k, share) for k in layers], "--", color="tab:blue", label="floor, by counting FLOPs")
+    axes.plot(layers, [costs.ratio(ways[k]) for k in layers], "o-", color="tab:blue", label="NoiseFiT, one forked pass")
+    axes.set(xlabel=f"first of {NOISY} noisy layers", ylabel="time of a step, plain fine-tuning = 1", ylim=(0, None))
+    axes.set_xticks(layers)
+    axes.set_title(f"{size.name}, {size.layers} layers, on {where}", fontsize=10)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.8), fontsize=9, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="times that every way takes its turn")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=int, default=5, help="times that every way is timed")
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="small", help="tiny is for trying this out; the large ones need a GPU"
+    )
+    parser.add_argument("--picture", metavar="FILE", help="draw cost against the first noisy layer (needs matplotlib)")
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = build_model(device)
-    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH)).tolist()
-    batch = collate([Example(row, LENGTH - SUPERVISED) for row in ids], 0, device)
+    size = SIZES[args.size]
+    steps, costs = Steps(size, device), Costs(device)
+    n = size.layers
 
-    quarters = {"9-11": [9, 10, 11], "5-7": [5, 6, 7], "0-2": [0, 1, 2]}
-    ways: dict[str, Callable[[], None]] = {"plain fine-tuning": functools.partial(ours, model, batch, [], "fork")}
-    floors = {"plain fine-tuning": 1.0}
-    for name, layers in quarters.items():
-        ways[f"fork, noise in layers {name}"] = functools.partial(ours, model, batch, layers, "fork")
-        share = (layers[0] + 1) / LAYERS
-        floors[f"fork, noise in layers {name}"] = share + 3 * (1 - share)
-    ways["separate passes, layers 0-2"] = functools.partial(ours, model, batch, [0, 1, 2], "separate")
-    ways["three passes, all logits, layers 0-2"] = functools.partial(published, model, batch, [0, 1, 2])
+    def noisy(first: int) -> list[int]:
+        return list(range(first, min(first + NOISY, n)))
 
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for round_number in range(rounds + 1):
-        for name, step in ways.items():
-            elapsed = seconds(step, device)
-            if round_number:  # the first round warms up
-                times[name].append(elapsed)
+    firsts = range(n) if args.picture else (0, n // 2 - 1, n - n // 4)
+    forks = {first: f"fork, noise in layers {first}-{noisy(first)[-1]}" for first in firsts}
+    batch = steps.batch()
+
+    @torch.no_grad()
+    def plain_forward() -> None:
+        steps.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+    ways: dict[str, Callable[[], object]] = {PLAIN: steps.ours}
+    ways |= {name: functools.partial(steps.ours, noisy(first)) for first, name in forks.items()}
+    ways |= {
+        "separate passes, layers 0-2": functools.partial(steps.ours, noisy(0), "separate"),
+        "published way, layers 0-2": functools.partial(steps.published, noisy(0)),
+        f"published way, layers {n - NOISY}-{n - 1}": functools.partial(steps.published, noisy(n - NOISY)),
+        "plain forward pass": plain_forward,
+        "SNR of all layers": functools.partial(layer_snr, steps.branched, batch, NOISE_STD),
+    }
+    share = head_share(steps)
+    version = measure(ways, size, costs, args.rounds)
+
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"one forward and backward pass on {where}, torch {torch.__version__}, {rounds} rounds")
-    print(f"{'':<38}{'ratio to plain':>16}{'floor':>8}")
-    for name, taken in times.items():
-        ratios = [t / plain for t, plain in zip(taken, times["plain fine-tuning"], strict=True)]
-        floor = f"{floors[name]:.2f}" if name in floors else ""
-        print(f"{name:<38}{statistics.median(ratios):>16.2f}{floor:>8}")
+    print(f"{size}; loss chunks of {steps.branched.loss_chunk_size} tokens")
+    print(f"on {where}, torch {torch.__version__}, TRL {version or 'is not installed'}, {args.rounds} rounds")
+    print(f"the head's share of a plain step's FLOPs: {share:.1%}\n")
+    print(f"{'':<32}{'time':>8}{'floor':>8}{'memory':>9}{'MB':>8}")
+    floors = {PLAIN: 1.0} | {name: floor(size, first, share) for first, name in forks.items()}
+    for name in [*([TRL] if version else []), *ways]:
+        if name == "plain forward pass":
+            break
+        counted = f"{floors[name]:.2f}" if name in floors else ""
+        memory = costs.memory[name]
+        print(
+            f"{name:<32}{costs.ratio(name):>8.2f}{counted:>8}{memory / costs.memory[PLAIN]:>9.2f}{memory / 2**20:>8.0f}"
+        )
+    snr = costs.ratio("SNR of all layers", "plain forward pass")
+    print(f"\nmeasuring the SNR of all layers, in plain forward passes: {snr:.2f}")
+    if args.picture:
+        draw(args.picture, size, costs, forks, share, where)
 
 
 if __name__ == "__main__":

@@ -97,20 +97,35 @@ class BranchedModel(nn.Module):
             functools.partial(run, self.model, input_ids, mask),
         )
         states = states.flatten(1, 2).index_select(1, target_positions)
+        return self.sum_losses(states, target_tokens, chunk_losses, are_logits=strategy == "full_logits")
 
+    def sum_losses(
+        self, states: Tensor, target_tokens: Tensor, chunk_losses: ChunkLosses, are_logits: bool = False
+    ) -> Tensor:
+        """The sums of the losses, a chunk of supervised tokens at a time, all but the last computed again in backward.
+
+        Args:
+            states: `[3, N, H]`, final hidden states of the branches at the supervised positions, or `[1, N, H]` where
+                the three are one; `[.., N, V]` where they are logits already.
+            target_tokens: `[N]`, int64.
+            chunk_losses: as for `forward`.
+            are_logits: whether `states` are logits.
+
+        Returns:
+            `[K]`.
+        """
+        # Backward begins with the last chunk, so keeping its logits takes no more memory than computing them again. The
+        # rest of an uneven division goes first, so that the chunk that is not computed again is a whole one.
+        count, size = len(target_tokens), self.loss_chunk_size
+        # Without a supervised token there is one empty chunk: its zero is tied to every parameter, which must all take
+        # part in the gradient reduction or the other processes hang.
+        sizes = [part for part in (count % size, *[size] * (count // size)) if part] or [0]
+        chunks = list(zip(states.split(sizes, dim=1), target_tokens.split(sizes), strict=True))
         sums: Any = 0
-        # A batch with no supervised token still runs one empty chunk: its zero is tied to every parameter, which
-        # must all take part in the gradient reduction or the other processes hang.
-        starts = range(0, max(len(target_tokens), 1), self.loss_chunk_size)
-        for start in starts:
-            chunk = slice(start, start + self.loss_chunk_size)
-            arguments = (states[:, chunk], target_tokens[chunk], chunk_losses, strategy == "full_logits")
-            # Backward begins with the last chunk, so keeping its logits takes no more memory than computing them again.
-            if start == starts[-1]:
-                sums = sums + self._chunk_sums(*arguments)
-            else:
-                sums = sums + checkpoint(self._chunk_sums, *arguments, use_reentrant=False)
-        return sums
+        for chunk, tokens in chunks[:-1]:
+            arguments = (chunk, tokens, chunk_losses, are_logits)
+            sums = sums + checkpoint(self._chunk_sums, *arguments, use_reentrant=False)
+        return sums + self._chunk_sums(*chunks[-1], chunk_losses, are_logits)
 
     def _chunk_sums(self, states: Tensor, target_tokens: Tensor, chunk_losses: ChunkLosses, are_logits: bool) -> Tensor:
         logits = states if are_logits else logits_of(self.model, states)

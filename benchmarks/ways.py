@@ -1,0 +1,236 @@
+"""The ways of making one optimizer step that the benchmarks compare, and the models that they compare them on.
+
+Each way is a function that takes nothing, makes one step (forward, backward, clip, AdamW) on the same model, batch and
+LoRA adapter, and returns its loss.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from noisefit.batches import Batch, collate, count_targets
+from noisefit.branches import BranchedModel
+from noisefit.decoder import find_decoder_layers
+from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.noise import TokenScaledNoise
+from noisefit.prompts import Example
+
+NOISE_STD = 0.1
+Way = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and a batch: `rows` rows of `length` tokens, the last `supervised` of each supervised."""
+
+    name: str
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    rows: int
+    length: int
+    supervised: int
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def __str__(self) -> str:
+        c = self.config
+        return (
+            f"{self.name} ({self.layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size:,}, "
+            f"{str(self.dtype).removeprefix('torch.')}), {self.rows} rows of {self.length} tokens, "
+            f"{self.supervised} of them supervised"
+        )
+
+
+SMALL = Size(
+    "a small Llama",
+    LlamaConfig(
+        vocab_size=32_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        max_position_embeddings=128,
+    ),
+    torch.float32, rows=4, length=128, supervised=32,
+)  # fmt: skip
+LLAMA_1B = Size(
+    "Llama-3.2-1B's shape",
+    LlamaConfig(
+        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
+    torch.bfloat16, rows=8, length=1024, supervised=1023,
+)  # fmt: skip
+QWEN_HALF_B = Size(
+    "Qwen2.5-0.5B's shape",
+    Qwen2Config(
+        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
+    torch.bfloat16, rows=8, length=1024, supervised=1023,
+)  # fmt: skip
+TINY = Size(
+    "a tiny Llama",
+    LlamaConfig(
+        vocab_size=4099, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+    torch.float32, rows=2, length=64, supervised=32,
+)  # fmt: skip
+SIZES = {"tiny": TINY, "small": SMALL, "llama-1b": LLAMA_1B, "qwen-0.5b": QWEN_HALF_B}
+
+
+def build_model(size: Size, device: str, gradient_checkpointing: bool = False) -> nn.Module:
+    """A random model of this size with LoRA on q_proj and v_proj, in training mode; on `meta`, its shapes alone."""
+    torch.manual_seed(0)
+    if device == "meta":
+        size.config._attn_implementation = "in_shape_alone"
+    kind = Qwen2ForCausalLM if isinstance(size.config, Qwen2Config) else LlamaForCausalLM
+    with warnings.catch_warnings(), torch.device(device):
+        warnings.simplefilter("ignore", FutureWarning)
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(kind(size.config).to(size.dtype), lora).train()
+        model.config.use_cache = False
+        if gradient_checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+    return model
+
+
+def example_rows(size: Size) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, size.config.vocab_size, (size.rows, size.length), generator=generator)
+    return [Example(row, size.length - size.supervised) for row in ids.tolist()]
+
+
+class Steps:
+    """The ways of ours, and the published one, on one model and batch."""
+
+    def __init__(self, size: Size, device: str, loss_chunk_size: int = 256, gradient_checkpointing: bool = False):
+        self.model = build_model(size, device, gradient_checkpointing)
+        self.branched = BranchedModel(self.model, loss_chunk_size)
+        self.rows = example_rows(size)
+        self.target_tokens = count_targets(self.rows)
+        self.device = device
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+
+    def batch(self) -> Batch:
+        return collate(self.rows, 0, self.device)
+
+    def ours(self, layers: Sequence[int] = (), strategy: str = "fork") -> Tensor:
+        """A step as in `train_loop.py`; without noisy layers, plain fine-tuning."""
+        noise = {layer: TokenScaledNoise(NOISE_STD) for layer in layers}
+        losses = noisefit_losses if noise else plain_losses
+        sums = self.branched(**self.batch(), noise=noise, strategy=strategy, chunk_losses=losses)
+        return self._update(sums.sum() / self.target_tokens)
+
+    def published(self, layers: Sequence[int]) -> Tensor:
+        """The published way: three passes through the whole model, each of which forms the cross-entropy of all its
+        logits, and KL terms over all positions, of which the supervised ones are kept. Nothing is detached."""
+        batch = self.batch()
+        labels = torch.full(batch["input_ids"].shape, -100, device=self.device)
+        labels.view(-1)[batch["target_positions"] + 1] = batch["target_tokens"]  # the model shifts them back
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        clean = self.model(**inputs)
+        blocks = find_decoder_layers(self.model)
+        hooks = [blocks[i].register_forward_hook(_add_noise) for i in layers]
+        noisy_1, noisy_2 = (self.model(**inputs).logits for _ in range(2))
+        for hook in hooks:
+            hook.remove()
+        supervised = F.pad(labels[:, 1:] != -100, (0, 1))
+
+        def kl(target: Tensor, predicted: Tensor) -> Tensor:
+            divergence = F.kl_div(F.log_softmax(predicted, dim=-1), F.softmax(target, dim=-1), reduction="none")
+            return (divergence.sum(dim=-1) * supervised).sum() / self.target_tokens
+
+        soft = (kl(clean.logits, noisy_1) + kl(clean.logits, noisy_2)) / 2
+        return self._update(0.5 * clean.loss + 0.5 * soft + 0.1 * kl(noisy_2, noisy_1))
+
+    def _update(self, loss: Tensor) -> Tensor:
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def plain_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(clean, targets).unsqueeze(0)
+
+
+def noisefit_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, targets: Tensor) -> Tensor:
+    soft = soft_target_loss(clean, noisy_1, 1.0) + soft_target_loss(clean, noisy_2, 1.0)
+    return torch.stack(
+        [0.5 * cross_entropy(clean, targets), 0.25 * soft, 0.1 * consistency_loss(noisy_1, noisy_2, 1.0)]
+    )
+
+
+@torch.no_grad()
+def _plain_sigma(hidden: Tensor) -> Tensor:
+    """The noise's scale with torch's own medians, as the formulas read; there is no padding here."""
+    h = hidden.float()
+    variance = h.var(dim=-1, keepdim=True)
+    factor = torch.exp(variance / (variance.mean() + 1e-6)).clamp(max=5)
+    distance = (h - h.median(dim=-1, keepdim=True).values).abs()
+    mad = torch.maximum(distance.median(dim=-1, keepdim=True).values, 1e-6 * h.norm(dim=-1, keepdim=True))
+    return (NOISE_STD**2 * h.std() * mad * factor * torch.exp(-0.1 * distance / (mad + 1e-6))).to(hidden.dtype)
+
+
+def _add_noise(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output + torch.randn_like(output) * _plain_sigma(output)
+
+
+def floor(size: Size, first_noisy: int | None, head_share: float) -> float:
+    """What the fork must cost, as a ratio to plain fine-tuning, by counting.
+
+    With `p = (k + 1) / n`, the layers up to the first noisy one run once and the others three times: `p + 3 (1 - p)`.
+    The head runs three times whichever layer is noisy.
+
+    Args:
+        size: has `n` layers.
+        first_noisy: `k`; `None` is plain fine-tuning.
+        head_share: the head's share of the plain step's FLOPs.
+    """
+    if first_noisy is None:
+        return 1.0
+    share = (first_noisy + 1) / size.layers
+    return (share + 3 * (1 - share)) * (1 - head_share) + 3 * head_share
+
+
+def head_share(steps: Steps) -> float:
+    """The LM head's share of the FLOPs of a plain step, forward and backward, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        steps.ours()
+    counts = counter.get_flop_counts()
+    heads = [sum(flops.values()) for name, flops in counts.items() if name.endswith("lm_head")]
+    return max(heads) / counter.get_total_flops()
+
+
+def attention_in_shape_alone(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """SDPA's kernel that keeps no scores. On `meta`, torch would count the one that keeps all of them."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = 1 / math.sqrt(query.shape[-1])
+    output = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("in_shape_alone", attention_in_shape_alone)
