@@ -31,7 +31,9 @@ format: $(VENV)/.dev  ## put the code in its style
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.run  ## print the figures of the README
-	$(BIN)/python benchmarks/step_cost.py
+	mkdir -p build
+	$(BIN)/python benchmarks/step_cost.py --picture build/step_cost.png
+	$(BIN)/python benchmarks/loss_memory.py --picture build/loss_memory.png
 	$(BIN)/python benchmarks/generate_speed.py
 
 clean:  ## remove what demo, test and bench made; the installed packages stay

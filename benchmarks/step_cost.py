@@ -1,6 +1,6 @@
 """What a NoiseFiT step costs in time and memory, as a ratio to plain fine-tuning of the same model in the same run.
 
-    python benchmarks/step_cost.py [--rounds 5] [--size small] [--picture step_cost.png]
+    python benchmarks/step_cost.py [--rounds 5] [--size small] [--supervised 32] [--picture step_cost.png]
 
 One optimizer step with LoRA: forward, backward, clip, AdamW. The ways take turns, so that a machine whose speed drifts
 slows all of them; each ratio is the median over the rounds of the ratio to plain fine-tuning in that round. Memory is
@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from peak_memory import PeakMemory
-from ways import NOISE_STD, SIZES, Size, Steps, floor, head_share
+from ways import NOISE_STD, SIZES, Size, Steps, floor, head_share, plain_losses
 
 from noisefit.snr import layer_snr
 
@@ -145,10 +146,13 @@ def main() -> None:
     parser.add_argument(
         "--size", choices=list(SIZES), default="small", help="tiny is for trying this out; the large ones need a GPU"
     )
+    parser.add_argument("--supervised", type=int, help="supervised tokens a row; default: the size's own")
     parser.add_argument("--picture", metavar="FILE", help="draw cost against the first noisy layer (needs matplotlib)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[args.size]
+    if args.supervised:
+        size = replace(size, supervised=args.supervised)
     steps, costs = Steps(size, device), Costs(device)
     n = size.layers
 
@@ -161,7 +165,7 @@ def main() -> None:
 
     @torch.no_grad()
     def plain_forward() -> None:
-        steps.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        steps.branched(**batch, chunk_losses=plain_losses)
 
     ways: dict[str, Callable[[], object]] = {PLAIN: steps.ours}
     ways |= {name: functools.partial(steps.ours, noisy(first)) for first, name in forks.items()}

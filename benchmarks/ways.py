@@ -103,7 +103,8 @@ def build_model(size: Size, device: str, gradient_checkpointing: bool = False) -
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore", FutureWarning)
         lora = LoraConfig(target_modules=["q_proj", "v_proj"])
-        model = get_peft_model(kind(size.config).to(size.dtype), lora).train()
+        # The adapter in the model's dtype, in which mixed precision computes with it.
+        model = get_peft_model(kind(size.config).to(size.dtype), lora, autocast_adapter_dtype=False).train()
         model.config.use_cache = False
         if gradient_checkpointing:
             model.enable_input_require_grads()
