@@ -201,6 +201,7 @@ def test_chunked_head_equals_the_models_own_logits_in_three_passes(model_type, c
 
 
 def test_no_more_logits_than_a_chunk_are_formed_at_a_time():
+    """The rest of the division first: the last chunk is not computed again in backward, so it is a whole one."""
     shapes = []
 
     def watch(clean, noisy_1, noisy_2, targets):
@@ -208,8 +209,12 @@ def test_no_more_logits_than_a_chunk_are_formed_at_a_time():
         return three_losses(clean, noisy_1, noisy_2, targets)
 
     batch = supervise(tiny_batch())  # 8 + 4 + 6 supervised tokens
-    BranchedModel(tiny_model(), 7)(**batch, noise=NOISE, chunk_losses=watch).sum()
-    assert shapes == [((7, 97), 7), ((7, 97), 7), ((4, 97), 4)]
+    sums = BranchedModel(tiny_model(), 7)(**batch, noise=NOISE, chunk_losses=watch)
+    chunks = [((4, 97), 4), ((7, 97), 7), ((7, 97), 7)]
+    assert shapes == chunks
+    shapes.clear()
+    sums.sum().backward()
+    assert shapes == chunks[1::-1]
 
 
 @pytest.mark.parametrize("strategy", ["fork", "separate", "full_logits"])
