@@ -32,7 +32,7 @@ from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
 from noisefit.prompts import Example
 from noisefit.weights import gather_weights
 
-SECONDS = 120  # a process whose partner is gone would wait for it half an hour
+SECONDS = 280  # a process whose partner is gone would wait for it half an hour
 NOISE = {1: fixed_noise(1), 2: fixed_noise(2)}
 LENGTHS = [(11, 4, 9), (6,)]  # of the rows of each process: three chunks of targets on one, one on the other
 

@@ -73,7 +73,7 @@ def start(
     return started
 
 
-def wait(processes: list[BaseProcess], seconds: float = 120) -> list[int | None]:
+def wait(processes: list[BaseProcess], seconds: float = 280) -> list[int | None]:
     """Their exit statuses; a process that does not end in time is killed, and its status is -9."""
     for process in processes:
         process.join(seconds)
@@ -148,7 +148,7 @@ def worker(launcher: subprocess.Popen, rank: int) -> psutil.Process:
     raise AssertionError(f"the launch has no process of rank {rank}")
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
     """Poll until the condition holds; an `AssertionError` if that takes longer."""
     end = time.monotonic() + seconds
     while not condition():
