@@ -7,6 +7,7 @@ published program.
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ class TokenScaledNoise:
     def __init__(self, noise_std: float):
         self.noise_std = noise_std
         self._ratios: list[Tensor] = []
-        self._branch_1: tuple[Tensor, Tensor] | None = None
+        self._of_branch_1: tuple[weakref.ref[Tensor], Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor, branch: int, mask: Tensor | None = None) -> Tensor:
@@ -141,13 +142,16 @@ class TokenScaledNoise:
         restores when it runs a layer again; a private `torch.Generator` it does not, and a gradient that passes
         through the second draw would be silently wrong.
         """
-        if branch == 2 and self._branch_1 is not None and self._branch_1[0] is hidden:
-            sigma = self._branch_1[1]  # where the fork is, both branches start from one tensor
+        known, self._of_branch_1 = self._of_branch_1, None
+        if branch == 2 and known is not None and known[0]() is hidden:
+            _, sigma, ratio = known  # where the fork is, both branches start from one tensor
         else:
             sigma = noise_scale(hidden, snr_base_std(hidden, self.noise_std, mask), mask)
-        self._branch_1 = (hidden, sigma) if branch == 1 else None
-        noise, signal = noise_to_signal(hidden, sigma, mask)
-        self._ratios.append(noise / (signal + EPS))  # stays on the device: `.item()` here would stall a GPU
+            noise, signal = noise_to_signal(hidden, sigma, mask)
+            ratio = noise / (signal + EPS)  # stays on the device: `.item()` here would stall a GPU
+        if branch == 1:
+            self._of_branch_1 = weakref.ref(hidden), sigma, ratio
+        self._ratios.append(ratio)
         return torch.randn_like(hidden) * sigma
 
     def pop_noise_to_signal(self) -> Tensor:

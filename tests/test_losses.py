@@ -70,6 +70,28 @@ def test_no_tokens_give_a_zero_that_is_tied_to_the_logits(logits):
         loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradients_are_the_float64_ones_rounded(logits, dtype):
+    clean, noisy = (x.detach().to(dtype) for x in logits[:2])
+    for temperature in (1.0, 2.5):
+        low, exact = noisy.clone().requires_grad_(), noisy.double().requires_grad_()
+        (3 * soft_target_loss(clean, low, temperature)).backward()
+        (3 * soft_target_loss(clean.double(), exact, temperature)).backward()
+        assert low.grad.dtype == dtype
+        torch.testing.assert_close(low.grad.double(), exact.grad, rtol=1e-2, atol=1e-4)
+
+
+def test_a_kl_term_keeps_one_tensor_for_backward_and_none_where_there_is_none(logits):
+    """`[N, V]` tensors are what memory at a large vocabulary is made of."""
+    kept = []
+    clean, noisy = logits[:2]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        soft_target_loss(clean, noisy, 1.0)
+        assert kept == [(6, 11)]
+        soft_target_loss(noisy, clean.detach(), 1.0)
+    assert kept == [(6, 11)]
+
+
 def test_low_precision_is_computed_in_float32(logits):
     clean, noisy = (x.detach().bfloat16() for x in logits[:2])
     for loss in (cross_entropy(clean, TARGETS), soft_target_loss(clean, noisy, 1.0)):

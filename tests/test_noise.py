@@ -1,10 +1,12 @@
 """The noise's scale against float64 computations written from the formulas, in numpy."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
-from noisefit.noise import TokenScaledNoise, masked_mean, noise_scale, snr_base_std
+from noisefit.noise import TokenScaledNoise, lower_median, masked_mean, noise_scale, snr_base_std
 
 
 def sigma_from_the_formula(hidden: np.ndarray, s: float, mask: np.ndarray) -> np.ndarray:
@@ -28,6 +30,42 @@ def random_hidden(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
     return normal**3 * torch.rand(*shape[:-1], 1, generator=generator, dtype=torch.float64) * 4
+
+
+@pytest.mark.parametrize("width", [1, 2, 16, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_lower_median_is_torchs(width, dtype):
+    values = random_hidden((3, 5, 2 * width)).to(dtype)[..., ::2].requires_grad_()  # not contiguous, and in a graph
+    assert torch.equal(lower_median(values), values.detach().median(dim=-1, keepdim=True).values)
+
+
+def test_both_branches_at_the_fork_share_one_sigma_and_other_tensors_do_not():
+    hidden, other = random_hidden((2, 5, 16)).float(), random_hidden((2, 5, 16), seed=1).float()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    noise = TokenScaledNoise(0.1)
+
+    def expected(tensor):
+        torch.manual_seed(3)
+        return torch.randn_like(tensor) * noise_scale(tensor, snr_base_std(tensor, 0.1, mask), mask)
+
+    for tensors in ((hidden, hidden), (hidden, other), (other, hidden.clone())):
+        for branch, tensor in enumerate(tensors, start=1):
+            torch.manual_seed(3)
+            drawn = noise(tensor, branch, mask)
+            assert torch.equal(drawn, expected(tensor))
+    shared = TokenScaledNoise(0.1)
+    assert not torch.equal(shared(hidden, 1, mask), shared(hidden, 2, mask))
+    alone = TokenScaledNoise(0.1)
+    alone(hidden, 1, mask)
+    torch.testing.assert_close(shared.pop_noise_to_signal(), alone.pop_noise_to_signal())
+
+
+def test_the_noise_keeps_no_hidden_states_alive():
+    hidden = random_hidden((2, 5, 16))
+    noise, watched = TokenScaledNoise(0.1), weakref.ref(hidden)
+    noise(hidden, 1)
+    del hidden
+    assert watched() is None
 
 
 @pytest.mark.parametrize("width", [16, 33])
