@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import os
 import statistics
 import sys
@@ -95,11 +96,11 @@ def measure(ways: dict[str, Callable[[], object]], size: Size, costs: Costs, rou
             with current[0](name):
                 step()
 
-    try:
+    if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
         from trl_steps import train_with_trl
 
         return train_with_trl(size, costs.device, len(measures), begin, end, ours)
-    except ImportError:
+    else:
         for kind in measures:
             current[:] = [kind]
             ours()
@@ -116,7 +117,7 @@ def draw(path: str, size: Size, costs: Costs, ways: dict[int, str], share: float
     figure, axes = pyplot.subplots(figsize=(7.5, 4.6), dpi=150, layout="constrained")
     layers = list(ways)
     others = [
-        ("three passes, all logits (published)", "published", "tab:red"),
+        (f"published: three passes, all logits (layers 0-{NOISY - 1})", "published", "tab:red"),
         ("separate passes", "separate", "tab:purple"),
     ]
     for label, name, colour in others:
@@ -149,9 +150,15 @@ def main() -> None:
     parser.add_argument("--supervised", type=int, help="supervised tokens a row; default: the size's own")
     parser.add_argument("--picture", metavar="FILE", help="draw cost against the first noisy layer (needs matplotlib)")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds: expected 1 or more")
+    if args.supervised is not None and not 1 <= args.supervised < SIZES[args.size].length:
+        parser.error(f"--supervised: expected 1 to {SIZES[args.size].length - 1} of a row's tokens")
+    if args.picture and not Path(args.picture).resolve().parent.is_dir():
+        parser.error(f"--picture: there is no folder {Path(args.picture).resolve().parent}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[args.size]
-    if args.supervised:
+    if args.supervised is not None:
         size = replace(size, supervised=args.supervised)
     steps, costs = Steps(size, device), Costs(device)
     n = size.layers
@@ -171,7 +178,7 @@ def main() -> None:
     ways |= {name: functools.partial(steps.ours, noisy(first)) for first, name in forks.items()}
     ways |= {
         "separate passes, layers 0-2": functools.partial(steps.ours, noisy(0), "separate"),
-        "published way, layers 0-2": functools.partial(steps.published, noisy(0)),
+        f"published way, layers 0-{NOISY - 1}": functools.partial(steps.published, noisy(0)),
         f"published way, layers {n - NOISY}-{n - 1}": functools.partial(steps.published, noisy(n - NOISY)),
         "plain forward pass": plain_forward,
         "SNR of all layers": functools.partial(layer_snr, steps.branched, batch, NOISE_STD),
@@ -193,8 +200,12 @@ def main() -> None:
         print(
             f"{name:<32}{costs.ratio(name):>8.2f}{counted:>8}{memory / costs.memory[PLAIN]:>9.2f}{memory / 2**20:>8.0f}"
         )
+    print()
+    for published, fork in zip((n - NOISY, 0), (forks[n - n // 4], forks[0]), strict=True):
+        name = f"published way, layers {published}-{published + NOISY - 1}"
+        print(f"{name}, over {fork}: {costs.ratio(name, fork):.2f}")
     snr = costs.ratio("SNR of all layers", "plain forward pass")
-    print(f"\nmeasuring the SNR of all layers, in plain forward passes: {snr:.2f}")
+    print(f"measuring the SNR of all layers, in plain forward passes: {snr:.2f}")
     if args.picture:
         draw(args.picture, size, costs, forks, share, where)
 

@@ -1,14 +1,15 @@
 """The ways of making one optimizer step that the benchmarks compare, and the models that they compare them on.
 
-Each way is a function that takes nothing, makes one step (forward, backward, clip, AdamW) on the same model, batch and
-LoRA adapter, and returns its loss.
+Each way is a method of `Steps` that makes one step (forward, backward, clip, AdamW) on the same model, batch and LoRA
+adapter, and returns its loss.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,6 @@ from noisefit.noise import TokenScaledNoise
 from noisefit.prompts import Example
 
 NOISE_STD = 0.1
-Way = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,15 @@ SIZES = {"tiny": TINY, "small": SMALL, "llama-1b": LLAMA_1B, "qwen-0.5b": QWEN_H
 def build_model(size: Size, device: str, gradient_checkpointing: bool = False) -> nn.Module:
     """A random model of this size with LoRA on q_proj and v_proj, in training mode; on `meta`, its shapes alone."""
     torch.manual_seed(0)
+    config = copy.deepcopy(size.config)
     if device == "meta":
-        size.config._attn_implementation = "in_shape_alone"
+        config._attn_implementation = "in_shape_alone"
     kind = Qwen2ForCausalLM if isinstance(size.config, Qwen2Config) else LlamaForCausalLM
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore", FutureWarning)
         lora = LoraConfig(target_modules=["q_proj", "v_proj"])
         # The adapter in the model's dtype, in which mixed precision computes with it.
-        model = get_peft_model(kind(size.config).to(size.dtype), lora, autocast_adapter_dtype=False).train()
+        model = get_peft_model(kind(config).to(size.dtype), lora, autocast_adapter_dtype=False).train()
         model.config.use_cache = False
         if gradient_checkpointing:
             model.enable_input_require_grads()
@@ -141,7 +142,8 @@ class Steps:
 
     def published(self, layers: Sequence[int]) -> Tensor:
         """The published way: three passes through the whole model, each of which forms the cross-entropy of all its
-        logits, and KL terms over all positions, of which the supervised ones are kept. Nothing is detached."""
+        logits, and KL terms over all positions, of which the supervised ones are kept. As in that program, gradients
+        also flow through the distributions that are the targets."""
         batch = self.batch()
         labels = torch.full(batch["input_ids"].shape, -100, device=self.device)
         labels.view(-1)[batch["target_positions"] + 1] = batch["target_tokens"]  # the model shifts them back

@@ -69,9 +69,7 @@ class BranchedModel(nn.Module):
 
         Args:
             input_ids: `[B, L]`, int64, padded on the right.
-            attention_mask: `[B, L]`, 1 at real tokens. The noise needs it. Attention that looks to the left alone does
-                not, so the fork goes without: a mask with padding would be a dense one, which keeps SDPA from its
-                fastest kernels. `choose_strategy` checks that nothing else changes.
+            attention_mask: `[B, L]`, 1 at real tokens.
             target_positions: `[N]`, int64, the positions that predict a supervised token, as indices into the
                 `B * L` positions of the batch.
             target_tokens: `[N]`, int64, the token that each of them predicts. `N` may be 0.
@@ -88,7 +86,10 @@ class BranchedModel(nn.Module):
             return _decoder_pass(self.model, input_ids, attention_mask)
         assert target_positions is not None and target_tokens is not None
         run = _full_pass if strategy == "full_logits" else _decoder_pass
-        mask = None if strategy == "fork" else attention_mask
+        # Attention that looks to the left never sees padding on the right. The fork's is told that there is none: with
+        # padding, the mask would be a dense one, which keeps SDPA from its fastest kernels. The noise has the real
+        # mask, and `choose_strategy` checks that nothing else changes.
+        mask = torch.ones_like(attention_mask) if strategy == "fork" else attention_mask
         states = run_branches(
             self.model,
             len(input_ids),
@@ -179,12 +180,12 @@ def run_branches(
     return torch.stack(branches)
 
 
-def _decoder_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _decoder_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     output = find_decoder(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return output.last_hidden_state
 
 
-def _full_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _full_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return find_causal_lm(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 

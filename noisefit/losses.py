@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from noisefit.precision import at_least_float32
 
@@ -39,7 +38,7 @@ def soft_target_loss(clean: Tensor, noisy: Tensor, temperature: float) -> Tensor
     Returns:
         A scalar tensor.
     """
-    return _KLDivergence.apply(clean.detach(), noisy, temperature)
+    return _kl_divergence(clean, noisy, temperature)
 
 
 def consistency_loss(noisy_1: Tensor, noisy_2: Tensor, temperature: float) -> Tensor:
@@ -52,7 +51,13 @@ def consistency_loss(noisy_1: Tensor, noisy_2: Tensor, temperature: float) -> Te
     Returns:
         A scalar tensor.
     """
-    return _KLDivergence.apply(noisy_2.detach(), noisy_1, temperature)
+    return _kl_divergence(noisy_2, noisy_1, temperature)
+
+
+def _kl_divergence(target: Tensor, predicted: Tensor, temperature: float) -> Tensor:
+    if predicted is target:  # without noise the branches are one: zero, and so is the gradient
+        return at_least_float32(predicted).new_zeros(())
+    return _KLDivergence.apply(target.detach(), predicted, temperature)
 
 
 class _KLDivergence(torch.autograd.Function):
@@ -73,8 +78,9 @@ class _KLDivergence(torch.autograd.Function):
         return temperature**2 * divergence
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        if torch.is_grad_enabled():  # create_graph=True: autograd would take the saved difference for a constant
+            raise NotImplementedError("the soft and consistency losses have no second derivative")
         [difference] = ctx.saved_tensors
         return None, (difference * (grad * ctx.temperature)).to(ctx.dtype), None
 

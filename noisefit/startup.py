@@ -87,8 +87,8 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, strat
     """The logits of the three branches at the slice's real tokens, `[3, N, V]` float64, and the model's dtype."""
     ids = batch["input_ids"][:ROWS, :TOKENS]
     mask = batch["attention_mask"][:ROWS, :TOKENS].clone()
-    if ids.shape[1] > 1:
-        mask[-1, -(ids.shape[1] // 3) :] = 0  # the truth is told which tokens are padding, the strategies are not
+    if padded := ids.shape[1] // 3:  # the fork is not told which tokens are padding: attention to the right would show
+        mask[-1, -padded:] = 0
     positions = mask.flatten().nonzero().flatten()
     chunks: list[Tensor] = []
 
@@ -101,6 +101,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, strat
 
 
 def _explicit_noise(layer: int, hidden: Tensor, branch: int, mask: Tensor | None = None) -> Tensor:
-    """Noise about half as strong as the signal, the same whenever a layer and branch are asked for it."""
+    """Noise `[B, L, H]`, about half as strong as the signal at real tokens (what is at padded ones differs between
+    strategies), the same whenever a layer and branch are asked for it."""
     wave = torch.sin(torch.arange(hidden.numel(), device=hidden.device) * 0.7 + 3.0 * branch + layer)
     return (wave.view_as(hidden) * 0.5 * masked_mean(hidden.float().abs(), mask)).to(hidden.dtype)

@@ -52,7 +52,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, weights=()):
         super().__init__()
-        self.waits, self.logits = Counter(), 0
+        self.waits, self.made, self.logits = Counter(), Counter(), 0
         self.weights = {weight.data_ptr() for weight in weights}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -61,6 +61,8 @@ class Watch(TorchDispatchMode):
         if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2"):
             self.waits[name] += 1
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and not function.is_view:
+                self.made[tuple(tensor.shape)] += 1
             is_logits = isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.shape[-1] == VOCAB
             if is_logits and tensor.data_ptr() not in self.weights:  # nor the head itself, transposed
                 self.logits = max(self.logits, tensor.numel())
@@ -116,11 +118,46 @@ def test_a_step_waits_for_the_device_only_where_transformers_does(model, strateg
     """transformers looks once a pass whether there is padding, or whether rows are packed."""
     batch = tiny_batch(lengths)
     if strategy == "fork":
-        batch.pop("attention_mask")
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     theirs = waits(lambda: find_decoder(model)(**batch, use_cache=False))
     assert theirs.total() <= 2
     ours = waits(lambda: step(model, 2, lengths, strategy))
     assert ours == Counter({name: passes * count for name, count in theirs.items()})
+
+
+def test_measuring_the_snr_waits_no_more_than_transformers_does(model):
+    batch = tiny_batch((40, 31, 35, 33))
+    theirs = waits(lambda: find_decoder(model)(**batch, use_cache=False))
+    assert waits(lambda: layer_snr(model, batch, 0.1)) == theirs
+
+
+def test_without_noise_no_kl_is_formed_and_the_logits_have_one_gradient(model):
+    """Plain fine-tuning is the same loop with the same losses: it must not pay for branches that are one."""
+
+    def losses(clean, noisy_1, noisy_2, targets):
+        assert noisy_1 is clean and noisy_2 is clean
+        return noisefit_losses(clean, noisy_1, noisy_2, targets)
+
+    def run(chunk_losses):
+        states = torch.ones(1, 40, 64, requires_grad=True)
+        with Watch(model.parameters()) as watch:
+            sums = model.sum_losses(states, torch.zeros(40, dtype=torch.long), chunk_losses)
+            sums.sum().backward()
+        return sums, watch, states.grad
+
+    plain, watch, gradient = run(plain_losses)
+    all_losses, watch_all, gradient_all = run(losses)
+    assert torch.equal(all_losses, torch.cat([plain, torch.zeros(2)])) and torch.equal(gradient, gradient_all)
+    wide = [{s: n for s, n in w.made.items() if s[-1:] == (VOCAB,)} for w in (watch, watch_all)]
+    assert wide[0] == wide[1] and watch.logits == CHUNK * VOCAB
+
+
+def test_the_gradient_of_the_hidden_states_is_joined_once(model):
+    """And not added up whole for every chunk, which would be quadratic in the tokens."""
+    states = torch.ones(3, 40, 64, requires_grad=True)
+    with Watch() as watch:
+        model.sum_losses(states, torch.zeros(40, dtype=torch.long), noisefit_losses).sum().backward()
+    assert watch.made[3, 40, 64] <= 2
 
 
 @pytest.mark.parametrize("first_noisy", [0, 2, LAYERS - 1])

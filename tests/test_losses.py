@@ -81,6 +81,20 @@ def test_low_precision_gradients_are_the_float64_ones_rounded(logits, dtype):
         torch.testing.assert_close(low.grad.double(), exact.grad, rtol=1e-2, atol=1e-4)
 
 
+def test_second_derivatives_are_refused_and_not_silently_wrong(logits):
+    clean, noisy = logits[:2]
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(soft_target_loss(clean, noisy, 1.0), noisy, create_graph=True)
+
+
+def test_a_branch_against_itself_is_zero(logits):
+    for dtype in (torch.float64, torch.bfloat16):
+        same = logits[0].detach().to(dtype)
+        for loss in (soft_target_loss(same, same, 2.0), consistency_loss(same, same, 2.0)):
+            assert loss.item() == 0 and loss.shape == ()
+            assert loss.dtype == (torch.float32 if dtype is torch.bfloat16 else dtype)
+
+
 def test_a_kl_term_keeps_one_tensor_for_backward_and_none_where_there_is_none(logits):
     """`[N, V]` tensors are what memory at a large vocabulary is made of."""
     kept = []
@@ -88,8 +102,10 @@ def test_a_kl_term_keeps_one_tensor_for_backward_and_none_where_there_is_none(lo
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
         soft_target_loss(clean, noisy, 1.0)
         assert kept == [(6, 11)]
+        consistency_loss(noisy, clean, 2.5)
+        assert kept == [(6, 11)] * 2
         soft_target_loss(noisy, clean.detach(), 1.0)
-    assert kept == [(6, 11)]
+    assert kept == [(6, 11)] * 2
 
 
 def test_low_precision_is_computed_in_float32(logits):

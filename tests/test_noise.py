@@ -55,9 +55,24 @@ def test_both_branches_at_the_fork_share_one_sigma_and_other_tensors_do_not():
             assert torch.equal(drawn, expected(tensor))
     shared = TokenScaledNoise(0.1)
     assert not torch.equal(shared(hidden, 1, mask), shared(hidden, 2, mask))
-    alone = TokenScaledNoise(0.1)
-    alone(hidden, 1, mask)
-    torch.testing.assert_close(shared.pop_noise_to_signal(), alone.pop_noise_to_signal())
+
+
+def test_the_scale_is_computed_once_at_the_fork_and_every_branch_is_recorded(monkeypatch):
+    hidden, other = random_hidden((2, 5, 16)), 3 * random_hidden((2, 5, 16), seed=1)
+    computed = []
+    monkeypatch.setattr("noisefit.noise.noise_scale", lambda *args: computed.append(args) or noise_scale(*args))
+
+    def ratio(*tensors):
+        source = TokenScaledNoise(0.5)
+        for branch, tensor in enumerate(tensors, start=1):
+            source(tensor, branch)
+        return source.pop_noise_to_signal()
+
+    torch.testing.assert_close(ratio(hidden, hidden), ratio(hidden))
+    assert len(computed) == 2
+    torch.testing.assert_close(ratio(hidden, other), (ratio(hidden) + ratio(other)) / 2)
+    assert len(computed) == 6
+    assert ratio(hidden) != ratio(other)
 
 
 def test_the_noise_keeps_no_hidden_states_alive():

@@ -56,6 +56,31 @@ def test_a_model_whose_logits_need_more_than_hidden_states_keeps_its_own():
     assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(1,), (2,), (2, 2), (3,), (4, 2)], ids=str)
+def test_rows_of_a_few_tokens_can_be_checked(lengths):
+    batch = tiny_batch(lengths)
+    before = batch["attention_mask"].clone()
+    branched = BranchedModel(tiny_model("llama", torch.float32), 7)
+    assert choose_strategy(branched, batch, [1], "auto") == ("fork", None)
+    assert torch.equal(batch["attention_mask"], before)
+
+
+def test_a_model_that_looks_to_the_right_is_told_of_padding():
+    """The fork's attention has no mask, which is right only where tokens look to the left."""
+
+    def look_both_ways(module, args, kwargs):
+        module.is_causal = False
+        if kwargs.get("attention_mask") is not None:  # keep what it says of padding
+            kwargs["attention_mask"] = kwargs["attention_mask"][:, :, -1:, :].expand_as(kwargs["attention_mask"])
+        return args, kwargs
+
+    model = tiny_model("llama", torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(look_both_ways, with_kwargs=True)
+    strategy, reason = choose_strategy(BranchedModel(model, 7), tiny_batch((11, 11)), [1, 3], "auto")
+    assert strategy == "separate" and "differ" in reason
+
+
 def test_a_subtly_wrong_fork_is_seen():
     model = tiny_model("llama", torch.float32)
 
