@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,11 @@ SMALL = Size(
     ),
     torch.float32, rows=4, length=128, supervised=32,
 )  # fmt: skip
+SMALL_128K = replace(
+    SMALL,
+    name="a small Llama with a large vocabulary",
+    config=LlamaConfig(**SMALL.config.to_dict() | {"vocab_size": 128_256}),
+)
 LLAMA_1B = Size(
     "Llama-3.2-1B's shape",
     LlamaConfig(
@@ -91,7 +96,7 @@ TINY = Size(
     ),
     torch.float32, rows=2, length=64, supervised=32,
 )  # fmt: skip
-SIZES = {"tiny": TINY, "small": SMALL, "llama-1b": LLAMA_1B, "qwen-0.5b": QWEN_HALF_B}
+SIZES = {"tiny": TINY, "small": SMALL, "small-128k": SMALL_128K, "llama-1b": LLAMA_1B, "qwen-0.5b": QWEN_HALF_B}
 
 
 def build_model(size: Size, device: str, gradient_checkpointing: bool = False) -> nn.Module:
