@@ -2,9 +2,9 @@
 
     accelerate launch train_loop.py --model MODEL --train_data questions.csv
 
-Read it top to bottom: it is the algorithm. Load; measure every layer's signal-to-noise ratio and choose the layers
-that get noise; then, step by step, run the clean and the two noisy branches of each micro-batch, combine the three
-losses, go backward, clip, step, log. Edit it in place.
+Read it top to bottom: it is the algorithm. Load; measure every layer and choose those that get noise; then, step by
+step, run the clean and the noisy branches of each micro-batch, combine the losses, go backward, clip, step, log. Which
+branches and weights a `--loss_mode` has is a line of `noisefit/objectives.py`. Edit it in place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import math
 import time
 from argparse import Namespace
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -25,22 +27,23 @@ from noisefit.arguments import parse_arguments
 from noisefit.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.branches import BranchedModel
 from noisefit.checkpoints import Checkpoints
+from noisefit.choosing import choose_policy, describe, make_noise
 from noisefit.data import load_rows
 from noisefit.errors import Stopped, notice, one_line_errors
 from noisefit.evaluation import evaluate
 from noisefit.files import alone_in
 from noisefit.identity import identify_run
-from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.losses import consistency_loss, cross_entropy, mean_over_branches, rdrop_loss, soft_target_loss
 from noisefit.memory import naming_out_of_memory
 from noisefit.models import check_model, limit_length, load_config, load_model, load_tokenizer
-from noisefit.noise import TokenScaledNoise
-from noisefit.outputs import check_output, save_model, start_output, where_things_are, write_layer_snr
+from noisefit.objectives import LOSSES, OBJECTIVES
+from noisefit.outputs import check_output, save_model, start_output, where_things_are, write_policy
+from noisefit.policy import NoisePolicy, check_policy
 from noisefit.precision import keep_float32_when_sharded
 from noisefit.processes import check_processes, finish, on_any_process
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
 from noisefit.resuming import find_checkpoint
 from noisefit.signals import StopSignals, end_with_launcher
-from noisefit.snr import average_snr, negligible_noise, select_layers
 from noisefit.startup import choose_strategy
 from noisefit.tracking import Metrics, check_bad_steps, check_tracker, progress_bar, start_trackers
 from noisefit.weights import unsharded
@@ -56,7 +59,8 @@ def train(args: Namespace) -> None:
     config = load_config(args)
     tokenizer = load_tokenizer(args)
     set_chat_template(tokenizer, args.chat_template)
-    check_model(args, config)
+    num_layers = check_model(args, config)
+    check_policy(args, num_layers)
     limit_length(args, config)
     examples = tokenize_rows(args, tokenizer, rows, args.train_data)
     eval_examples = tokenize_rows(args, tokenizer, eval_rows, args.eval_data)
@@ -78,7 +82,7 @@ def train(args: Namespace) -> None:
     checkpoint = find_checkpoint(args, run, total_steps)
 
     set_seed(args.seed)  # the same adapter on every process ...
-    model = BranchedModel(load_model(args, accelerator, checkpoint), args.loss_chunk_size)
+    model = BranchedModel(load_model(args, accelerator, checkpoint), args.loss_chunk_size, args.rdrop_dropout)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=args.weight_decay
     )
@@ -94,46 +98,53 @@ def train(args: Namespace) -> None:
         return [collate(share, tokenizer.pad_token_id, accelerator.device) for share in shares]
 
     # --- The method: which layers get noise, and what the loss is ---------------------------------------------------
+    objective = OBJECTIVES[args.loss_mode]
+    weights = objective.weights(args)  # of the losses that it has
+    w = SimpleNamespace(**dict.fromkeys(LOSSES, 0.0) | weights)
     calibration: list[Batch] = []
     for rows in epoch_steps(examples, rows_per_step, args.seed, epoch=0):
         calibration += micro_batches(rows)
-        if len(calibration) >= args.snr_batches:
+        if len(calibration) >= max(args.snr_batches, args.auto_calib_batches):
             break
-    calibration = calibration[: args.snr_batches]
 
-    def choose_layers() -> tuple[list[int], str, Tensor]:
+    def choose_noise() -> tuple[NoisePolicy, str]:
         """Measure the layers, choose those that get noise, and check how the branches can be run."""
-        snr = average_snr(model, calibration, args.noise_std)
-        layers = select_layers(snr, args.num_noise_layers, args.snr_format)
-        strategy, reason = choose_strategy(model, calibration[0], layers, args.branches)
-        chosen = ", ".join(f"{layer} (SNR {snr[layer]:.3g})" for layer in layers)
-        notice(f"noise in layers: {chosen or 'none'}; branches: {strategy}")
-        notice(reason, negligible_noise(snr, layers))
-        return layers, strategy, snr
+        policy = choose_policy(args, model, calibration, accelerator)
+        noisy = list(make_noise(args, policy))
+        strategy, reason = choose_strategy(model, calibration[0], noisy, args.branches, objective.branches)
+        notice(*describe(args, policy, num_layers, strategy), reason)
+        return policy, strategy
 
-    def chunk_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, target_tokens: Tensor) -> Tensor:
-        """The three losses of one chunk of supervised tokens, each a sum: logits [N, V] and targets [N] to [3]."""
-        ce = cross_entropy(clean, target_tokens)
-        soft = soft_target_loss(clean, noisy_1, args.temperature) + soft_target_loss(clean, noisy_2, args.temperature)
-        consistency = consistency_loss(noisy_1, noisy_2, args.temperature)
-        return torch.stack([ce, soft / 2, consistency])
+    def chunk_losses(clean: list[Tensor], noisy: list[Tensor], target_tokens: Tensor) -> Tensor:
+        """The losses of one chunk of supervised tokens, each a sum over them, 0 where the objective has it not.
 
-    weights = (args.hybrid_loss_alpha, 1 - args.hybrid_loss_alpha, args.lambda_consistency)
+        `clean` and `noisy` hold the logits [N, V] of its branches without and with noise; targets are [N].
+        """
+        ce = soft = consistency = rdrop = torch.zeros((), device=target_tokens.device)
+        if "ce" in weights:
+            ce = mean_over_branches(cross_entropy(logits, target_tokens) for logits in clean or noisy)
+        if "soft" in weights:
+            soft = mean_over_branches(soft_target_loss(clean[0], logits, args.temperature) for logits in noisy)
+        if "consistency" in weights:
+            consistency = consistency_loss(noisy[0], noisy[1], args.temperature)
+        if "rdrop" in weights:
+            rdrop = rdrop_loss(clean[0], clean[1], args.temperature)
+        return torch.stack([ce, soft, consistency, rdrop])
 
     # --- Where the run stands: at its start, or where a checkpoint was written -------------------------------------
-    metrics = Metrics(accelerator, args)
+    metrics = Metrics(accelerator, args, weights, num_layers)
     checkpoints = Checkpoints(args, run, accelerator, model, optimizer, schedule, metrics, tokenizer)
     if checkpoint is None:
         step = seen_targets = bad_steps = 0
-        layers, strategy, snr = choose_layers()
+        policy, strategy = choose_noise()
     else:
         state = checkpoints.load(checkpoint)
         step, seen_targets, bad_steps = state["step"], state["seen_targets"], state["bad_steps"]
-        layers, strategy, snr = state["layers"], state["strategy"], torch.tensor(state["snr"], dtype=torch.float64)
+        policy, strategy = NoisePolicy(**state["policy"]), state["strategy"]
         notice(f"going on from {checkpoint}, after step {step}")
         if state["total_steps"] != total_steps:
             notice(f"the learning rate now follows a schedule of {total_steps} steps instead of {state['total_steps']}")
-    noise = {layer: TokenScaledNoise(args.noise_std) for layer in layers}
+    noise = make_noise(args, policy)  # a layer's index to the noise that its output gets
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
 
     # --- The loop ---------------------------------------------------------------------------------------------------
@@ -145,29 +156,30 @@ def train(args: Namespace) -> None:
     ):
         if accelerator.is_main_process:
             start_output(args, checkpoint)
-            write_layer_snr(args, snr, layers)
+            write_policy(args, policy)
         start_trackers(accelerator, args)
         for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):
             for rows in epoch_steps(examples, rows_per_step, args.seed, epoch, step - epoch * epoch_length):
                 if step == total_steps:
                     break
                 if args.snr_every and step and step % args.snr_every == 0:
-                    layers, strategy, snr = choose_layers()
-                    noise = {layer: TokenScaledNoise(args.noise_std) for layer in layers}
+                    policy, strategy = choose_noise()
+                    noise = make_noise(args, policy)
                     if accelerator.is_main_process:
-                        write_layer_snr(args, snr, layers)
+                        write_policy(args, policy)
 
                 step += 1
                 target_tokens = count_targets(rows)  # of the whole step: all its micro-batches, all processes
-                step_sums = torch.zeros(3, device=accelerator.device)
+                step_sums = torch.zeros(len(LOSSES), device=accelerator.device)
                 batches = micro_batches(rows)
                 for batch in batches:
                     # Gradients are reduced over the processes once a step, with its last micro-batch.
                     reduction = nullcontext() if batch is batches[-1] else accelerator.no_sync(model)
                     with reduction, naming_out_of_memory(args, step, batch):
-                        sums = model(**batch, noise=noise, strategy=strategy, chunk_losses=chunk_losses)
-                        ce, soft, consistency = sums / target_tokens
-                        loss = weights[0] * ce + weights[1] * soft + weights[2] * consistency
+                        how = {"branches": objective.branches, "noise": noise, "strategy": strategy}
+                        sums = model(**batch, **how, chunk_losses=chunk_losses)
+                        ce, soft, consistency, rdrop = sums / target_tokens
+                        loss = w.ce * ce + w.soft * soft + w.consistency * consistency + w.rdrop * rdrop
                         # The reduction averages over processes, but these losses are shares of one sum.
                         accelerator.backward(loss * num_processes)
                     step_sums += sums.detach()
@@ -189,7 +201,7 @@ def train(args: Namespace) -> None:
                 progress.update()
                 passes, last = step / epoch_length, step == total_steps
                 if step % args.logging_steps == 0 or last:
-                    line = metrics.log(step, passes, weights, learning_rate, grad_norm)
+                    line = metrics.log(step, passes, learning_rate, grad_norm)
                     progress.set_postfix({name: line[name] for name in ("loss", "ce_loss")}, refresh=False)
                 due = step % args.eval_steps == 0 if args.eval_steps else step % epoch_length == 0
                 if eval_examples and (due or last):
@@ -197,9 +209,8 @@ def train(args: Namespace) -> None:
                     ce = evaluate(accelerator, model, strategy, eval_examples, args.batch_size, tokenizer.pad_token_id)
                     metrics.log_evaluation(step, passes, ce, count_targets(eval_examples), time.perf_counter() - start)
                 if stopping or (args.save_steps and (step % args.save_steps == 0 or last)):
-                    variables = {"seen_targets": seen_targets, "bad_steps": bad_steps, "snr": snr.tolist()}
-                    variables |= {"layers": layers, "strategy": strategy, "total_steps": total_steps}
-                    checkpoint = checkpoints.save(step, **variables)
+                    variables = {"seen_targets": seen_targets, "bad_steps": bad_steps, "total_steps": total_steps}
+                    checkpoint = checkpoints.save(step, **variables, policy=asdict(policy), strategy=strategy)
                 if stopping and not last:
                     finish(accelerator)
                     raise Stopped(f"stopped after step {step} of {total_steps}; the same command with "

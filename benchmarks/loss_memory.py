@@ -62,7 +62,9 @@ def step_table(size: Size) -> None:
 def loss_alone(steps: Steps, size: Size, rows: int, length: int) -> float:
     """GiB that the head and the three losses take, forward and backward, over the hidden states and their gradient."""
     count = rows * (length - 1)
-    states = torch.empty(BRANCHES, count, size.config.hidden_size, dtype=size.dtype, device="meta", requires_grad=True)
+    states = torch.empty(
+        len(BRANCHES), count, size.config.hidden_size, dtype=size.dtype, device="meta", requires_grad=True
+    )
     tokens = torch.empty(count, dtype=torch.long, device="meta")
 
     def run() -> None:

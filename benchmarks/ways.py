@@ -176,11 +176,12 @@ class Steps:
         return loss.detach()
 
 
-def plain_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(clean, targets).unsqueeze(0)
+def plain_losses(clean: Sequence[Tensor], noisy: Sequence[Tensor], targets: Tensor) -> Tensor:
+    return cross_entropy(clean[0], targets).unsqueeze(0)
 
 
-def noisefit_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, targets: Tensor) -> Tensor:
+def noisefit_losses(clean: Sequence[Tensor], noisy: Sequence[Tensor], targets: Tensor) -> Tensor:
+    [clean], (noisy_1, noisy_2) = clean, noisy
     soft = soft_target_loss(clean, noisy_1, 1.0) + soft_target_loss(clean, noisy_2, 1.0)
     return torch.stack(
         [0.5 * cross_entropy(clean, targets), 0.25 * soft, 0.1 * consistency_loss(noisy_1, noisy_2, 1.0)]

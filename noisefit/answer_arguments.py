@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from noisefit.arguments import BOOLEAN, HelpFormatter, OneLineParser, hide_token, number
+from noisefit.command_line import BOOLEAN, HelpFormatter, OneLineParser, hide_token, number
 from noisefit.errors import InputError
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import math
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-import yaml
-
-from noisefit.errors import InputError
+from noisefit.command_line import (
+    BOOLEAN,
+    HelpFormatter,
+    OneLineParser,
+    flags_from_yaml,
+    hide_token,
+    number,
+    numbers,
+)
+from noisefit.errors import InputError, notice
+from noisefit.objectives import DROPOUT, OBJECTIVES
+from noisefit.policy import POLICIES
 from noisefit.snr import SNR_FORMATS
 
 # Schedules that need no further numbers.
@@ -26,55 +31,6 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-
-
-BOOLEAN = argparse.BooleanOptionalAction
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, without the usage, and name the flag that was meant."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            message += _nearest(message.split()[2].partition("=")[0], self)
-        raise InputError(message.removeprefix("argument "))
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not those that say nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-def number(
-    kind: Callable[[str], Any], low: float, high: float = math.inf, *, open_low: bool = False, also: tuple = ()
-) -> Callable[[str], Any]:
-    """A converter of flag values to finite numbers from `low` to `high`.
-
-    Args:
-        kind: `int` or `float`.
-        low, high: the range, both ends included.
-        open_low: `low` itself is refused.
-        also: further values that are accepted.
-    """
-    what = "a whole number" if kind is int else "a number"
-    span = f"{'above' if open_low else 'at least'} {low:g}"
-    if high != math.inf:
-        span = f"above {low:g} and up to {high:g}" if open_low else f"from {low:g} to {high:g}"
-    expected = " or ".join([f"{what} {span}", *map(str, also)])
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        in_range = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
-        if not in_range and value not in also:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
-
-    return convert
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -104,10 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("the method: noise and loss")
     add = group.add_argument
+    add("--loss_mode", choices=OBJECTIVES, default="full", help="the objective: NoiseFiT, a part of it, or a baseline")
+    add("--noise_policy", metavar="snr|auto|FILE", default="snr",
+        help="noisy layers by their SNR, calibrated, or as in the noise_policy.json of a calibrated run")  # fmt: skip
     add("--noise_std", type=non_negative, default=0.1, help="noise strength; its square times std(h) is the base scale")
     add("--num_noise_layers", type=count, default=3, help="how many decoder layers get noise; 0 is plain fine-tuning")
     add("--snr_format", choices=SNR_FORMATS, default="Largest", help="noise goes where the SNR is largest, or lowest")
     add("--snr_batches", type=positive, default=4, help="micro-batches a process over which the SNR is averaged")
+    add("--prefer_late_layers", metavar="FRACTION", type=share, default=0.0,
+        help="noise only past this share of the depth; the later it begins, the cheaper is a step")  # fmt: skip
     add("--snr_every", type=count, default=0, help="measure and choose layers again every so many steps; 0: once")
     add("--hybrid_loss_alpha", type=share, default=0.5, help="weight of the cross-entropy; the soft term has the rest")
     add("--lambda_consistency", type=non_negative, default=0.1, help="weight of the consistency term")
@@ -117,10 +78,28 @@ def build_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="softens the distributions of the soft and consistency terms",
     )
+    add("--neftune_alpha", type=non_negative, default=5.0, help="noise strength of --loss_mode neftune")
+    add("--rdrop_alpha", type=non_negative, default=1.0, help="weight of the symmetric KL of --loss_mode rdrop")
+    add("--rdrop_dropout", type=number(float, 0, 0.99), default=0.05,
+        help="dropout of --loss_mode rdrop in each block, besides the model's and the adapter's own")  # fmt: skip
     add("--loss_on", choices=("response", "all"), default="response", help="supervise the answer, or the prompt too")
     add("--branches", choices=("auto", "fork", "separate"), default="auto",
         help="clean and noisy branches in one forked pass or in three; auto forks where that is exact")  # fmt: skip
     add("--loss_chunk_size", type=positive, default=256, help="supervised tokens whose logits are in memory at a time")
+
+    group = parser.add_argument_group("the method: noise that calibrates itself")
+    add = group.add_argument
+    add("--auto_calib_batches", type=positive, default=2, help="micro-batches a process that the noise is tried on")
+    add("--auto_scale_factors", type=numbers(above_zero), nargs="+", default=[0.25, 0.5, 1.0, 1.5, 2.0],
+        metavar="FACTOR", help="the base scales that are tried, in units of 1 / sqrt(hidden size)")  # fmt: skip
+    add("--auto_scale_l2_penalty", type=non_negative, default=0.05,
+        help="divides a scale's score by 1 + this times log2(factor)^2")  # fmt: skip
+    add("--auto_max_ce_delta_ratio", type=non_negative, default=0.02,
+        help="scales that raise the cross-entropy by a larger share are out")  # fmt: skip
+    add("--auto_max_layers", type=count, default=0, help="noisy layers at the most; 0: the square root of the layers")
+    add("--auto_depth_bands", type=positive, default=3, help="bands of depth that the noisy layers are spread over")
+    add("--auto_target_kl_fraction", type=share, default=0.75,
+        help="a layer's scale is the smallest whose KL is this share of the chosen layers' median")  # fmt: skip
 
     group = parser.add_argument_group("the steps")
     add = group.add_argument
@@ -182,10 +161,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     The token leaves `sys.argv` for the environment, as trackers record the command line.
 
     Raises:
-        InputError: an unknown flag, a value out of range, or a required flag that is missing.
+        InputError: an unknown flag, a value out of range, a required flag that is missing, or flags that contradict
+            each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
+    parser, from_file = build_parser(), []
     args = parser.parse_args(argv)
     if args.config is not None:
         from_file = flags_from_yaml(Path(args.config), parser)
@@ -200,6 +180,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.target_modules:
         names = [name for part in args.target_modules for name in part.split(",") if name]
         args.target_modules = names[0] if names == ["all-linear"] else names
+    factors = args.auto_scale_factors
+    if isinstance(factors[0], list):
+        factors = [factor for part in factors for factor in part]
+    args.auto_scale_factors = sorted(set(factors))
+    check_objective(args, _given(from_file + argv))
     if args.quantization != "none" and args.full_finetune:
         raise InputError("--full_finetune cannot train quantized weights; leave out --quantization")
     if args.hf_token:
@@ -208,39 +193,48 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def flags_from_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """A YAML mapping of flag names to values, as words of a command line.
+def check_objective(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse settings of the objective that contradict each other, and name those that change nothing.
+
+    Args:
+        args: the run's settings.
+        given: the names of those that are not left at their default.
 
     Raises:
-        InputError: the file cannot be read, is not a mapping, or names an unknown flag.
+        InputError: as said.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"--config {path}: expected lines such as 'epochs: 3'")
-    words = []
-    for name, value in settings.items():
-        if f"--{name}" not in parser._option_string_actions or name in ("config", "help"):
-            raise InputError(f"--config {path}: no flag is called {name!r}{_nearest(f'--{name}', parser)}")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            words.extend([f"--{name}", *map(str, value)])
-        elif value is not None:  # an empty value leaves the default
-            words.append(f"--{name}={value}")
-    return words
+    objective, policy = OBJECTIVES[args.loss_mode], args.noise_policy
+    if policy != "snr":
+        chosen = "auto finds layers and their number by trying" if policy == "auto" else "the file says which layers"
+        for flag in ("snr_format", "num_noise_layers"):
+            if flag in given:
+                raise InputError(f"--{flag} goes with --noise_policy snr alone: {chosen}; leave one of them out")
+        if policy not in POLICIES and args.snr_every:
+            raise InputError("--snr_every measures the layers again, which --noise_policy FILE fixes; leave one out")
+    noiseless = [flag for flag in ("noise_std", "num_noise_layers") if policy == "snr" and not getattr(args, flag)]
+    weights = objective.weights(args)
+    if objective.needs_policy and "ce" not in weights and noiseless:
+        raise InputError(f"--{noiseless[0]} 0 leaves --loss_mode {args.loss_mode} nothing to learn; give it noise")
+
+    def is_read(name: str) -> bool:
+        return objective.weights(argparse.Namespace(**vars(args) | {name: -1.0})) != weights
+
+    layers, auto = objective.needs_policy, objective.needs_policy and policy == "auto"
+    used = {
+        "noise_policy": layers, "num_noise_layers": layers, "snr_format": layers, "snr_every": layers,
+        "noise_std": layers and policy == "snr", "prefer_late_layers": layers and policy in POLICIES,
+        "temperature": weights.keys() != {"ce"}, "branches": len(objective.branches) > 1,
+        "neftune_alpha": objective.noise == "embedding", "rdrop_dropout": DROPOUT in objective.branches,
+        **{name: is_read(name) for name in ("hybrid_loss_alpha", "lambda_consistency", "rdrop_alpha")},
+        **{name: auto for name in vars(args) if name.startswith("auto_")},
+    }  # fmt: skip
+    if idle := [f"--{name}" for name, is_used in used.items() if name in given and not is_used]:
+        notice(f"without effect under --loss_mode {args.loss_mode}, --noise_policy {policy}: {', '.join(idle)}")
 
 
-def hide_token(token: str) -> None:
-    """Move the token to the environment, where huggingface_hub looks for it, and out of the recorded command line."""
-    os.environ["HF_TOKEN"] = token
-    sys.argv = [word.replace(token, "***") for word in sys.argv]
-
-
-def _nearest(flag: str, parser: argparse.ArgumentParser) -> str:
-    close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-    return f"; did you mean {close[0]}?" if close else "; see --help"
+def _given(words: Sequence[str]) -> set[str]:
+    """The names of the flags among the words of a command line."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(words)))

@@ -150,7 +150,7 @@ class Checkpoints:
         """
         try:
             state = read_state(folder)
-            if len(state["loop"]["snr"]) != len(find_decoder_layers(self.model)):
+            if len(state["metrics"]["noisy_steps"]) != len(find_decoder_layers(self.model)) + 1:
                 raise ValueError("it is of a model with another number of layers")
             restore_optimizer(self.model, self.optimizer, load_file(folder / OPTIMIZER))
             if state["schedule"]["last_epoch"]:

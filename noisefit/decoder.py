@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,23 +66,23 @@ def logits_of(model: nn.Module, hidden_states: Tensor) -> Tensor:
     causal_lm = find_causal_lm(model)
     rows = hidden_states.reshape(1, -1, hidden_states.shape[-1])
     no_ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
-    with _decoder_answering(causal_lm.get_decoder(), rows):
+    with answering(causal_lm.get_decoder(), _DecoderAnswer(last_hidden_state=rows)):
         logits = causal_lm(input_ids=no_ids, use_cache=False).logits
     return logits.view(*hidden_states.shape[:-1], logits.shape[-1])
 
 
 @contextmanager
-def _decoder_answering(decoder: nn.Module, hidden_states: Tensor) -> Iterator[None]:
-    own_forward = vars(decoder).get("forward")  # accelerate's device hooks set one on the instance
-    answer = _DecoderAnswer(last_hidden_state=hidden_states)
-    decoder.forward = lambda *args, **kwargs: answer
+def answering(module: nn.Module, answer: Any) -> Iterator[None]:
+    """Let a module's forward give `answer` without computing anything; its hooks run as ever."""
+    own_forward = vars(module).get("forward")  # accelerate's device hooks set one on the instance
+    module.forward = lambda *args, **kwargs: answer
     try:
         yield
     finally:
         if own_forward is None:
-            del decoder.forward
+            del module.forward
         else:
-            decoder.forward = own_forward
+            module.forward = own_forward
 
 
 class _DecoderAnswer(BaseModelOutputWithPastAndCrossAttentions):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from noisefit import losses
 from noisefit.batches import collate, count_targets, cut_step
+from noisefit.objectives import CLEAN
 from noisefit.prompts import Example
 
 
@@ -36,14 +37,14 @@ def evaluate(
         Nats a token.
     """
 
-    def clean_cross_entropy(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, target_tokens: Tensor) -> Tensor:
-        return losses.cross_entropy(clean, target_tokens).unsqueeze(0)
+    def clean_cross_entropy(clean: Sequence[Tensor], noisy: Sequence[Tensor], target_tokens: Tensor) -> Tensor:
+        return losses.cross_entropy(clean[0], target_tokens).unsqueeze(0)
 
     total = torch.zeros(1, device=accelerator.device)
     was_training = model.training
     model.eval()
     for rows in cut_step(examples, batch_size, accelerator.num_processes, accelerator.process_index):
         batch = collate(rows, pad_token_id, accelerator.device)
-        total += model(**batch, strategy=strategy, chunk_losses=clean_cross_entropy)
+        total += model(**batch, branches=(CLEAN,), strategy=strategy, chunk_losses=clean_cross_entropy)
     model.train(was_training)
     return accelerator.reduce(total, "sum").item() / count_targets(examples)

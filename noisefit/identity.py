@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from noisefit.policy import POLICIES
 from noisefit.prompts import Example
 
 # Settings that a resumed run may change: how long it runs, what it records, how its work is cut and where files are.
@@ -42,6 +43,8 @@ def identify_run(
         accelerator: of the run.
     """
     identity = {name: value for name, value in vars(args).items() if name not in FREE}
+    if args.noise_policy not in POLICIES:  # what the file holds, wherever it is
+        identity["noise_policy"] = hashlib.sha256(Path(args.noise_policy).expanduser().read_bytes()).hexdigest()
     return identity | {
         ROWS: _rows_digest(examples),
         EVALUATION: _rows_digest(eval_examples),

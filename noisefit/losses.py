@@ -1,11 +1,13 @@
-"""The three losses, each the sum over tokens: the caller divides by the supervised tokens of the whole step.
+"""The losses, each the sum over tokens: the caller divides by the supervised tokens of the whole step.
 
 NoiseFiT (arXiv 2504.03302), section 3: cross-entropy on the clean logits, a soft-target term from the clean to a
-noisy branch, a consistency term from noisy branch 2 to noisy branch 1.
+noisy branch, a consistency term from noisy branch 2 to noisy branch 1. R-Drop (arXiv 2106.14448): a symmetric KL
+between two dropout branches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,6 +54,26 @@ def consistency_loss(noisy_1: Tensor, noisy_2: Tensor, temperature: float) -> Te
         A scalar tensor.
     """
     return _kl_divergence(noisy_2, noisy_1, temperature)
+
+
+def rdrop_loss(logits_1: Tensor, logits_2: Tensor, temperature: float) -> Tensor:
+    """Sum over tokens of `T^2 * 1/2 * [KL(p1 || p2) + KL(p2 || p1)]` with `p = softmax(logits / T)` (R-Drop).
+
+    Args:
+        logits_1, logits_2: `[N, V]`. The gradient flows into both, through both sides of each divergence.
+        temperature: `T`, 1 in the paper.
+
+    Returns:
+        A scalar tensor.
+    """
+    log_p1, log_p2 = (_log_softmax(logits, temperature) for logits in (logits_1, logits_2))
+    # The two divergences in one sum: p1 * (log p1 - log p2) + p2 * (log p2 - log p1).
+    return temperature**2 * 0.5 * ((log_p1.exp() - log_p2.exp()) * (log_p1 - log_p2)).sum()
+
+
+def mean_over_branches(losses: Iterable[Tensor]) -> Tensor:
+    """The mean of the same loss on several branches, each a scalar."""
+    return torch.stack(list(losses)).mean()
 
 
 def _kl_divergence(target: Tensor, predicted: Tensor, temperature: float) -> Tensor:

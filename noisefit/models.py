@@ -60,21 +60,23 @@ def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(_name(args), trust_remote_code=args.trust_remote_code)
 
 
-def check_model(args: Namespace, config: PreTrainedConfig) -> None:
+def check_model(args: Namespace, config: PreTrainedConfig) -> int:
     """Build the model without weights, and refuse what cannot be trained as asked.
 
+    Returns:
+        Its number of decoder layers.
+
     Raises:
-        InputError: not a causal language model, no decoder layers, more noisy layers than layers, target modules
-            that match nothing, quantization that this machine cannot do.
+        InputError: not a causal language model, no decoder layers, target modules that match nothing, quantization
+            that this machine cannot do.
     """
     check_quantization(args.quantization, training=True)
     with loading("--model", args.model, "a causal language model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     num_layers = len(find_decoder_layers(model))
-    if args.num_noise_layers > num_layers:
-        raise InputError(f"--num_noise_layers {args.num_noise_layers}: {args.model} has {num_layers} layers")
     if not args.full_finetune:
         add_adapter(args, model)
+    return num_layers
 
 
 def limit_length(args: Namespace, config: PreTrainedConfig) -> None:

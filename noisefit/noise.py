@@ -130,16 +130,29 @@ def noise_to_signal(hidden: Tensor, sigma: Tensor, mask: Tensor | None = None) -
     return noise, signal
 
 
-class TokenScaledNoise:
-    """The noise of one layer under policy `snr`, and a running record of how strong it was.
+class RecordedNoise:
+    """A running record of how strong the noise was."""
+
+    def __init__(self) -> None:
+        self._ratios: list[Tensor] = []
+
+    def pop_noise_to_signal(self) -> Tensor:
+        """Mean of `mean(|noise|) / mean(|h|)` over the calls since the last pop; a scalar, NaN if none."""
+        ratios, self._ratios = self._ratios, []
+        return torch.stack(ratios).mean() if ratios else torch.tensor(math.nan)
+
+
+class TokenScaledNoise(RecordedNoise):
+    """The noise of one layer, and a running record of how strong it was.
 
     Args:
-        noise_std: the value of `--noise_std`.
+        noise_std: the value of `--noise_std`, for a base scale of `snr_base_std`.
+        base_std: a calibrated base scale, which takes its place.
     """
 
-    def __init__(self, noise_std: float):
-        self.noise_std = noise_std
-        self._ratios: list[Tensor] = []
+    def __init__(self, noise_std: float, base_std: float | None = None):
+        super().__init__()
+        self.noise_std, self.base_std = noise_std, base_std
         self._of_branch_1: tuple[weakref.ref[Tensor], Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -156,7 +169,8 @@ class TokenScaledNoise:
         if branch == 2 and known is not None and known[0]() is hidden:
             _, sigma, ratio = known  # where the fork is, both branches start from one tensor
         else:
-            sigma = noise_scale(hidden, snr_base_std(hidden, self.noise_std, mask), mask)
+            base_std = snr_base_std(hidden, self.noise_std, mask) if self.base_std is None else self.base_std
+            sigma = noise_scale(hidden, base_std, mask)
             noise, signal = noise_to_signal(hidden, sigma, mask)
             ratio = noise / (signal + EPS)  # stays on the device: `.item()` here would stall a GPU
         if branch == 1:
@@ -164,7 +178,31 @@ class TokenScaledNoise:
         self._ratios.append(ratio)
         return torch.randn_like(hidden) * sigma
 
-    def pop_noise_to_signal(self) -> Tensor:
-        """Mean of `mean(|noise|) / mean(|h|)` over the calls since the last pop; a scalar, NaN if none."""
-        ratios, self._ratios = self._ratios, []
-        return torch.stack(ratios).mean() if ratios else torch.tensor(math.nan)
+
+class EmbeddingNoise(RecordedNoise):
+    """NEFTune (arXiv 2310.05914, algorithm 1): uniform noise on the token embeddings, `U(-1, 1) * alpha / sqrt(L * H)`.
+
+    `L` is the row's real tokens, so that a row's noise does not depend on how far its batch pads it.
+
+    Args:
+        alpha: the value of `--neftune_alpha`.
+    """
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor, branch: int, mask: Tensor | None = None) -> Tensor:
+        """Draw noise for the embeddings `hidden`, `[B, L, H]`, as `TokenScaledNoise` does; zero at padded tokens."""
+        mask = torch.ones_like(hidden[..., 0]) if mask is None else mask.bool().to(hidden.dtype)
+        lengths = at_least_float32(mask).sum(dim=1)
+        largest = self.alpha / (lengths * hidden.shape[-1]).sqrt()  # [B]
+        limit = largest.view(-1, 1, 1) * mask.unsqueeze(-1)
+        # The mean of |U(-1, 1)| is 1/2.
+        noise, signal = (
+            masked_mean(limit.expand_as(hidden), mask) / 2,
+            masked_mean(at_least_float32(hidden).abs(), mask),
+        )
+        self._ratios.append(noise / (signal + EPS))
+        return ((2 * torch.rand_like(hidden) - 1) * limit).to(hidden.dtype)

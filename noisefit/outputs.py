@@ -7,25 +7,25 @@ import os
 import shlex
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import noisefit
 from noisefit.checkpoints import remove_checkpoint
 from noisefit.errors import InputError
 from noisefit.files import sync_folder, write_json, writing
+from noisefit.policy import NoisePolicy, as_file
 from noisefit.resuming import STATE, last_whole, list_checkpoints
 from noisefit.tracking import LINES
 from noisefit.weights import gather_weights, write_model
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
-RECORDS = ("noisefit_config.json", "layer_snr.json", *LINES)
+RECORDS = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", *LINES)
 # The other files of a model's folder that a new run writes again, whatever the tokenizer.
 TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 PREVIOUS = "previous_run"  # what --overwrite_output replaces, until it is replaced
@@ -139,9 +139,13 @@ def _restore(source: Path, target: Path) -> None:
     os.replace(beside, target)
 
 
-def write_layer_snr(args: Namespace, snr: Tensor, selected: Iterable[int]) -> None:
-    """`layer_snr.json`: the SNR of every layer, and the indices of those that get noise."""
-    write_json(Path(args.output_model) / "layer_snr.json", {"snr": snr.tolist(), "selected": list(selected)})
+def write_policy(args: Namespace, policy: NoisePolicy) -> None:
+    """`layer_snr.json`: the SNR of every layer, and the indices of those that get noise. Of a calibrated policy also
+    `noise_policy.json`: the scale of each, and all that was measured."""
+    output = Path(args.output_model)
+    write_json(output / "layer_snr.json", {"snr": policy.snr, "selected": policy.layers})
+    if policy.base_stds is not None:
+        write_json(output / "noise_policy.json", as_file(policy, noisefit.__version__))
 
 
 def save_model(
@@ -188,6 +192,7 @@ def where_things_are(args: Namespace) -> list[str]:
     what, flag = ("the model", "--model_id") if args.full_finetune else ("the adapter", "--model_path")
     return [
         f"{output} holds {what} with its tokenizer and card, metrics.jsonl (losses) and layer_snr.json (layers)",
+        f"pictures of it: python -m noisefit.report {output}",
         f"next, let it answer: accelerate launch generate.py {flag} {output} --input_csv {data}",
     ]
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from noisefit.branches import STRATEGIES
 from noisefit.errors import InputError, notice
 from noisefit.identity import NOTED, differences
+from noisefit.policy import NoisePolicy, check_values
 
 STATE, OPTIMIZER, PROCESSES = "checkpoint.json", "optimizer.safetensors", "processes.safetensors"
 
@@ -190,10 +191,10 @@ def _check_state(state: Mapping[str, Any]) -> None:
     require(is_count(state["schedule"]["last_epoch"], loop["step"]), "last_epoch")
     require(all(is_count(metrics[name]) for name in ("steps", "skipped", "targets", "tokens")), "metrics")
     require(isinstance(metrics["seconds"], (int, float)) and 0 <= metrics["seconds"] < math.inf, "seconds")
-    snr, layers = loop["snr"], loop["layers"]
-    require(isinstance(snr, list) and all(type(ratio) is float and math.isfinite(ratio) for ratio in snr), "snr")
-    require(isinstance(layers, list) and all(is_count(layer, len(snr) - 1) for layer in layers), "layers")
-    require(len(set(layers)) == len(layers) and loop["strategy"] in STRATEGIES, "layers, strategy")
+    noisy_steps = metrics["noisy_steps"]
+    require(isinstance(noisy_steps, list) and all(is_count(steps) for steps in noisy_steps), "noisy_steps")
+    check_values(NoisePolicy(**loop["policy"]), len(noisy_steps) - 1)
+    require(loop["strategy"] in STRATEGIES, "strategy")
     require(state["scaler"] is None or isinstance(state["scaler"], dict), "scaler")
     require(all(name == Path(name).name for name in files), "files")
     weights = any(name.startswith(("adapter_model.", "model")) for name in files)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from noisefit.arguments import HelpFormatter, OneLineParser
+from noisefit.command_line import HelpFormatter, OneLineParser
 from noisefit.data import read_records, text_cell
 from noisefit.errors import InputError, one_line_errors
 from noisefit.scoring import METRICS, Prompt, compare, group_by, summarize

@@ -54,13 +54,14 @@ def layer_snr(model: nn.Module, batch: Mapping[str, Tensor], noise_std: float) -
     return torch.stack([ratio for ratio in ratios if ratio is not None])
 
 
-def select_layers(snr: Tensor, count: int, snr_format: str) -> list[int]:
+def select_layers(snr: Tensor, count: int, snr_format: str, first: int = 0) -> list[int]:
     """The `count` layers of largest or lowest SNR, in ascending order; of equal ones the earlier.
 
     Args:
         snr: `[num_layers]`.
-        count: how many, 0 to `num_layers`.
+        count: how many, 0 to the layers from `first` on.
         snr_format: `Largest` or `Lowest`.
+        first: layers before it are not chosen.
 
     Raises:
         ValueError: `count` or `snr_format` is out of range.
@@ -68,16 +69,16 @@ def select_layers(snr: Tensor, count: int, snr_format: str) -> list[int]:
     """
     if snr_format not in SNR_FORMATS:
         raise ValueError(f"snr_format is {snr_format!r}, expected one of {SNR_FORMATS}")
-    if not 0 <= count <= len(snr):
-        raise ValueError(f"count is {count}, expected 0 to {len(snr)}")
+    if not 0 <= count <= len(snr) - first:
+        raise ValueError(f"count is {count}, expected 0 to {len(snr) - first}")
     if not torch.isfinite(snr).all():
         bad = (~torch.isfinite(snr)).nonzero().flatten().tolist()
         raise InputError(
             f"the signal-to-noise ratio of layers {bad} is not finite: the model's hidden states overflow. "
             "Try bf16 instead of fp16, or check the model"
         )
-    order = torch.argsort(snr, descending=snr_format == "Largest", stable=True)
-    return sorted(order[:count].tolist())
+    order = torch.argsort(snr[first:], descending=snr_format == "Largest", stable=True)
+    return sorted(first + layer for layer in order[:count].tolist())
 
 
 def average_snr(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], noise_std: float) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from noisefit.branches import STRATEGIES
+from noisefit.branches import BRANCHES, STRATEGIES
 from noisefit.errors import InputError
 from noisefit.noise import masked_mean
 
@@ -22,8 +23,9 @@ INT8_TOLERANCE = 0.1  # 8-bit layers round their inputs by the outliers of the w
 
 @torch.no_grad()
 def choose_strategy(
-    model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[int], requested: str
-) -> tuple[str, str | None]:
+    model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[int], requested: str,
+    branches: Sequence[str] = BRANCHES,
+) -> tuple[str, str | None]:  # fmt: skip
     """The cheapest way of running the branches that gives the model's own logits, tried on a slice of `batch`.
 
     The same explicit noise goes through the fork, through separate passes, and through separate passes of the
@@ -32,8 +34,9 @@ def choose_strategy(
     Args:
         model: a `BranchedModel`, wrapped or not.
         batch: `input_ids` and `attention_mask`, `[B, L]`.
-        layers: the noisy layers.
+        layers: the noisy layers, or `EMBEDDING`.
         requested: `auto`, `fork` or `separate`.
+        branches: the kind of each branch.
 
     Returns:
         A strategy of `BranchedModel.forward`, and one line that says why a cheaper one is not used, or `None`.
@@ -45,13 +48,13 @@ def choose_strategy(
     was_training = model.training
     model.eval()
     try:
-        truth, dtype = _logits(model, batch, noise, "full_logits")
+        truth, dtype = _logits(model, batch, noise, branches, "full_logits")
         is_int8 = any(parameter.dtype == torch.int8 for parameter in model.parameters())
         tolerance = INT8_TOLERANCE if is_int8 else TOLERANCE[dtype]
         strategies = STRATEGIES[1:] if requested == "separate" else STRATEGIES
         reason = None
         for strategy in strategies:
-            problem = _problem(model, batch, noise, strategy, truth, tolerance)
+            problem = _problem(model, batch, noise, branches, strategy, truth, tolerance)
             if problem is None:
                 break
             what = "the forked forward pass" if strategy == "fork" else "forming logits from a chunk of hidden states"
@@ -68,11 +71,12 @@ def choose_strategy(
 
 
 def _problem(
-    model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, strategy: str, truth: Tensor, tolerance: float
-) -> str | None:
+    model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, branches: Sequence[str], strategy: str,
+    truth: Tensor, tolerance: float,
+) -> str | None:  # fmt: skip
     """What is wrong with this strategy, in a few words; `None` where its logits are the true ones."""
     try:
-        logits, _ = _logits(model, batch, noise, strategy)
+        logits, _ = _logits(model, batch, noise, branches, strategy)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an architecture's own code runs here on shapes it was not written for
@@ -83,8 +87,10 @@ def _problem(
     return None if difference <= tolerance else f"logits differ by {difference:.1e} of the largest"
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, strategy: str) -> tuple[Tensor, torch.dtype]:
-    """The logits of the three branches at the slice's real tokens, `[3, N, V]` float64, and the model's dtype."""
+def _logits(
+    model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, branches: Sequence[str], strategy: str
+) -> tuple[Tensor, torch.dtype]:
+    """The branches' logits at the slice's real tokens, `[branches, N, V]` float64, and the model's dtype."""
     ids = batch["input_ids"][:ROWS, :TOKENS]
     mask = batch["attention_mask"][:ROWS, :TOKENS].clone()
     if padded := ids.shape[1] // 3:  # the fork is not told which tokens are padding: attention to the right would show
@@ -92,11 +98,12 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, strat
     positions = mask.flatten().nonzero().flatten()
     chunks: list[Tensor] = []
 
-    def collect(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, target_tokens: Tensor) -> Tensor:
-        chunks.append(torch.stack([clean, noisy_1, noisy_2]))
-        return clean.new_zeros(1)
+    def collect(clean: Sequence[Tensor], noisy: Sequence[Tensor], target_tokens: Tensor) -> Tensor:
+        chunks.append(torch.stack([*clean, *noisy]))
+        return chunks[-1].new_zeros(1)
 
-    model(ids, mask, positions, ids.flatten()[positions], noise=noise, strategy=strategy, chunk_losses=collect)
+    how: dict[str, Any] = {"branches": branches, "noise": noise, "strategy": strategy}
+    model(ids, mask, positions, ids.flatten()[positions], **how, chunk_losses=collect)
     return torch.cat(chunks, dim=1).double(), chunks[0].dtype
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,7 +56,8 @@ def batch_of(process: int, empty: bool) -> dict[str, Tensor]:
     return collate([Example(tuple(row[:length]), target_start=3) for row, length in rows], pad_token_id=0)
 
 
-def chunk_losses(clean: Tensor, noisy_1: Tensor, noisy_2: Tensor, targets: Tensor) -> Tensor:
+def chunk_losses(clean: Sequence[Tensor], noisy: Sequence[Tensor], targets: Tensor) -> Tensor:
+    [clean], (noisy_1, noisy_2) = clean, noisy
     soft = soft_target_loss(clean, noisy_1, 2.0) + soft_target_loss(clean, noisy_2, 2.0)
     return torch.stack([cross_entropy(clean, targets), soft / 2, consistency_loss(noisy_1, noisy_2, 2.0)])
 

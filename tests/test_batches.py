@@ -65,7 +65,8 @@ def per_token_noise(hidden, branch, mask=None):
     return 0.3 * hidden.roll(branch, dims=-1)
 
 
-def whole_loss(clean, noisy_1, noisy_2, targets):
+def whole_loss(clean, noisy, targets):
+    [clean], (noisy_1, noisy_2) = clean, noisy
     soft = soft_target_loss(clean, noisy_1, 2.0) + soft_target_loss(clean, noisy_2, 2.0)
     return torch.stack([cross_entropy(clean, targets), soft / 2, consistency_loss(noisy_1, noisy_2, 2.0)])
 

@@ -22,7 +22,8 @@ NOISE = {1: fixed_noise(1), 3: fixed_noise(3)}
 EXACT = dict(rtol=1e-5, atol=1e-5)
 
 
-def three_losses(clean, noisy_1, noisy_2, targets):
+def three_losses(clean, noisy, targets):
+    [clean], (noisy_1, noisy_2) = clean, noisy
     soft = soft_target_loss(clean, noisy_1, 2.0) + soft_target_loss(clean, noisy_2, 2.0)
     return torch.stack([cross_entropy(clean, targets), soft / 2, consistency_loss(noisy_1, noisy_2, 2.0)])
 
@@ -204,9 +205,9 @@ def test_no_more_logits_than_a_chunk_are_formed_at_a_time():
     """The rest of the division first: the last chunk is not computed again in backward, so it is a whole one."""
     shapes = []
 
-    def watch(clean, noisy_1, noisy_2, targets):
-        shapes.append((tuple(clean.shape), len(targets)))
-        return three_losses(clean, noisy_1, noisy_2, targets)
+    def watch(clean, noisy, targets):
+        shapes.append((tuple(clean[0].shape), len(targets)))
+        return three_losses(clean, noisy, targets)
 
     batch = supervise(tiny_batch())  # 8 + 4 + 6 supervised tokens
     sums = BranchedModel(tiny_model(), 7)(**batch, noise=NOISE, chunk_losses=watch)

@@ -30,11 +30,12 @@ def model():
     return BranchedModel(get_peft_model(tiny_model(dtype=torch.float32, **sizes), lora), CHUNK)
 
 
-def plain_losses(clean, noisy_1, noisy_2, targets):
-    return cross_entropy(clean, targets).unsqueeze(0)
+def plain_losses(clean, noisy, targets):
+    return cross_entropy(clean[0], targets).unsqueeze(0)
 
 
-def noisefit_losses(clean, noisy_1, noisy_2, targets):
+def noisefit_losses(clean, noisy, targets):
+    [clean], (noisy_1, noisy_2) = clean, noisy
     soft = soft_target_loss(clean, noisy_1, 1.0) + soft_target_loss(clean, noisy_2, 1.0)
     return torch.stack([cross_entropy(clean, targets), soft / 2, consistency_loss(noisy_1, noisy_2, 1.0)])
 
@@ -134,9 +135,9 @@ def test_measuring_the_snr_waits_no_more_than_transformers_does(model):
 def test_without_noise_no_kl_is_formed_and_the_logits_have_one_gradient(model):
     """Plain fine-tuning is the same loop with the same losses: it must not pay for branches that are one."""
 
-    def losses(clean, noisy_1, noisy_2, targets):
-        assert noisy_1 is clean and noisy_2 is clean
-        return noisefit_losses(clean, noisy_1, noisy_2, targets)
+    def losses(clean, noisy, targets):
+        assert noisy[0] is clean[0] and noisy[1] is clean[0]
+        return noisefit_losses(clean, noisy, targets)
 
     def run(chunk_losses):
         states = torch.ones(1, 40, 64, requires_grad=True)

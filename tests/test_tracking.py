@@ -15,15 +15,25 @@ from noisefit.tracking import Metrics, check_bad_steps
 @pytest.fixture
 def metrics(tmp_path):
     AcceleratorState._reset_state(True)
-    return Metrics(Accelerator(cpu=True), Namespace(output_model=str(tmp_path)))
+    weights = {"ce": 0.5, "soft": 0.5, "consistency": 0.1}
+    return Metrics(Accelerator(cpu=True), Namespace(output_model=str(tmp_path)), weights, num_layers=4)
 
 
 def log(metrics, step=1, grad_norm=2.0):
-    return metrics.log(step, 0.5, (0.5, 0.5, 0.1), 1e-3, torch.tensor(grad_norm))
+    return metrics.log(step, 0.5, 1e-3, torch.tensor(grad_norm))
 
 
-def add(metrics, sums, skipped=False):
-    metrics.add_step(torch.tensor(sums), {}, target_tokens=5, tokens=20, skipped=skipped)
+class Ratio:
+    def __init__(self, value):
+        self.value = value
+
+    def pop_noise_to_signal(self):
+        return torch.tensor(self.value)
+
+
+def add(metrics, sums, skipped=False, **ratios):
+    noise = {-1 if name == "embedding" else int(name[1:]): Ratio(value) for name, value in ratios.items()}
+    metrics.add_step(torch.tensor([*sums, 0.0]), noise, target_tokens=5, tokens=20, skipped=skipped)
 
 
 def test_a_line_has_the_means_since_the_one_before(metrics):
@@ -49,15 +59,46 @@ def test_a_skipped_step_is_counted_and_does_not_touch_the_means(metrics):
     assert "NaN" not in metrics.path.read_text()
 
 
+def test_a_loss_that_the_objective_does_not_have_is_null(metrics):
+    add(metrics, [6.0, 3.0, 0.0])
+    assert log(metrics)["rdrop_loss"] is None and log(metrics)["ce_loss"] is None
+
+
+def test_the_noise_of_every_layer_is_its_mean_over_the_steps_in_which_it_had_some(metrics):
+    add(metrics, [6.0, 3.0, 0.0], l1=0.25, l3=0.5)
+    add(metrics, [6.0, 3.0, 0.0], l1=0.75, l3=float("nan"), skipped=True)
+    add(metrics, [6.0, 3.0, 0.0], l1=0.75, l0=0.125)  # layers were chosen again
+    line = log(metrics)
+    assert line["layer_noise_to_signal"] == {"0": 0.125, "1": 0.5, "3": 0.5}
+    assert line["noise_to_signal"] == pytest.approx(0.375)
+    add(metrics, [6.0, 3.0, 0.0], embedding=0.5)
+    assert log(metrics)["layer_noise_to_signal"] == {"embedding": 0.5}
+    add(metrics, [6.0, 3.0, 0.0], l2=float("inf"))
+    line = log(metrics)
+    assert line["layer_noise_to_signal"] == {"2": None} and line["noise_to_signal"] is None
+    assert "Infinity" not in metrics.path.read_text()
+
+
+def test_the_memory_is_what_this_process_has_held(metrics):
+    held = torch.ones(64 * 2**20)  # a quarter of a GiB
+    add(metrics, [6.0, 3.0, 0.0])
+    before = log(metrics)["peak_memory_gib"]
+    more = torch.ones(128 * 2**20)
+    add(metrics, [6.0, 3.0, 0.0])
+    assert held.sum() + more.sum() > 0
+    assert log(metrics)["peak_memory_gib"] >= max(before, 0.75)
+
+
 def test_a_line_that_is_not_yet_due_survives_in_a_checkpoint(metrics):
-    add(metrics, [6.0, 3.0, 0.1])
+    add(metrics, [6.0, 3.0, 0.1], l1=0.25)
     add(metrics, [float("nan"), 1.0, 2.0], skipped=True)
     sums = {name: tensor.clone() for name, tensor in metrics.own_sums().items()}
     counts = json.loads(json.dumps(metrics.counts()))
-    add(metrics, [4.0, 1.0, 0.2])
+    add(metrics, [4.0, 1.0, 0.2], l1=0.5)
     expected = log(metrics)
+    assert expected["layer_noise_to_signal"] == {"1": 0.375}
     metrics.restore(sums, counts)
-    add(metrics, [4.0, 1.0, 0.2])
+    add(metrics, [4.0, 1.0, 0.2], l1=0.5)
     again = log(metrics)
     assert {**again, "tokens_per_second": 0} == {**expected, "tokens_per_second": 0}
     assert again["tokens_per_second"] == pytest.approx(expected["tokens_per_second"], rel=0.9)

@@ -1,0 +1,240 @@
+"""Policy `auto`: noise in each layer alone, at several scales, and the layers and scales that this speaks for.
+
+The rules are those of the authors' second program. It pays a full forward pass for each layer, scale and batch; here
+a layer's blocks before the noise are not computed again, and the scales are branches of one pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
+
+from noisefit.decoder import answering, block_hidden_states, find_decoder_layers
+from noisefit.errors import InputError
+from noisefit.losses import cross_entropy, rdrop_loss
+from noisefit.noise import noise_scale
+from noisefit.objectives import CLEAN, NOISY
+from noisefit.startup import TOLERANCE
+
+
+@dataclass(frozen=True)
+class Responses:
+    """How the model answers to noise in one layer alone, on average over supervised tokens; float64 on the CPU.
+
+    Attributes:
+        layers: the layers that were tried, ascending.
+        factors, scales: the base scales that were tried, ascending; `scale = factor / sqrt(H)`.
+        kl: `[layers, scales]`, symmetric KL between noisy and clean predictions, nats a token.
+        ce_change: `[layers, scales]`, the increase of the cross-entropy, nats a token, 0 where it fell.
+        clean_ce: the cross-entropy without noise, nats a token.
+        tokens: the supervised tokens.
+        hidden_size: `H`.
+    """
+
+    layers: list[int]
+    factors: list[float]
+    scales: list[float]
+    kl: Tensor
+    ce_change: Tensor
+    clean_ce: float
+    tokens: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` made of the responses.
+
+    Attributes:
+        layers: the chosen ones, ascending.
+        scales: the base scale of each.
+        score: `[layers, scales]` of the responses.
+        allowed: `[layers, scales]`, whether the scale leaves the cross-entropy nearly as it is.
+        threshold: the best score that a layer must reach.
+    """
+
+    layers: list[int]
+    scales: list[float]
+    score: Tensor
+    allowed: Tensor
+    threshold: float
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], layers: Sequence[int], factors: Sequence[float],
+    strategy: str, step: Callable[[], object] = lambda: None,
+) -> Responses:  # fmt: skip
+    """Try noise in each layer alone, at each scale, in eval mode. All processes call it, with as many batches.
+
+    All scales of a layer and batch share one draw, so that they differ by their strength and not by chance.
+
+    Args:
+        model: a `BranchedModel`, wrapped or not.
+        batches: as `collate` makes them.
+        layers: to try.
+        factors: the scales to try, in units of `1 / sqrt(H)`, ascending.
+        strategy: of `BranchedModel.forward`. With `fork` the tails alone are computed, where that is exact.
+        step: called after each layer of each batch.
+
+    Raises:
+        InputError: the responses are not finite, or there is no supervised token.
+    """
+    blocks = find_decoder_layers(model)
+    was_training = model.training
+    model.eval()
+    device = batches[0]["input_ids"].device
+    sums = torch.zeros(len(layers), 2 * len(factors) + 1, dtype=torch.float64, device=device)
+    try:
+        for index, batch in enumerate(batches):
+            outputs, clean = _clean_pass(model, batch, blocks)
+            if index == 0:
+                hidden_size = block_hidden_states(outputs[0]).shape[-1]
+                scales = [factor / math.sqrt(hidden_size) for factor in factors]
+                reusing = strategy == "fork" and _reusable(model, batch, blocks, outputs, clean)
+            run = functools.partial(
+                model, **batch, branches=(CLEAN, *[NOISY] * len(scales)), strategy=strategy,
+                chunk_losses=_sum_responses, clean_states=clean if reusing else None,
+            )  # fmt: skip
+            for row, layer in enumerate(layers):
+                with ExitStack() as known:
+                    for block, output in zip(blocks[: layer + 1], outputs if reusing else (), strict=False):
+                        known.enter_context(answering(block, output))
+                    sums[row] += run(noise={layer: _OneDraw(scales)}).double()
+                step()
+    finally:
+        model.train(was_training)
+    tokens = sums.new_tensor([sum(len(batch["target_tokens"]) for batch in batches)])
+    *_, count = total = reduce(torch.cat([sums.flatten(), tokens]), "sum").cpu()
+    means = (total[:-1] / count).view(sums.shape)
+    if not means.isfinite().all():
+        what = "the model's answers to noise are not finite" if count else "its batches have no supervised token"
+        raise InputError(f"--noise_policy auto: {what}; raise --auto_calib_batches, try bf16 instead of fp16, or snr")
+    clean_ce, ce, kl = means.split([1, len(scales), len(scales)], dim=1)
+    change = (ce - clean_ce).clamp(min=0)
+    return Responses(list(layers), list(factors), scales, kl, change, clean_ce[0].item(), int(count), hidden_size)
+
+
+def choose(found: Responses, num_layers: int, args: Namespace) -> Choice:
+    """The layers that get noise, and the scale of each.
+
+    With `r` the increase of the cross-entropy as a share of the clean one, a scale's score is `kl / (1 + r) /
+    (1 + penalty * log2(factor)^2)`; scales with a larger `r` than allowed are out, unless a layer has none left. Layers
+    whose best score reaches median + MAD of all (the lower medians) are candidates, of which at most
+    `ceil(sqrt(num_layers))` are taken, spread over bands of depth. Their scale is the smallest that reaches a
+    fraction of the median KL that they have at their best ones; where none does, the allowed one of largest KL.
+
+    Args:
+        found: by `measure`.
+        num_layers: of the model.
+        args: `auto_scale_l2_penalty`, `auto_max_ce_delta_ratio`, `auto_depth_bands`, `auto_max_layers` and
+            `auto_target_kl_fraction`.
+    """
+    ratio = found.ce_change / max(found.clean_ce, 1e-8)
+    octaves = torch.tensor(found.factors, dtype=torch.float64).log2()
+    score = found.kl / (1 + ratio) / (1 + args.auto_scale_l2_penalty * octaves**2)
+    allowed = ratio <= args.auto_max_ce_delta_ratio
+    allowed |= ~allowed.any(dim=1, keepdim=True)
+    best, at = score.masked_fill(~allowed, -math.inf).max(dim=1)
+    threshold = best.median() + (best - best.median()).abs().median()
+    candidates = [row for row in range(len(best)) if best[row] >= threshold and best[row] > 0] or [int(best.argmax())]
+    limit = args.auto_max_layers or math.ceil(math.sqrt(num_layers))
+    rows = _spread(candidates, best.tolist(), args.auto_depth_bands, limit)
+
+    target = args.auto_target_kl_fraction * found.kl[rows, at[rows]].median()
+    scales = []
+    for row in rows:
+        fitting = [j for j in range(len(found.scales)) if allowed[row, j]]
+        reaching = [j for j in fitting if found.kl[row, j] >= target]
+        scales.append(found.scales[reaching[0] if reaching else max(fitting, key=lambda j: found.kl[row, j].item())])
+    return Choice([found.layers[row] for row in rows], scales, score, allowed, threshold.item())
+
+
+def _spread(candidates: Sequence[int], best: Sequence[float], bands: int, limit: int) -> list[int]:
+    """At most `limit` candidates, ascending: of each band of depth its share of the best, then the best of the rest.
+
+    A band's share is `ceil(limit / bands)`. Where not every band can have its share, all have the first of it before
+    any has the second, so that no band is left out for being the last.
+    """
+    share, taken = math.ceil(limit / bands), [0] * bands
+    order = []
+    for row in sorted(candidates, key=lambda row: -best[row]):
+        band = row * bands // len(best)
+        order.append((min(taken[band], share), -best[row], row))
+        taken[band] += 1
+    return sorted(row for _, _, row in sorted(order)[:limit])
+
+
+def record(found: Responses, choice: Choice) -> dict[str, Any]:
+    """Everything that was measured and chosen, as JSON values: the part of `noise_policy.json` that explains it."""
+    base_stds = dict(zip(choice.layers, choice.scales, strict=True))
+    tried = []
+    for row, layer in enumerate(found.layers):
+        columns = zip(found.factors, found.scales, found.kl[row].tolist(), found.ce_change[row].tolist(),
+                      choice.score[row].tolist(), choice.allowed[row].tolist(), strict=True)  # fmt: skip
+        grid = [dict(zip(("factor", "scale", "kl", "ce_change", "score", "allowed"), c, strict=True)) for c in columns]
+        best = max(entry["score"] for entry in grid if entry["allowed"])
+        scale = base_stds.get(layer)
+        tried.append({"layer": layer, "selected": scale is not None, "scale": scale, "best_score": best, "grid": grid})
+    about = {"hidden_size": found.hidden_size, "tokens": found.tokens, "clean_ce": found.clean_ce}
+    return about | {"threshold": choice.threshold, "layers": tried}
+
+
+class _OneDraw:
+    """Token-scaled noise of one draw: noisy branch `j` gets it at the `j`-th of the base scales."""
+
+    def __init__(self, scales: Sequence[float]):
+        self.scales = scales
+
+    def __call__(self, hidden: Tensor, branch: int, mask: Tensor | None = None) -> Tensor:
+        if branch == 1:
+            self.unit = torch.randn_like(hidden) * noise_scale(hidden, 1.0, mask)
+        return self.unit * self.scales[branch - 1]
+
+
+def _sum_responses(clean: Sequence[Tensor], noisy: Sequence[Tensor], target_tokens: Tensor) -> Tensor:
+    """Of one chunk: the clean cross-entropy, that at each scale, and the symmetric KL at each; sums over tokens."""
+    ce = [cross_entropy(logits, target_tokens) for logits in (*clean, *noisy)]
+    return torch.stack([*ce, *(rdrop_loss(clean[0], logits, 1.0) for logits in noisy)])
+
+
+def _clean_pass(model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList) -> tuple[list[Any], Tensor]:
+    """Every block's own output, and the final hidden states `[B, L, H]`."""
+    outputs: list[Any] = []
+    handles = [block.register_forward_hook(lambda block, args, output: outputs.append(output)) for block in blocks]
+    try:
+        return outputs, model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reusable(
+    model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList, outputs: Sequence[Any], clean: Tensor
+) -> bool:
+    """Whether the first blocks can answer what they did before: nothing but hidden states goes from block to block.
+
+    Tried for the first half of them. All processes get the same answer.
+    """
+    try:
+        with ExitStack() as known:
+            for block, output in zip(blocks[: len(blocks) // 2], outputs, strict=False):
+                known.enter_context(answering(block, output))
+            again = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        real = batch["attention_mask"].bool()
+        difference = (again - clean)[real].abs().max() / clean[real].abs().max()
+        same = bool(difference <= TOLERANCE[clean.dtype])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # an architecture's own code, of which blocks are left out; without, all of it is computed
+        same = False
+    return all(gather_object([same]))
