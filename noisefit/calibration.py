@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
-from noisefit.decoder import answering, block_hidden_states, find_decoder_layers
+from noisefit.decoder import answering, find_decoder, find_decoder_layers
 from noisefit.errors import InputError
 from noisefit.losses import cross_entropy, rdrop_loss
 from noisefit.noise import noise_scale
@@ -93,22 +93,17 @@ def measure(
     was_training = model.training
     model.eval()
     device = batches[0]["input_ids"].device
+    hidden_size: int = find_decoder(model).config.get_text_config(decoder=True).hidden_size
+    scales = [factor / math.sqrt(hidden_size) for factor in factors]
     sums = torch.zeros(len(layers), 2 * len(factors) + 1, dtype=torch.float64, device=device)
+    how: dict[str, Any] = {"branches": (CLEAN, *[NOISY] * len(scales)), "strategy": strategy}
     try:
-        for index, batch in enumerate(batches):
-            outputs, clean = _clean_pass(model, batch, blocks)
-            if index == 0:
-                hidden_size = block_hidden_states(outputs[0]).shape[-1]
-                scales = [factor / math.sqrt(hidden_size) for factor in factors]
-                reusing = strategy == "fork" and _reusable(model, batch, blocks, outputs, clean)
-            run = functools.partial(
-                model, **batch, branches=(CLEAN, *[NOISY] * len(scales)), strategy=strategy,
-                chunk_losses=_sum_responses, clean_states=clean if reusing else None,
-            )  # fmt: skip
+        reusing = strategy == "fork" and _reusable(model, batches[0], blocks)
+        for batch in batches:
+            outputs, clean = _clean_pass(model, batch, blocks) if reusing else ([], None)
+            run = functools.partial(model, **batch, **how, chunk_losses=_sum_responses, clean_states=clean)
             for row, layer in enumerate(layers):
-                with ExitStack() as known:
-                    for block, output in zip(blocks[: layer + 1], outputs if reusing else (), strict=False):
-                        known.enter_context(answering(block, output))
+                with _known(blocks[: layer + 1], outputs):
                     sums[row] += run(noise={layer: _OneDraw(scales)}).double()
                 step()
     finally:
@@ -207,34 +202,45 @@ def _sum_responses(clean: Sequence[Tensor], noisy: Sequence[Tensor], target_toke
     return torch.stack([*ce, *(rdrop_loss(clean[0], logits, 1.0) for logits in noisy)])
 
 
+@contextmanager
+def _known(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Let blocks answer what they did before, those whose output is known."""
+    with ExitStack() as stack:
+        for block, output in zip(blocks, outputs, strict=False):
+            stack.enter_context(answering(block, output))
+        yield
+
+
 def _clean_pass(model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList) -> tuple[list[Any], Tensor]:
     """Every block's own output, and the final hidden states `[B, L, H]`."""
     outputs: list[Any] = []
     handles = [block.register_forward_hook(lambda block, args, output: outputs.append(output)) for block in blocks]
     try:
-        return outputs, model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return outputs, _final_states(model, batch)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _reusable(
-    model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList, outputs: Sequence[Any], clean: Tensor
-) -> bool:
+def _final_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    # As in the fork, attention is not told of padding: what it makes of padded tokens is then finite, here as there.
+    final: Tensor = model(input_ids=batch["input_ids"], attention_mask=torch.ones_like(batch["attention_mask"]))
+    return final
+
+
+def _reusable(model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList) -> bool:
     """Whether the first blocks can answer what they did before: nothing but hidden states goes from block to block.
 
-    Tried for the first half of them. All processes get the same answer.
+    Tried with the first half of them. All processes get the same answer.
     """
+    outputs, clean = _clean_pass(model, batch, blocks)
     try:
-        with ExitStack() as known:
-            for block, output in zip(blocks[: len(blocks) // 2], outputs, strict=False):
-                known.enter_context(answering(block, output))
-            again = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        real = batch["attention_mask"].bool()
-        difference = (again - clean)[real].abs().max() / clean[real].abs().max()
+        with _known(blocks[: len(blocks) // 2], outputs):
+            again = _final_states(model, batch)
+        difference = (again - clean).abs().max() / clean.abs().max()
         same = bool(difference <= TOLERANCE[clean.dtype])
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # an architecture's own code, of which blocks are left out; without, all of it is computed
+    except Exception:  # an architecture's own code runs here without some of its blocks; else they are all computed
         same = False
     return all(gather_object([same]))

@@ -86,16 +86,9 @@ def describe(args: Namespace, policy: NoisePolicy, num_layers: int, strategy: st
     """What the run's start says of its branches and noise: a table of the layers, and the cost of a step."""
     objective, lines = OBJECTIVES[args.loss_mode], []
     if objective.needs_policy:
-        base_stds = dict(zip(policy.layers, policy.base_stds or [], strict=False))
-        tried = {entry["layer"]: entry for entry in (policy.calibration or {}).get("layers", ())}
-        lines.append("layer       SNR" + ("  best score     scale" if policy.base_stds is not None else "") + "  noise")
-        for layer in range(num_layers):
-            cells = f"{layer:>5}" + (f"{policy.snr[layer]:>10.4g}" if policy.snr else f"{'':>10}")
-            if policy.base_stds is not None:
-                score = f"{tried[layer]['best_score']:.3g}" if layer in tried else ""
-                scale = f"{base_stds[layer]:.3g}" if layer in base_stds else ""
-                cells += f"{score:>12}{scale:>10}"
-            lines.append(f"{cells}    {'yes' if layer in policy.layers else ''}".rstrip())
+        rows = _rows(policy, num_layers)
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"noise in layers: {', '.join(map(str, policy.layers)) or 'none'}")
     elif objective.noise == "embedding":
         lines.append(f"noise on the embeddings, alpha {args.neftune_alpha:g}")
@@ -109,3 +102,25 @@ def describe(args: Namespace, policy: NoisePolicy, num_layers: int, strategy: st
     if policy.base_stds is None and policy.layers:
         lines.append(negligible_noise(torch.tensor(policy.snr), policy.layers) or "")
     return [line for line in lines if line]
+
+
+def _rows(policy: NoisePolicy, num_layers: int) -> list[list[str]]:
+    """The table of the layers, its head first."""
+    chosen = ["yes" if layer in policy.layers else "" for layer in range(num_layers)]
+    if policy.base_stds is None:
+        return [["layer", "SNR", "noise"]] + [
+            [str(layer), f"{policy.snr[layer]:.4g}", chosen[layer]] for layer in range(num_layers)
+        ]
+    scales = dict(zip(policy.layers, policy.base_stds, strict=True))
+    tried = {entry["layer"]: entry for entry in (policy.calibration or {}).get("layers", ())}
+    rows = [["layer", "score", "KL", "scale", "noise"]]
+    for layer in range(num_layers):
+        scale, score, kl = scales.get(layer), "", ""
+        if entry := tried.get(layer):
+            # At the chosen scale, or where there is none at the best one.
+            column = "scale" if scale is not None else "score"
+            wanted = scale if scale is not None else entry["best_score"]
+            at = next(cell for cell in entry["grid"] if cell[column] == wanted)
+            score, kl = f"{at['score']:.3g}", f"{at['kl']:.3g}"
+        rows.append([str(layer), score, kl, "" if scale is None else f"{scale:.3g}", chosen[layer]])
+    return rows

@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_batch, tiny_model
+from tiny_models import rows_and_calls, tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from noisefit.batches import collate
 from noisefit.branches import BranchedModel
-from noisefit.decoder import find_decoder, find_decoder_layers
+from noisefit.decoder import find_decoder
 from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
 from noisefit.noise import TokenScaledNoise
 from noisefit.prompts import Example
@@ -68,22 +68,6 @@ class Watch(TorchDispatchMode):
             if is_logits and tensor.data_ptr() not in self.weights:  # nor the head itself, transposed
                 self.logits = max(self.logits, tensor.numel())
         return result
-
-
-def rows_and_calls(model, run):
-    """What passes through the decoder's blocks: rows, summed over the layers, and calls."""
-    rows, calls = 0, 0
-
-    def count(module, args, output):
-        nonlocal rows, calls
-        rows, calls = rows + len(output), calls + 1
-
-    # Put before the hooks of the branches, so that the rows are those that the block itself computed.
-    hooks = [layer.register_forward_hook(count, prepend=True) for layer in find_decoder_layers(model)]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return rows, calls
 
 
 @pytest.mark.parametrize("first_noisy", [0, 2, LAYERS - 1])

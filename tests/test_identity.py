@@ -29,12 +29,12 @@ def identify(llama_folder):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_setting_counts_unless_it_is_free(name, identify, llama_folder):
-    value = str(llama_folder) if name == "model" else "another"
+    value = {"model": str(llama_folder), "noise_policy": "auto"}.get(name, "another")
     found = differences(identify(), identify(**{name: value}))
     if name in FREE | OF_THE_ROWS:
         assert found == []
     else:
-        assert found == [f"{name} was {getattr(build_parser().parse_args([]), name)} and is another"]
+        assert found == [f"{name} was {getattr(build_parser().parse_args([]), name)} and is {value}"]
     if name in OF_THE_ROWS:
         found = differences(identify(), identify(rows=[(1, 2, 4)], **{name: value}))
         assert len(found) == 2 and f"the {ROWS} have changed" in found and found[0].startswith(name)
@@ -53,6 +53,16 @@ def test_each_setting_counts_unless_it_is_free(name, identify, llama_folder):
 )
 def test_so_do_rows_and_launch(change, message, identify):
     assert differences(identify(), identify(**change)) == [message]
+
+
+def test_a_noise_policy_is_what_its_file_holds(identify, tmp_path):
+    one, copy, other = (tmp_path / name for name in ("one.json", "copy.json", "other.json"))
+    one.write_text("{}")
+    copy.write_text("{}")
+    other.write_text("[]")
+    assert differences(identify(noise_policy=str(one)), identify(noise_policy=str(copy))) == []
+    [found] = differences(identify(noise_policy=str(one)), identify(noise_policy=str(other)))
+    assert found.startswith("noise_policy was ")
 
 
 def test_rows_to_evaluate_on_are_noted_and_no_difference(identify):

@@ -182,7 +182,9 @@ def test_the_loop_is_its_definition(flags, llama_folder, few_questions, tmp_path
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert saved.keys() == weights.keys()
     for name, tensor in weights.items():
-        torch.testing.assert_close(saved[name].double(), tensor, rtol=1e-3, atol=2e-6, msg=name)  # Llama forms its norms in float32
+        torch.testing.assert_close(
+            saved[name].double(), tensor, rtol=1e-3, atol=2e-6, msg=name
+        )  # Llama forms its norms in float32
 
 
 def on_processes(number, *arguments, **flags):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.losses import consistency_loss, cross_entropy, mean_over_branches, rdrop_loss, soft_target_loss
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -113,3 +113,29 @@ def test_low_precision_is_computed_in_float32(logits):
     for loss in (cross_entropy(clean, TARGETS), soft_target_loss(clean, noisy, 1.0)):
         assert loss.dtype == torch.float32
     torch.testing.assert_close(cross_entropy(clean, TARGETS), cross_entropy(clean.double(), TARGETS).float())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_rdrop_is_half_of_both_divergences_and_its_gradient_flows_into_both(logits, temperature):
+    first, second, _ = logits
+    loss = rdrop_loss(first, second, temperature)
+    loss.backward()
+    t, (z1, z2) = temperature, (x.detach().numpy() for x in (first, second))
+
+    def whole(z1, z2):
+        p1, p2 = softmax(z1 / t), softmax(z2 / t)
+        return t**2 * 0.5 * (kl(p1, p2) + kl(p2, p1))
+
+    assert loss.item() == pytest.approx(whole(z1, z2), rel=1e-12)
+    for tensor, move in ((first, lambda d: (z1 + d, z2)), (second, lambda d: (z1, z2 + d))):
+        for index in np.ndindex(2, 11):  # by central differences
+            d = np.zeros_like(z1)
+            d[index] = 1e-5
+            slope = (whole(*move(d)) - whole(*move(-d))) / 2e-5
+            assert tensor.grad[index].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+    assert rdrop_loss(first, first, temperature).item() == 0
+
+
+def test_the_mean_over_branches(logits):
+    losses = [cross_entropy(branch, TARGETS) for branch in logits]
+    assert mean_over_branches(loss for loss in losses).item() == pytest.approx(sum(x.item() for x in losses) / 3)

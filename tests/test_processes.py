@@ -9,7 +9,7 @@ from running import metrics_of, start, train, wait
 from safetensors.torch import load_file
 from test_loop_exact import FixedNoise
 
-import train_loop
+from noisefit import choosing
 from noisefit.batches import collate
 from noisefit.processes import finish, on_any_process
 from noisefit.prompts import Example
@@ -22,7 +22,7 @@ SETTINGS = dict(
 
 
 def train_with_given_noise(argv: list[str]) -> None:
-    train_loop.TokenScaledNoise = FixedNoise
+    choosing.TokenScaledNoise = FixedNoise
     train(argv)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from noisefit.decoder import find_decoder_layers
 
 VOCAB = 97
 _SIZES = dict(
@@ -85,3 +89,19 @@ def fixed_noise(layer: int, strength: float = 0.4):
         return (strength * torch.sin(pattern * 0.7 + 3 * branch + layer)).to(hidden.dtype)
 
     return draw
+
+
+def rows_and_calls(model: nn.Module, run: Callable[[], object]) -> tuple[int, int]:
+    """What passes through the decoder's blocks: rows, summed over the layers, and calls."""
+    rows, calls = 0, 0
+
+    def count(module: nn.Module, args: tuple, output: Tensor) -> None:
+        nonlocal rows, calls
+        rows, calls = rows + len(output), calls + 1
+
+    # Put before the hooks of the branches, so that the rows are those that the block itself computed.
+    hooks = [layer.register_forward_hook(count, prepend=True) for layer in find_decoder_layers(model)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return rows, calls

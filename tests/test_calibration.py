@@ -1,0 +1,278 @@
+"""Policy `auto`: what it measures against full passes one at a time, what it chooses against the rules, its cost."""
+
+import json
+import math
+import random
+import statistics
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from running import start, wait
+from tiny_models import rows_and_calls, supervise, tiny_batch, tiny_model
+
+from noisefit import calibration
+from noisefit.arguments import build_parser
+from noisefit.branches import BranchedModel
+from noisefit.calibration import Responses, choose, measure, record
+from noisefit.decoder import find_decoder_layers
+from noisefit.errors import InputError
+from noisefit.noise import noise_scale
+from noisefit.processes import finish
+from noisefit.startup import choose_strategy
+
+FACTORS = [0.25, 0.5, 1.0, 1.5, 2.0]
+SETTINGS = build_parser().parse_args([])
+
+
+def pattern(hidden):
+    """In place of a normal draw: the same for every batch of this shape."""
+    return torch.sin(torch.arange(hidden.numel(), dtype=torch.float64) * 0.7).view_as(hidden).to(hidden.dtype)
+
+
+@pytest.fixture
+def given_draw(monkeypatch):
+    monkeypatch.setattr(calibration.torch, "randn_like", pattern)
+
+
+def full_passes(model, batches, layers, factors):
+    """The plain way: a full pass for each layer, scale and batch; float64 sums, token by token."""
+    model.eval()
+    tokens = sum(len(batch["target_tokens"]) for batch in batches)
+    kl, ce = torch.zeros(2, len(layers), len(factors), dtype=torch.float64)
+    clean_ce = 0.0
+
+    def predictions(batch):
+        with torch.no_grad():
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+        logits = logits.flatten(0, 1)[batch["target_positions"]]
+        return logits - torch.logsumexp(logits, -1, keepdim=True)
+
+    for batch in batches:
+        clean, at = predictions(batch), range(len(batch["target_tokens"]))
+        clean_ce -= clean[at, batch["target_tokens"]].sum().item() / tokens
+        for row, layer in enumerate(layers):
+            for column, factor in enumerate(factors):
+
+                def add(module, args, output, factor=factor, mask=batch["attention_mask"]):
+                    hidden = output if isinstance(output, torch.Tensor) else output[0]
+                    noisy = hidden + pattern(hidden) * noise_scale(hidden, factor / math.sqrt(hidden.shape[-1]), mask)
+                    return noisy if isinstance(output, torch.Tensor) else (noisy, *output[1:])
+
+                handle = find_decoder_layers(model)[layer].register_forward_hook(add)
+                noisy = predictions(batch)
+                handle.remove()
+                there, back = clean.exp() * (clean - noisy), noisy.exp() * (noisy - clean)
+                kl[row, column] += 0.5 * (there.sum() + back.sum()) / tokens
+                ce[row, column] -= noisy[at, batch["target_tokens"]].sum() / tokens
+    return kl, (ce - clean_ce).clamp(min=0), clean_ce
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3], [2, 3]], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "mistral", "bloom"])
+def test_it_measures_what_full_passes_would(model_type, layers, given_draw):
+    model = tiny_model(model_type)
+    batches = [supervise(tiny_batch()), supervise(tiny_batch((9, 12), seed=1), first=2)]
+    branched = BranchedModel(model, 7)
+    strategy, _ = choose_strategy(branched, batches[0], layers[:1], "auto")
+    assert strategy == ("separate" if model_type == "bloom" else "fork")
+    found = measure(branched, batches, layers, FACTORS, strategy)
+    assert branched.training
+    kl, change, clean_ce = full_passes(model, batches, layers, FACTORS)
+    torch.testing.assert_close(found.kl, kl, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(found.ce_change, change, rtol=1e-4, atol=1e-6)
+    assert found.clean_ce == pytest.approx(clean_ce, rel=1e-6)
+    assert (found.tokens, found.hidden_size, found.layers) == (18 + 17, 32, layers)
+    assert found.scales == pytest.approx([factor / 32**0.5 for factor in FACTORS])
+    assert (kl > 1e-6).all() and (change.any() or layers == [2, 3])  # so that there was something to see
+
+
+def computed(model, run):
+    """Rows, summed over the layers, and calls of the blocks that compute: their MLP runs."""
+    rows = calls = 0
+
+    def count(module, args, output):
+        nonlocal rows, calls
+        rows, calls = rows + len(output), calls + 1
+
+    handles = [layer.mlp.register_forward_hook(count) for layer in find_decoder_layers(model)]
+    run()
+    for handle in handles:
+        handle.remove()
+    return rows, calls
+
+
+@pytest.mark.parametrize("layers", [4, 12])
+def test_it_computes_the_tails_alone_in_a_call_for_each_block(layers):
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=layers)
+    branched, batches, rows = BranchedModel(model, 100), [supervise(tiny_batch(seed=i)) for i in (0, 1)], 3
+    found = computed(model, lambda: measure(branched, batches, range(layers), FACTORS, "fork"))
+    passes = len(batches) * layers * len(FACTORS)
+    assert found[0] <= 0.6 * passes * rows * layers and found[1] <= passes * layers / 5
+    # To be exact: the tails, a clean pass a batch, and once one and a half to see that blocks can be left out.
+    tails, check = layers * (layers - 1) // 2, layers + layers - layers // 2
+    assert found[0] == rows * (len(batches) * (len(FACTORS) * tails + layers) + check)
+    assert found[1] == len(batches) * (tails + layers) + check
+    late = computed(model, lambda: measure(branched, batches, range(layers // 2, layers), FACTORS, "fork"))
+    assert late[0] < 0.45 * found[0]
+
+
+def test_where_blocks_pass_on_more_than_hidden_states_they_are_computed(given_draw):
+    """As models do that keep something of an early layer for a later one: left out, it would be missing."""
+    model, kept = tiny_model(), {}
+    first, _, third = model.model.layers[:3]
+    model.model.register_forward_pre_hook(lambda *args: kept.clear())
+    first.mlp.register_forward_hook(lambda module, args, output: kept.update(value=output))
+    third.mlp.register_forward_hook(lambda module, args, output: output + kept["value"].mean())
+    batches = [supervise(tiny_batch((9, 9)))]
+    found = {}
+
+    def run():
+        found["it"] = measure(BranchedModel(model, 100), batches, range(4), FACTORS, "fork")
+
+    calls = rows_and_calls(model, run)[1]
+    assert calls >= 5 * 4  # a pass for each layer, of all the blocks
+    kl, change, _ = full_passes(model, batches, range(4), FACTORS)
+    torch.testing.assert_close(found["it"].kl, kl, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(found["it"].ce_change, change, rtol=1e-4, atol=1e-6)
+
+
+def test_all_scales_share_one_draw_and_each_batch_has_its_own():
+    model, batch = tiny_model(), supervise(tiny_batch())
+    torch.manual_seed(0)
+    found = measure(BranchedModel(model, 100), [batch], range(4), [0.001, 0.002], "fork")
+    assert (found.kl[:, 1] / found.kl[:, 0]).tolist() == pytest.approx([4] * 4, rel=0.02)  # quadratic, without chance
+    other = measure(BranchedModel(model, 100), [batch], range(4), [0.001, 0.002], "fork")
+    assert not torch.equal(found.kl, other.kl)
+
+
+@pytest.mark.parametrize("broken", ["overflow", "no target"])
+def test_what_cannot_be_ranked_is_one_line(broken):
+    model, batch = tiny_model(dtype=torch.float32), supervise(tiny_batch(), first=3 if broken == "overflow" else 11)
+    if broken == "overflow":
+        model.lm_head.weight.data[5] = torch.inf
+    with pytest.raises(InputError, match="not finite" if broken == "overflow" else "no supervised token"):
+        measure(BranchedModel(model, 100), [batch], range(4), FACTORS, "fork")
+
+
+# --- What is chosen ---------------------------------------------------------------------------------------------------
+
+
+def rules(kl, change, clean_ce, factors, num_layers, penalty=0.05, most=0.02, fraction=0.75, limit=None):
+    """Section by section, one number at a time: candidates with their best score, and the scale for a set of them."""
+    layers, scales = range(len(kl)), range(len(factors))
+    r = [[change[i][j] / clean_ce for j in scales] for i in layers]
+    score = [[kl[i][j] / (1 + r[i][j]) / (1 + penalty * math.log2(factors[j]) ** 2) for j in scales] for i in layers]
+    valid = [[j for j in scales if r[i][j] <= most] or list(scales) for i in layers]
+    best = [max(valid[i], key=lambda j, i=i: score[i][j]) for i in layers]
+    top = [score[i][best[i]] for i in layers]
+    median = statistics.median_low(top)
+    border = median + statistics.median_low(abs(value - median) for value in top)
+    candidates = [i for i in layers if top[i] >= border] or [top.index(max(top))]
+
+    def scale_of(i, chosen):
+        target = fraction * statistics.median_low(kl[k][best[k]] for k in chosen)
+        reaching = [j for j in valid[i] if kl[i][j] >= target]
+        return (reaching[0] if reaching else max(valid[i], key=lambda j: kl[i][j])), bool(reaching)
+
+    return candidates, top, scale_of, limit or math.ceil(math.sqrt(num_layers))
+
+
+def random_responses(seed, layers):
+    draw = random.Random(seed)
+    kl = [sorted(draw.lognormvariate(-4, 1) * factor**2 for factor in FACTORS) for _ in range(layers)]
+    levels = [draw.choice([0.0, 0.03, 0.6]) for _ in range(layers)]
+    change = [[level * factor**2 * draw.uniform(0.5, 1.5) for factor in FACTORS] for level in levels]
+    scales = [factor / 8 for factor in FACTORS]
+    tensors = (torch.tensor(values, dtype=torch.float64) for values in (kl, change))
+    return kl, change, Responses(list(range(layers)), FACTORS, scales, *tensors, 2.0, 100, 64)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 9, 12, 16, 32])
+def test_the_choice_follows_the_rules(layers):
+    seen_no_valid = seen_unreached = 0
+    for seed in range(60):
+        kl, change, found = random_responses(1000 * layers + seed, layers)
+        choice = choose(found, layers, SETTINGS)
+        candidates, top, scale_of, limit = rules(kl, change, 2.0, FACTORS, layers)
+        assert len(choice.layers) == min(limit, len(candidates)) and set(choice.layers) <= set(candidates)
+        assert choice.layers == sorted(choice.layers)
+        # Spread over bands: no band has a layer more than its share while a better one of another band is left out.
+        share, bands = math.ceil(limit / 3), [i * 3 // layers for i in range(layers)]
+        for left in set(candidates) - set(choice.layers):
+            of_band = [i for i in choice.layers if bands[i] == bands[left]]
+            assert all(top[i] >= top[left] for i in of_band)
+            if len(of_band) < share:
+                fullest = max(sum(bands[i] == band for i in choice.layers) for band in range(3))
+                assert fullest <= len(of_band) + 1
+        for layer, scale in zip(choice.layers, choice.scales, strict=True):
+            index, reached = scale_of(layer, choice.layers)
+            assert scale == FACTORS[index] / 8
+            seen_unreached += not reached
+        seen_no_valid += any(all(c / 2 > 0.02 for c in change[i]) for i in choice.layers)
+    assert layers < 9 or (seen_no_valid and seen_unreached)
+
+
+def test_its_numbers_are_settings():
+    found = random_responses(5, 16)[-1]
+    args = vars(SETTINGS)
+    assert len(choose(found, 16, Namespace(**args | dict(auto_max_layers=1))).layers) == 1
+    by_default = choose(found, 16, SETTINGS)
+    for other in (
+        dict(auto_target_kl_fraction=0.05),
+        dict(auto_max_ce_delta_ratio=1e6, auto_scale_l2_penalty=1e6),
+        dict(auto_depth_bands=1, auto_max_layers=2),
+    ):
+        assert choose(found, 16, Namespace(**args | other)) != by_default, other
+
+
+def test_a_model_that_noise_does_not_move_still_gets_a_layer():
+    zero = torch.zeros(4, 5, dtype=torch.float64)
+    choice = choose(Responses([0, 1, 2, 3], FACTORS, FACTORS, zero, zero, 2.0, 10, 64), 4, SETTINGS)
+    assert len(choice.layers) == len(choice.scales) == 1
+
+
+def test_the_record_has_the_whole_grid():
+    kl, change, found = random_responses(3, 6)
+    choice = choose(found, 6, SETTINGS)
+    content = json.loads(json.dumps(record(found, choice)))
+    assert content["tokens"] == 100 and content["clean_ce"] == 2.0 and content["hidden_size"] == 64
+    assert [entry["layer"] for entry in content["layers"]] == list(range(6))
+    for i, entry in enumerate(content["layers"]):
+        assert [cell["kl"] for cell in entry["grid"]] == kl[i]
+        assert [cell["ce_change"] for cell in entry["grid"]] == change[i]
+        assert [cell["factor"] for cell in entry["grid"]] == FACTORS
+        assert entry["best_score"] == max(cell["score"] for cell in entry["grid"] if cell["allowed"])
+        assert (entry["scale"] in choice.scales) == entry["selected"] == (i in choice.layers)
+
+
+# --- Two processes ----------------------------------------------------------------------------------------------------
+
+
+def measure_together(argv: list[str]) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    rank = accelerator.process_index
+    calibration.torch.randn_like = pattern
+    batch = supervise(tiny_batch((9, 6) if rank == 0 else (12,), seed=rank), first=2)
+    found = measure(BranchedModel(tiny_model(), 7), [batch], range(4), FACTORS, "fork")
+    output = argv[-1].partition("=")[2]
+    Path(f"{output}.{rank}").write_text(json.dumps([found.kl.tolist(), found.ce_change.tolist(), found.tokens]))
+    finish(accelerator)
+
+
+def test_all_processes_measure_the_same_over_the_batches_of_all(llama_folder, tmp_path, given_draw):
+    out = tmp_path / "out"
+    assert wait(start(llama_folder, tmp_path, out, 2, target=measure_together)) == [0, 0], Path(
+        f"{out}.log"
+    ).read_text()
+    first, second = (Path(f"{out}.{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    batches = [supervise(tiny_batch(lengths, seed=rank), first=2) for rank, lengths in enumerate([(9, 6), (12,)])]
+    kl, change, _ = full_passes(tiny_model(), batches, range(4), FACTORS)
+    found_kl, found_change, tokens = json.loads(first)
+    torch.testing.assert_close(torch.tensor(found_kl, dtype=torch.float64), kl, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(torch.tensor(found_change, dtype=torch.float64), change, rtol=1e-4, atol=1e-6)
+    assert tokens == 7 + 4 + 10
