@@ -183,6 +183,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     factors = args.auto_scale_factors
     if isinstance(factors[0], list):
         factors = [factor for part in factors for factor in part]
+    if not factors:
+        raise InputError("--auto_scale_factors: expected at least one factor")
     args.auto_scale_factors = sorted(set(factors))
     check_objective(args, _given(from_file + argv))
     if args.quantization != "none" and args.full_finetune:

@@ -120,7 +120,7 @@ def _rows(policy: NoisePolicy, num_layers: int) -> list[list[str]]:
             # At the chosen scale, or where there is none at the best one.
             column = "scale" if scale is not None else "score"
             wanted = scale if scale is not None else entry["best_score"]
-            at = next(cell for cell in entry["grid"] if cell[column] == wanted)
+            at = min(entry["grid"], key=lambda cell: abs(cell[column] - wanted))
             score, kl = f"{at['score']:.3g}", f"{at['kl']:.3g}"
         rows.append([str(layer), score, kl, "" if scale is None else f"{scale:.3g}", chosen[layer]])
     return rows

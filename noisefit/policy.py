@@ -73,6 +73,8 @@ def read_policy(name: str, num_layers: int | None = None) -> NoisePolicy:
         raise InputError(f"{flag}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     try:
         policy = NoisePolicy(content["selected"], content["scales"], content.get("snr", []), content)
+        if policy.base_stds is None:
+            raise ValueError("there are no scales")
         made_for = content.get("num_layers", num_layers)
         if made_for != num_layers is not None:
             raise InputError(f"{flag}: it is for a model of {made_for} layers, this one has {num_layers}")
@@ -110,6 +112,13 @@ def check_values(policy: NoisePolicy, num_layers: int | None = None) -> None:
             len(policy.base_stds) == len(layers), f"there are {len(policy.base_stds)} scales to {len(layers)} layers"
         )
     require(policy.calibration is None or isinstance(policy.calibration, dict), "the calibration is no object")
+    for entry in (policy.calibration or {}).get("layers", []):
+        grid = entry["grid"]
+        require(are_numbers([entry["layer"]], (int,)) and entry["layer"] < most, "a measured layer is not of the model")
+        require(isinstance(grid, list) and bool(grid), "a measured layer has no grid")
+        for cell in grid:
+            numbers = [cell[name] for name in ("factor", "scale", "kl", "ce_change", "score")]
+            require(are_numbers(numbers, (int, float)), f"the grid of layer {entry['layer']} is not of numbers")
 
 
 def as_file(policy: NoisePolicy, version: str) -> dict[str, Any]:

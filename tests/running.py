@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 MARK = "NOISEFIT_TEST_LAUNCH"
+MEASURED = ("tokens_per_second", "peak_memory_gib")  # what differs between two runs that are the same
 
 # Its processes are forked from one that has imported everything: a real process of its own in a moment.
 PROCESSES = multiprocessing.get_context("forkserver")

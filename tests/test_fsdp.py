@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from running import ROOT, config_command, metrics_of, run, run_command, words
+from running import MEASURED, ROOT, config_command, metrics_of, run, run_command, words
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
@@ -34,7 +34,7 @@ def questions(folder):
 
 def train_sharded(results, model, data, output, **flags):
     """`fsdp_program.py` on two processes."""
-    flags = words(model=model, train_data=data, eval_data=data, output_model=output, **SETTINGS, **flags)
+    flags = words(model=model, train_data=data, eval_data=data, output_model=output, **SETTINGS | flags)
     program = ["--num_processes", "2", "tests/fsdp_program.py", str(results), *flags]
     # Without a GPU in sight `fully_shard` takes the CPU.
     return run_command(config_command("fsdp.yaml", *program), PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
@@ -65,7 +65,7 @@ def test_sharded_losses_and_gradients_are_the_plain_ones(launched, folder):
 
 def test_the_loop_trains_sharded_as_it_does_on_one_process(launched, folder, llama_folder, questions):
     assert launched.returncode == 0, launched.stderr
-    assert "processes: 2" in launched.stderr and "branches: fork" in launched.stderr
+    assert "processes: 2" in launched.stderr and "branches: clean, noisy, noisy (fork)" in launched.stderr
     [groups] = [json.loads(line[7:]) for line in launched.stdout.splitlines() if line.startswith("groups:")]
     assert groups == ["", *(f"model.base_model.model.model.layers.{layer}" for layer in range(4))]
 
@@ -89,13 +89,30 @@ def test_a_sharded_run_resumed_is_the_same_run(launched, folder, llama_folder, q
     done = train_sharded("none", llama_folder, questions, folder / "resumed", **flags)
     assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
     two, resumed = (
-        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics_of(folder / name)]
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder / name)]
         for name in ("two", "resumed")
     )
     assert resumed == two
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "processes.safetensors"):
         one, other = (folder / run / "checkpoint-4" / name for run in ("two", "resumed"))
         assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_a_sharded_run_calibrates_as_one_process_does(llama_folder, tmp_path, monkeypatch):
+    """All rows alike, and noise that is no draw: then it does not matter which process has which row."""
+    data = tmp_path / "alike.csv"
+    data.write_text("prompt,response\n" + "What is one plus one?,It is two.\n" * 8)
+    flags = dict(noise_policy="auto", max_steps=1)
+    done = train_sharded("none", llama_folder, data, tmp_path / "two", batch_size=2, **flags)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    run(llama_folder, data, tmp_path / "one", **SETTINGS | flags, batch_size=4)
+    one, two = (json.loads((tmp_path / name / "noise_policy.json").read_text()) for name in ("one", "two"))
+    assert two["selected"] == one["selected"] and two["scales"] == one["scales"] and two["tokens"] == one["tokens"]
+    for sharded, plain in zip(two["layers"], one["layers"], strict=True):
+        for cell, expected in zip(sharded["grid"], plain["grid"], strict=True):
+            assert cell["kl"] == pytest.approx(expected["kl"], rel=1e-3) and cell["kl"] > 1e-6
+            assert cell["ce_change"] == pytest.approx(expected["ce_change"], rel=1e-2, abs=1e-5)
 
 
 def test_in_16_bits_gradients_are_reduced_and_losses_returned_in_float32():

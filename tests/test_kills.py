@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import PROCESSES, in_process, metrics_of, start, wait, wait_until
+from running import MEASURED, PROCESSES, in_process, metrics_of, start, wait, wait_until
 from safetensors.torch import load_file
 
 from noisefit.checkpoints import Checkpoints
@@ -46,7 +46,7 @@ def whole(request, llama_folder, tmp_path_factory):
 
 def assert_same_run(output: Path, expected: Path) -> None:
     def lines(folder):
-        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics_of(folder)]
+        return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder)]
 
     assert lines(output) == lines(expected)
     assert len(lines(expected)) == 5  # steps 3, 6, 9, 12 and the last, each once
@@ -137,7 +137,8 @@ def test_interrupted_while_it_loads_it_says_so_in_a_line(llama_folder, questions
 # --- Killed at each single thing that saving a checkpoint does to the disk ------------------------------------------
 
 
-VARIABLES = dict(seen_targets=9, bad_steps=0, snr=[2.0, 1.0, 1.0, 1.0], layers=[0], strategy="fork", total_steps=9)
+POLICY = dict(layers=[0], base_stds=None, snr=[2.0, 1.0, 1.0, 1.0], calibration=None)
+VARIABLES = dict(seen_targets=9, bad_steps=0, policy=POLICY, strategy="fork", total_steps=9)
 
 
 def save_and_die(argument: tuple) -> None:
@@ -193,7 +194,8 @@ def tiny_run(args, run) -> Checkpoints:
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     model, optimizer = accelerator.prepare(model, optimizer)
     optimizer.step()
-    return Checkpoints(args, run, accelerator, model, optimizer, schedule, Metrics(accelerator, args), byte_tokenizer())
+    metrics = Metrics(accelerator, args, {"ce": 1.0}, num_layers=4)
+    return Checkpoints(args, run, accelerator, model, optimizer, schedule, metrics, byte_tokenizer())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

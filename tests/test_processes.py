@@ -22,7 +22,7 @@ SETTINGS = dict(
 
 
 def train_with_given_noise(argv: list[str]) -> None:
-    choosing.TokenScaledNoise = FixedNoise
+    choosing.TokenScaledNoise = choosing.EmbeddingNoise = FixedNoise
     train(argv)
 
 
@@ -54,6 +54,26 @@ def test_two_processes_take_the_steps_of_one(plain, rows, llama_folder, tmp_path
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1", "2")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["kl_only", "neftune", "rdrop"])
+def test_so_they_do_with_other_objectives(mode, llama_folder, tmp_path):
+    """Of other branches, without a cross-entropy, with noise on the embedding; and where a process has no row."""
+    data = tmp_path / "data.csv"
+    data.write_text("prompt,response\n" + "".join(f"Is it {i}?,It is {i}{' or so' * i}.\n" for i in range(9)))
+    settings = SETTINGS | dict(loss_mode=mode, rdrop_dropout=0, epochs=1)
+    for processes in (1, 2):
+        flags = settings | dict(batch_size=4 // processes, target=train_with_given_noise)
+        out = tmp_path / str(processes)
+        assert wait(start(llama_folder, data, out, processes, **flags)) == [0] * processes, Path(
+            f"{out}.log"
+        ).read_text()
+    one, two = (metrics_of(tmp_path / name) for name in ("1", "2"))
+    assert len(one) == len(two) == 2
+    for line, expected in zip(two, one, strict=True):
+        for name in ("loss", "ce_loss", "soft_loss", "rdrop_loss", "grad_norm"):
+            close = None if expected[name] is None else pytest.approx(expected[name], rel=1e-4, abs=1e-9)
+            assert line[name] == close, (line["step"], name)
 
 
 def vote(argv: list[str]) -> None:

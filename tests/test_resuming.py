@@ -202,10 +202,18 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_or_refused(
 
 EDITS = {
     "loop": dict(
-        step=["8", 8.5, -3, True, 4], layers=[[99], [-1], ["0"], "012", None, [0, 0]], snr=["x", None, [[1.0]], [1.0]],
-        seen_targets=["x", None, -1], bad_steps=["x", 99], strategy=["nope", 3, None],
+        step=["8", 8.5, -3, True, 4], seen_targets=["x", None, -1], bad_steps=["x", 99], strategy=["nope", 3, None],
+        policy=[
+            None, "x", [], dict(layer=[0]),
+            *(dict(layers=layers, snr=[1.0] * 4) for layers in ([99], [-1], ["0"], "012", None, [0, 0], [1, 0], [True])),
+            *(dict(layers=[0], snr=snr) for snr in ("x", None, [[1.0]], [1.0], [float("nan")] * 4)),
+            *(dict(layers=[0], base_stds=scales) for scales in ([], [1.0, 1.0], [-1.0], ["1"], [float("inf")], "1")),
+            dict(layers=[0], calibration=[]),
+        ],
     ),
-    "metrics": dict(steps=["1", -1], targets=[0.5], seconds=[-1, float("inf")]),
+    "metrics": dict(
+        steps=["1", -1], targets=[0.5], seconds=[-1, float("inf")], noisy_steps=[None, "x", [1, 1], [0, 0, 0, 0, -1]],
+    ),
     "schedule": dict(last_epoch=["3", -5, 10**30]),
 }  # fmt: skip
 

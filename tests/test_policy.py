@@ -1,0 +1,324 @@
+"""The noise policy of a run: calibrated once, given back from a file, kept over a kill, said at the start."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from running import MEASURED, metrics_of, run, words
+from tiny_folder import tiny_folder
+
+from noisefit import calibration, choosing
+from noisefit.arguments import build_parser, parse_arguments
+from noisefit.choosing import describe, expected_cost
+from noisefit.errors import InputError
+from noisefit.objectives import OBJECTIVES
+from noisefit.policy import NoisePolicy, check_policy, first_eligible, read_policy
+
+FAST = dict(
+    learning_rate=1e-2, batch_size=3, gradient_accumulation_steps=2, max_steps=4, logging_steps=1, lora_dropout=0.1,
+    save_steps=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "questions.csv"
+    path.write_text("prompt,response\n" + "".join(f"What is {i}?,It is {i}{' so' * (i % 3)}.\n" for i in range(12)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(llama_folder, data, tmp_path_factory):
+    """The output of a calibrated run."""
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    run(llama_folder, data, out, **FAST, noise_policy="auto")
+    return out
+
+
+def same_run(one, other):
+    assert (one / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+    lines = [[{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(out)] for out in (one, other)]
+    assert lines[0] == lines[1] and lines[0][0]["loss"] is not None
+
+
+def measures_nothing(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(calibration, "measure", refuse)
+    monkeypatch.setattr(choosing, "average_snr", refuse)
+
+
+def test_a_calibrated_run_says_what_it_measured_and_chose(calibrated):
+    policy = json.loads((calibrated / "noise_policy.json").read_text())
+    snr = json.loads((calibrated / "layer_snr.json").read_text())
+    assert policy["selected"] == snr["selected"] and policy["snr"] == snr["snr"] and len(snr["snr"]) == 4
+    assert 1 <= len(policy["selected"]) == len(policy["scales"]) <= 2
+    assert [entry["layer"] for entry in policy["layers"]] == [0, 1, 2, 3] and policy["num_layers"] == 4
+    assert [entry["layer"] for entry in policy["layers"] if entry["selected"]] == policy["selected"]
+    assert {entry["scale"] for entry in policy["layers"]} == {None, *policy["scales"]}
+    for entry in policy["layers"]:
+        assert [cell["factor"] for cell in entry["grid"]] == [0.25, 0.5, 1, 1.5, 2]
+        assert all(cell["scale"] == pytest.approx(cell["factor"] / 32**0.5) for cell in entry["grid"])
+    assert policy["settings"]["auto_depth_bands"] == 3 and policy["tokens"] > 0
+    for line in metrics_of(calibrated):
+        assert line["layer_noise_to_signal"].keys() == set(map(str, policy["selected"]))
+        assert line["soft_loss"] > 0
+
+
+def test_its_file_given_back_is_the_same_run_and_measures_nothing(
+    calibrated, llama_folder, data, tmp_path, monkeypatch
+):
+    measures_nothing(monkeypatch)
+    out, file = tmp_path / "out", calibrated / "noise_policy.json"
+    run(llama_folder, data, out, **FAST, noise_policy=file)
+    same_run(out, calibrated)
+    for name in ("noise_policy.json", "layer_snr.json"):
+        assert (out / name).read_bytes() == (calibrated / name).read_bytes()
+
+
+def test_a_policy_by_hand_needs_layers_and_scales_alone(llama_folder, data, tmp_path, capsys):
+    file, out = tmp_path / "mine.json", tmp_path / "out"
+    file.write_text('{"selected": [1, 3], "scales": [0.5, 0.25]}')
+    lines = run(llama_folder, data, out, **FAST, noise_policy=file)
+    assert lines[-1]["layer_noise_to_signal"].keys() == {"1", "3"}
+    assert json.loads((out / "layer_snr.json").read_text()) == {"snr": [], "selected": [1, 3]}
+    said = capsys.readouterr().err
+    assert "noise in layers: 1, 3" in said and "0.25" in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(noise_policy="snr", prefer_late_layers=0.5, num_noise_layers=2),
+        dict(noise_policy="auto"),
+        dict(noise_policy="auto", snr_every=3),
+        dict(noise_policy="FILE"),
+        dict(loss_mode="rdrop"),
+        dict(loss_mode="neftune"),
+        dict(loss_mode="consistency_only"),
+    ],
+    ids=str,
+)
+def test_a_run_resumed_in_the_middle_is_the_run_that_was_not(
+    flags, calibrated, llama_folder, data, tmp_path, monkeypatch
+):
+    if flags.get("noise_policy") == "FILE":
+        flags = dict(noise_policy=calibrated / "noise_policy.json")
+    flags = FAST | flags | dict(save_steps=2, logging_steps=3, max_steps=5)
+    run(llama_folder, data, tmp_path / "whole", **flags, save_total_limit=0)
+    if "snr_every" not in flags:
+        measures_nothing(monkeypatch)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    run(llama_folder, data, tmp_path / "resumed", **flags, resume_from_checkpoint=checkpoint)
+    same_run(tmp_path / "whole", tmp_path / "resumed")
+    for name in ("layer_snr.json", "noise_policy.json"):
+        whole, resumed = (tmp_path / folder / name for folder in ("whole", "resumed"))
+        assert whole.exists() == resumed.exists()
+        assert not whole.exists() or whole.read_bytes() == resumed.read_bytes()
+
+
+def test_a_run_of_another_policy_or_objective_is_not_resumed(calibrated, llama_folder, data, tmp_path):
+    flags = FAST | dict(save_steps=2, max_steps=2)
+    run(llama_folder, data, tmp_path / "out", **flags)
+    for change, message in [
+        (dict(noise_policy="auto"), "noise_policy was snr and is auto"),
+        (dict(noise_policy=calibrated / "noise_policy.json"), "noise_policy was snr and is"),
+        (dict(loss_mode="ce_kl"), "loss_mode was full and is ce_kl"),
+        (dict(prefer_late_layers=0.25), "prefer_late_layers was 0.0 and is 0.25"),
+        (dict(auto_scale_factors="1,2"), r"auto_scale_factors was \[0.25, 0.5, 1.0, 1.5, 2.0\] and is \[1.0, 2.0\]"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run(llama_folder, data, tmp_path / "out", **flags | change, resume_from_checkpoint="latest")
+
+
+def test_layers_are_chosen_past_the_share_of_the_depth_only(llama_folder, data, tmp_path, capsys):
+    for policy, flags in (("snr", dict(num_noise_layers=1)), ("auto", {})):
+        out = tmp_path / policy
+        run(llama_folder, data, out, **FAST | dict(max_steps=1), **flags, noise_policy=policy, prefer_late_layers=0.75)
+        assert json.loads((out / "layer_snr.json").read_text())["selected"] == [3]
+        assert "a step costs 1 times plain fine-tuning" in capsys.readouterr().err
+    tried = json.loads((tmp_path / "auto" / "noise_policy.json").read_text())["layers"]
+    assert [entry["layer"] for entry in tried] == [3]  # nothing else was measured
+
+
+@pytest.mark.parametrize(
+    ("share", "layers", "first"), [(0, 32, 0), (0.25, 32, 8), (0.7, 10, 7), (0.34, 3, 2), (1, 4, 4), (1 / 3, 6, 2)]
+)
+def test_the_share_of_the_depth(share, layers, first):
+    assert first_eligible(Namespace(prefer_late_layers=share), layers) == first
+
+
+def parse(**flags):
+    return parse_arguments(words(model="m", train_data="t.csv", **flags))
+
+
+def test_more_layers_than_are_past_it_are_refused():
+    for flags, message in [
+        (
+            dict(prefer_late_layers=0.5),
+            "--num_noise_layers 3: m has 4 layers, of which 2 are past --prefer_late_layers",
+        ),
+        (dict(num_noise_layers=5), "--num_noise_layers 5: m has 4 layers"),
+        (dict(prefer_late_layers=1, noise_policy="auto"), "--prefer_late_layers 1 leaves none of 4 layers"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            check_policy(parse(**flags), 4)
+    check_policy(parse(prefer_late_layers=0.5, num_noise_layers=2), 4)
+
+
+FILES = {
+    "": "cannot be read",
+    "[": "cannot be read",
+    "[1]": "not a noise policy",
+    "{}": "it lacks 'selected'",
+    '{"selected": [1]}': "it lacks 'scales'",
+    '{"selected": [1], "scales": null, "num_layers": 4}': "there are no scales",
+    '{"selected": [1], "scales": [0.1, 0.2]}': "2 scales to 1 layers",
+    '{"selected": [1], "scales": [-0.1]}': "the scales are not",
+    '{"selected": [1], "scales": [NaN]}': "the scales are not",
+    '{"selected": ["1"], "scales": [0.1]}': "the layers are not",
+    '{"selected": [1.0], "scales": [0.1]}': "the layers are not",
+    '{"selected": [4], "scales": [0.1]}': "no layer 4 in a model of 4",
+    '{"selected": [-1], "scales": [0.1]}': "the layers are not",
+    '{"selected": [2, 1], "scales": [0.1, 0.1]}': "not in ascending order",
+    '{"selected": [1, 1], "scales": [0.1, 0.1]}': "not in ascending order",
+    '{"selected": [1], "scales": [0.1], "num_layers": 32}': "for a model of 32 layers, this one has 4",
+    '{"selected": [1], "scales": [0.1], "snr": [1, 2]}': "snr is not that of 4 layers",
+    '{"selected": [1], "scales": [0.1], "layers": 3}': "not a noise policy",
+}
+
+
+@pytest.mark.parametrize("content", FILES)
+def test_a_file_that_is_no_policy_of_this_model_is_refused_in_a_line(content, llama_folder, data, tmp_path):
+    file = tmp_path / "noise_policy.json"
+    file.write_text(content)
+    with pytest.raises(InputError) as caught:
+        run(llama_folder, data, tmp_path / "out", noise_policy=file)
+    said = str(caught.value)
+    assert said.startswith(f"--noise_policy {file}: ") and FILES[content] in said and "\n" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["autoo", "SNR", "no/such/file.json", "."])
+def test_what_is_neither_a_policy_nor_a_file_is_refused(name):
+    with pytest.raises(InputError, match=r"expected snr, auto, or a noise_policy\.json|cannot be read"):
+        read_policy(name, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(noise_policy="auto", num_noise_layers=3), "--num_noise_layers goes with --noise_policy snr alone: auto"),
+        (dict(noise_policy="auto", snr_format="Lowest"), "--snr_format goes with --noise_policy snr alone: auto"),
+        (
+            dict(noise_policy="p.json", snr_format="Largest"),
+            "--snr_format goes with --noise_policy snr alone: the file",
+        ),
+        (dict(noise_policy="p.json", snr_every=5), "--snr_every measures the layers again"),
+        (dict(loss_mode="kl_only", num_noise_layers=0), "--num_noise_layers 0 leaves --loss_mode kl_only nothing to"),
+        (dict(loss_mode="consistency_only", noise_std=0), "--noise_std 0 leaves --loss_mode consistency_only nothing"),
+        (dict(auto_scale_factors="1,0"), "'0' is not a number above 0"),
+        (dict(auto_scale_factors="1,x"), "'x' is not a number above 0"),
+        (dict(auto_scale_factors=","), "at least one factor"),
+        (dict(loss_mode="sft"), "invalid choice: 'sft'"),
+        (dict(rdrop_dropout=1), "'1' is not a number from 0 to 0.99"),
+    ],
+    ids=str,
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(InputError) as caught:
+        parse(**flags)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        (dict(loss_mode="basefit", noise_std=0.3, temperature=2), "--noise_std, --temperature"),
+        (dict(loss_mode="ce_kl", lambda_consistency=0.3), "--lambda_consistency"),
+        (dict(noise_policy="auto", noise_std=0.3), "--noise_std"),
+        (
+            dict(rdrop_alpha=2, neftune_alpha=3, auto_depth_bands=2),
+            "--neftune_alpha, --rdrop_alpha, --auto_depth_bands",
+        ),
+        (dict(loss_mode="rdrop", rdrop_alpha=2, rdrop_dropout=0.1, temperature=2), None),
+        (dict(loss_mode="neftune", neftune_alpha=2, branches="fork"), "--branches"),
+        (dict(hybrid_loss_alpha=0.3, lambda_consistency=0.2, noise_std=0.2, snr_every=5, branches="fork"), None),
+        (dict(noise_policy="auto", auto_scale_factors="1,2", snr_every=5), None),
+        (dict(loss_mode="kl_only", hybrid_loss_alpha=0.3), "--hybrid_loss_alpha"),
+    ],
+    ids=str,
+)
+def test_flags_that_change_nothing_are_named(flags, idle, capsys):
+    parse(**flags)
+    said = capsys.readouterr().err
+    assert said == "" if idle is None else said.startswith("without effect") and said.rstrip().endswith(f": {idle}")
+
+
+def test_factors_are_sorted_and_come_with_commas_or_spaces_or_from_yaml(tmp_path):
+    assert parse(auto_scale_factors="2,0.5").auto_scale_factors == [0.5, 2]
+    spaced = ["--model", "m", "--train_data", "t", "--auto_scale_factors", "2", "0.5", "2"]
+    assert parse_arguments(spaced).auto_scale_factors == [0.5, 2]
+    (tmp_path / "flags.yaml").write_text("auto_scale_factors: [3, 1]\nloss_mode: full\n")
+    assert parse(config=tmp_path / "flags.yaml").auto_scale_factors == [1, 3]
+    (tmp_path / "flags.yaml").write_text("noise_policy: auto\nsnr_format: Lowest\n")
+    with pytest.raises(InputError, match="--snr_format goes with"):
+        parse(config=tmp_path / "flags.yaml")
+
+
+@pytest.mark.parametrize("mode", OBJECTIVES)
+def test_what_a_step_costs_by_counting_layers(mode):
+    args, policy = Namespace(loss_mode=mode), NoisePolicy(layers=[3, 5])
+    count = dict(full=3, ce_kl=2, kl_only=2, consistency_only=2, rdrop=2).get(mode, 1)
+    forked = 0.5 + count * 0.5 if mode in ("full", "ce_kl", "kl_only", "consistency_only") else count
+    assert expected_cost(args, policy, 8, "fork") == pytest.approx(forked)
+    assert expected_cost(args, policy, 8, "separate") == count
+
+
+def test_the_start_of_a_run_shows_every_layer_in_aligned_columns():
+    args = build_parser().parse_args([])
+    snr = NoisePolicy(layers=[1, 10], snr=[5.0, 234.56, 0.25] * 4)
+    table = describe(args, snr, 12, "fork")
+    assert table[0].split() == ["layer", "SNR", "noise"] and len(table) == 1 + 12 + 2
+    assert [line.split() for line in table[1:13]] == [
+        [str(i), f"{snr.snr[i]:.4g}", *(["yes"] if i in (1, 10) else [])] for i in range(12)
+    ]
+    assert len({len(line) for line in table[1:13] if line.endswith("yes")}) == 1
+    assert table[13] == "noise in layers: 1, 10"
+    assert table[14].endswith("(fork); counting layers, a step costs 2.67 times plain fine-tuning")
+
+
+def test_a_calibrated_table_has_score_response_and_scale(calibrated):
+    args = build_parser().parse_args(["--noise_policy", "auto"])
+    policy = read_policy(str(calibrated / "noise_policy.json"), 4)
+    table = [line.split() for line in describe(args, policy, 4, "fork")[:5]]
+    assert table[0] == ["layer", "score", "KL", "scale", "noise"]
+    for line, entry in zip(table[1:], policy.calibration["layers"], strict=True):
+        assert len(line) == (5 if entry["selected"] else 3)
+        at = next(c for c in entry["grid"] if c["scale"] == entry["scale"] or c["score"] == entry["best_score"])
+        assert line[1:3] == [f"{at['score']:.3g}", f"{at['kl']:.3g}"]
+
+
+def test_a_bloom_calibrates_on_separate_passes(data, tmp_path, capsys):
+    folder = tiny_folder(tmp_path / "bloom", "bloom")
+    run(folder, data, tmp_path / "out", **FAST | dict(max_steps=1), noise_policy="auto")
+    assert "separate" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "noise_policy.json").read_text())["selected"]
+
+
+def test_calibration_leaves_the_random_generators_alone(llama_folder, data, tmp_path, monkeypatch):
+    states, whole = [], choosing.calibration.measure
+
+    def watch(*args, **kwargs):
+        states.append(torch.get_rng_state())
+        found = whole(*args, **kwargs)
+        assert not torch.equal(torch.get_rng_state(), states[-1])
+        return found
+
+    monkeypatch.setattr(calibration, "measure", watch)
+    make = choosing.make_noise
+    monkeypatch.setattr("train_loop.make_noise", lambda *args: states.append(torch.get_rng_state()) or make(*args))
+    run(llama_folder, data, tmp_path / "out", **FAST | dict(max_steps=1), noise_policy="auto")
+    assert torch.equal(states[0], states[1])
