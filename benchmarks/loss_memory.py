@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from peak_memory import PeakMemory
-from ways import LLAMA_1B, QWEN_HALF_B, Size, Steps, noisefit_losses
+from ways import LLAMA_1B, QWEN_HALF_B, Size, Steps, check_picture, noisefit_losses
 
 from noisefit.branches import BRANCHES
 
@@ -59,8 +59,9 @@ def step_table(size: Size) -> None:
     print("the second figure is the share of the published way")
 
 
-def loss_alone(steps: Steps, size: Size, rows: int, length: int) -> float:
+def loss_alone(steps: Steps, size: Size, rows: int, length: int, chunk: int) -> float:
     """GiB that the head and the three losses take, forward and backward, over the hidden states and their gradient."""
+    steps.branched.loss_chunk_size = chunk
     count = rows * (length - 1)
     states = torch.empty(
         len(BRANCHES), count, size.config.hidden_size, dtype=size.dtype, device="meta", requires_grad=True
@@ -73,21 +74,11 @@ def loss_alone(steps: Steps, size: Size, rows: int, length: int) -> float:
     return peak(run) - states.nbytes / GIB
 
 
-def full_logits(steps: Steps, size: Size, rows: int, length: int) -> float:
-    """The same with all logits at once."""
-    steps.branched.loss_chunk_size = rows * length
-    return loss_alone(steps, size, rows, length)
-
-
 def curves(size: Size) -> tuple[dict[tuple[int, int], list[float]], dict[tuple[int, int], float]]:
     steps = Steps(size, "meta")
-    chunked: dict[tuple[int, int], list[float]] = {}
-    for rows, length in BATCHES:
-        chunked[rows, length] = []
-        for chunk in CHUNKS:
-            steps.branched.loss_chunk_size = chunk
-            chunked[rows, length].append(loss_alone(steps, size, rows, length))
-    return chunked, {batch: full_logits(steps, size, *batch) for batch in BATCHES}
+    chunked = {batch: [loss_alone(steps, size, *batch, chunk) for chunk in CHUNKS] for batch in BATCHES}
+    at_once = {(rows, length): loss_alone(steps, size, rows, length, rows * length) for rows, length in BATCHES}
+    return chunked, at_once
 
 
 def draw(
@@ -130,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--picture", metavar="FILE", help="draw memory against the chunk size (needs matplotlib)")
     args = parser.parse_args()
+    check_picture(parser, args.picture)
     chunked, full = curves(LLAMA_1B)
     print(f"memory for the head and the losses of three branches, in GiB: {LLAMA_1B.name}, all tokens supervised")
     print(f"{'rows x length':<16}" + "".join(f"{chunk:>8}" for chunk in CHUNKS) + f"{'at once':>10}")

@@ -28,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from peak_memory import PeakMemory
-from ways import NOISE_STD, SIZES, Size, Steps, floor, head_share, plain_losses
+from ways import NOISE_STD, SIZES, Size, Steps, check_picture, floor, head_share, plain_losses
 
+from noisefit import calibration
 from noisefit.snr import layer_snr
 
 PLAIN, TRL = "plain fine-tuning", "TRL's SFTTrainer"
 NOISY = 3  # layers with noise
+FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0)  # scales that a calibration tries
 
 
 class Costs:
@@ -100,11 +102,10 @@ def measure(ways: dict[str, Callable[[], object]], size: Size, costs: Costs, rou
         from trl_steps import train_with_trl
 
         return train_with_trl(size, costs.device, len(measures), begin, end, ours)
-    else:
-        for kind in measures:
-            current[:] = [kind]
-            ours()
-        return None
+    for kind in measures:
+        current[:] = [kind]
+        ours()
+    return None
 
 
 def draw(path: str, size: Size, costs: Costs, ways: dict[int, str], share: float, where: str) -> None:
@@ -145,7 +146,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="times that every way is timed")
     parser.add_argument(
-        "--size", choices=list(SIZES), default="small", help="tiny is for trying this out; the large ones need a GPU"
+        "--size",
+        choices=list(SIZES),
+        default="small",
+        help="tiny is for trying this out; llama-1b and qwen-0.5b need a GPU",
     )
     parser.add_argument("--supervised", type=int, help="supervised tokens a row; default: the size's own")
     parser.add_argument("--picture", metavar="FILE", help="draw cost against the first noisy layer (needs matplotlib)")
@@ -154,8 +158,7 @@ def main() -> None:
         parser.error("--rounds: expected 1 or more")
     if args.supervised is not None and not 1 <= args.supervised < SIZES[args.size].length:
         parser.error(f"--supervised: expected 1 to {SIZES[args.size].length - 1} of a row's tokens")
-    if args.picture and not Path(args.picture).resolve().parent.is_dir():
-        parser.error(f"--picture: there is no folder {Path(args.picture).resolve().parent}")
+    check_picture(parser, args.picture)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[args.size]
     if args.supervised is not None:
@@ -177,11 +180,12 @@ def main() -> None:
     ways: dict[str, Callable[[], object]] = {PLAIN: steps.ours}
     ways |= {name: functools.partial(steps.ours, noisy(first)) for first, name in forks.items()}
     ways |= {
-        "separate passes, layers 0-2": functools.partial(steps.ours, noisy(0), "separate"),
+        f"separate passes, layers 0-{NOISY - 1}": functools.partial(steps.ours, noisy(0), "separate"),
         f"published way, layers 0-{NOISY - 1}": functools.partial(steps.published, noisy(0)),
         f"published way, layers {n - NOISY}-{n - 1}": functools.partial(steps.published, noisy(n - NOISY)),
         "plain forward pass": plain_forward,
         "SNR of all layers": functools.partial(layer_snr, steps.branched, batch, NOISE_STD),
+        "calibration": functools.partial(calibration.measure, steps.branched, [batch], range(n), FACTORS, "fork"),
     }
     share = head_share(steps)
     version = measure(ways, size, costs, args.rounds)
@@ -206,6 +210,11 @@ def main() -> None:
         print(f"{name}, over {fork}: {costs.ratio(name, fork):.2f}")
     snr = costs.ratio("SNR of all layers", "plain forward pass")
     print(f"measuring the SNR of all layers, in plain forward passes: {snr:.2f}")
+    calibrated = costs.ratio("calibration", "plain forward pass")
+    print(
+        f"calibrating the noise of {n} layers at {len(FACTORS)} scales, in plain forward passes: {calibrated:.1f}; the "
+        f"published way makes {n * len(FACTORS) + 1}"
+    )
     if args.picture:
         draw(args.picture, size, costs, forks, share, where)
 

@@ -35,9 +35,6 @@ def train_with_trl(
 
     Returns:
         Its version.
-
-    Raises:
-        ImportError: TRL or datasets is not installed.
     """
     import trl
     from datasets import Dataset

@@ -6,16 +6,20 @@ adapter, and returns its loss.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AttentionInterface,
     LlamaConfig,
@@ -33,6 +37,7 @@ from noisefit.noise import TokenScaledNoise
 from noisefit.prompts import Example
 
 NOISE_STD = 0.1
+LOSS_CHUNK_SIZE = 256  # the default of train_loop.py
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,9 @@ def example_rows(size: Size) -> list[Example]:
 class Steps:
     """The ways of ours, and the published one, on one model and batch."""
 
-    def __init__(self, size: Size, device: str, loss_chunk_size: int = 256, gradient_checkpointing: bool = False):
+    def __init__(self, size: Size, device: str, gradient_checkpointing: bool = False):
         self.model = build_model(size, device, gradient_checkpointing)
-        self.branched = BranchedModel(self.model, loss_chunk_size)
+        self.branched = BranchedModel(self.model, LOSS_CHUNK_SIZE)
         self.rows = example_rows(size)
         self.target_tokens = count_targets(self.rows)
         self.device = device
@@ -203,7 +208,7 @@ def _add_noise(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output + torch.randn_like(output) * _plain_sigma(output)
 
 
-def floor(size: Size, first_noisy: int | None, head_share: float) -> float:
+def floor(size: Size, first_noisy: int, head_share: float) -> float:
     """What the fork must cost, as a ratio to plain fine-tuning, by counting.
 
     With `p = (k + 1) / n`, the layers up to the first noisy one run once and the others three times: `p + 3 (1 - p)`.
@@ -211,24 +216,33 @@ def floor(size: Size, first_noisy: int | None, head_share: float) -> float:
 
     Args:
         size: has `n` layers.
-        first_noisy: `k`; `None` is plain fine-tuning.
+        first_noisy: `k`.
         head_share: the head's share of the plain step's FLOPs.
     """
-    if first_noisy is None:
-        return 1.0
     share = (first_noisy + 1) / size.layers
     return (share + 3 * (1 - share)) * (1 - head_share) + 3 * head_share
 
 
 def head_share(steps: Steps) -> float:
     """The LM head's share of the FLOPs of a plain step, forward and backward, as torch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter:
         steps.ours()
     counts = counter.get_flop_counts()
     heads = [sum(flops.values()) for name, flops in counts.items() if name.endswith("lm_head")]
     return max(heads) / counter.get_total_flops()
+
+
+def check_picture(parser: argparse.ArgumentParser, name: str | None) -> None:
+    """End the program in a line where the picture that is asked for could not be drawn, before anything is timed."""
+    if name is None:
+        return
+    path = Path(name).resolve()
+    if not path.parent.is_dir():
+        parser.error(f"--picture: there is no folder {path.parent}")
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--picture: {path.name} is no .png, .pdf or .svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install matplotlib")
 
 
 def attention_in_shape_alone(

@@ -122,7 +122,9 @@ def test_the_floor_is_the_formula():
     assert ways.head_share(Steps(TINY, "cpu")) == pytest.approx(head / counter.get_total_flops())
 
 
-@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--supervised", "64"], ["--picture", "/nowhere/x.png"]])
+@pytest.mark.parametrize(
+    "flags", [["--rounds", "0"], ["--supervised", "64"], ["--picture", "/nowhere/x.png"], ["--picture", "x.jpeg"]]
+)
 def test_bad_flags_of_step_cost_are_one_line(flags):
     done = run_command([sys.executable, str(BENCHMARKS / "step_cost.py"), "--size", "tiny", *flags])
     assert done.returncode == 2 and f"error: {flags[0]}: " in done.stderr
@@ -132,8 +134,7 @@ def test_memory_for_the_loss_grows_with_the_chunk_and_not_with_the_batch():
     steps = Steps(TINY, "meta")
 
     def taken(chunk, rows, length):
-        steps.branched.loss_chunk_size = chunk
-        return loss_alone(steps, TINY, rows, length)
+        return loss_alone(steps, TINY, rows, length, chunk)
 
     once = taken(64, 8, 129)
     assert taken(128, 8, 129) == pytest.approx(2 * once, rel=0.05)
@@ -150,4 +151,5 @@ def test_step_cost_runs_and_draws(tmp_path):
     assert lines["plain fine-tuning"][:3] == ["1.00", "1.00", "1.00"]
     for layers in ("0-2", "1-3", "2-3", "3-3"):
         assert len(lines[f"fork, noise in layers {layers}"]) == 4
+    assert "calibrating the noise of 4 layers at 5 scales" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")

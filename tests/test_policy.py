@@ -138,7 +138,7 @@ def test_layers_are_chosen_past_the_share_of_the_depth_only(llama_folder, data, 
         out = tmp_path / policy
         run(llama_folder, data, out, **FAST | dict(max_steps=1), **flags, noise_policy=policy, prefer_late_layers=0.75)
         assert json.loads((out / "layer_snr.json").read_text())["selected"] == [3]
-        assert "a step costs 1 times plain fine-tuning" in capsys.readouterr().err
+        assert "a step costs 1.00 times plain fine-tuning" in capsys.readouterr().err
     tried = json.loads((tmp_path / "auto" / "noise_policy.json").read_text())["layers"]
     assert [entry["layer"] for entry in tried] == [3]  # nothing else was measured
 

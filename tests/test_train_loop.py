@@ -166,7 +166,7 @@ def test_quantized_base_models_train(bits, questions, tmp_path, capsys):
         return
     lines = run(model, questions, tmp_path / "out", **FAST | dict(max_steps=20), quantization=bits, epochs=10)
     assert lines[-1]["ce_loss"] < 0.95 * lines[0]["ce_loss"] and lines[-1]["soft_loss"] > 0
-    assert "branches: fork" in capsys.readouterr().err
+    assert "(fork); counting layers" in capsys.readouterr().err
 
 
 def test_quantization_without_bitsandbytes_or_its_device_is_refused(llama_folder, questions, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ def test_training_on_half_of_the_world_answers_the_other_half(tmp_path):
     )  # fmt: skip
     done = launch("train_loop.py", *words(**settings), OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
-    assert "branches: fork" in done.stderr
+    assert "(fork); counting layers" in done.stderr
     common = dict(input_csv=WORLD / "test.csv", repetition_penalty=1.0)
     base, adapted = tmp_path / "base.csv", tmp_path / "adapted.csv"
     for flags in (
