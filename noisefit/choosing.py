@@ -94,10 +94,11 @@ def describe(args: Namespace, policy: NoisePolicy, num_layers: int, strategy: st
         lines.append(f"noise on the embeddings, alpha {args.neftune_alpha:g}")
     elif args.loss_mode == "rdrop":
         lines.append(f"dropout {args.rdrop_dropout:g} in every block, besides the model's and the adapter's own")
-    cost = expected_cost(args, policy, num_layers, strategy)
     how = f" ({strategy})" if len(objective.branches) > 1 else ""
+    cost = expected_cost(args, policy, num_layers, strategy)
     lines.append(
-        f"branches: {', '.join(objective.branches)}{how}; counting layers, a step costs {cost:.2f} times plain fine-tuning"
+        f"branches: {', '.join(objective.branches)}{how}; counting layers, a step costs {cost:.2f} times plain "
+        "fine-tuning"
     )
     if policy.base_stds is None and policy.layers:
         lines.append(negligible_noise(torch.tensor(policy.snr), policy.layers) or "")

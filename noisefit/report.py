@@ -113,7 +113,7 @@ def read_run(folder: Path, name: str) -> Run:
     Raises:
         InputError: as `read_runs`.
     """
-    if not (folder / "metrics.jsonl").exists():
+    if _read(folder / "metrics.jsonl") is None:
         raise InputError(f"{folder}: it has no metrics.jsonl, so it is not the output folder of a run")
     lines = read_lines(folder / "metrics.jsonl", LINE)
     if not lines:
@@ -159,13 +159,13 @@ def read_layers(folder: Path) -> dict[int, Layer]:
 
 
 def _own_point(entry: Mapping[str, Any] | None, given: float | None) -> tuple[float, float, float]:
-    """Best score, scale and KL of a layer: those at the scale that it was given, else at its best score."""
+    """Best score, scale and KL of a layer: scale and KL as it was given, else those of the best score."""
     if entry is None:
         return math.nan, math.nan if given is None else given, math.nan
     best = entry["best_score"]
     key, wanted = ("score", best) if given is None else ("scale", given)
-    scales = [(point["scale"], point["kl"]) for point in entry["grid"] if math.isclose(point[key], wanted)]
-    return best, *(scales[0] if scales else (math.nan if given is None else given, math.nan))
+    there = [(point["scale"], point["kl"]) for point in entry["grid"] if math.isclose(point[key], wanted)]
+    return best, *(there[0] if there else (math.nan if given is None else given, math.nan))
 
 
 _parse = functools.partial(json.loads, parse_constant=lambda name: None)  # NaN and the infinities

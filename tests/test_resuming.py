@@ -205,7 +205,7 @@ EDITS = {
         step=["8", 8.5, -3, True, 4], seen_targets=["x", None, -1], bad_steps=["x", 99], strategy=["nope", 3, None],
         policy=[
             None, "x", [], dict(layer=[0]),
-            *(dict(layers=layers, snr=[1.0] * 4) for layers in ([99], [-1], ["0"], "012", None, [0, 0], [1, 0], [True])),
+            *(dict(layers=layers) for layers in ([99], [-1], ["0"], "012", None, [0, 0], [1, 0], [True])),
             *(dict(layers=[0], snr=snr) for snr in ("x", None, [[1.0]], [1.0], [float("nan")] * 4)),
             *(dict(layers=[0], base_stds=scales) for scales in ([], [1.0, 1.0], [-1.0], ["1"], [float("inf")], "1")),
             dict(layers=[0], calibration=[]),
