@@ -225,6 +225,7 @@ def check_objective(args: argparse.Namespace, given: set[str]) -> None:
     used = {
         "noise_policy": layers, "num_noise_layers": layers, "snr_format": layers, "snr_every": layers,
         "noise_std": layers and policy == "snr", "prefer_late_layers": layers and policy in POLICIES,
+        "snr_batches": not layers or policy in POLICIES,
         "temperature": weights.keys() != {"ce"}, "branches": len(objective.branches) > 1,
         "neftune_alpha": objective.noise == "embedding", "rdrop_dropout": DROPOUT in objective.branches,
         **{name: is_read(name) for name in ("hybrid_loss_alpha", "lambda_consistency", "rdrop_alpha")},

@@ -88,6 +88,26 @@ def test_it_measures_what_full_passes_would(model_type, layers, given_draw):
     assert (kl > 1e-6).all() and (change.any() or layers == [2, 3])  # so that there was something to see
 
 
+def test_it_is_measured_without_dropout_and_the_model_is_left_as_it_was():
+    model, batch = tiny_model("gpt2"), supervise(tiny_batch())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    branched, found = BranchedModel(model, 100), []
+    for training in (True, False):
+        branched.train(training)
+        torch.manual_seed(0)
+        found.append(measure(branched, [batch], range(4), FACTORS, "fork"))
+        assert branched.training == training
+    assert torch.equal(found[0].kl, found[1].kl) and found[0].clean_ce == found[1].clean_ce
+
+
+def test_padding_beyond_a_sliding_window_leaves_it_finite():
+    """Attention that looks back five tokens sees padding alone there, which transformers' mask makes NaN of."""
+    model, batch = tiny_model("gemma2"), supervise(tiny_batch((6, 12)), first=2)
+    assert measure(BranchedModel(model, 100), [batch], range(4), FACTORS, "fork").kl.isfinite().all()
+
+
 def computed(model, run):
     """Rows, summed over the layers, and calls of the blocks that compute: their MLP runs."""
     rows = calls = 0
@@ -212,6 +232,35 @@ def test_the_choice_follows_the_rules(layers):
             seen_unreached += not reached
         seen_no_valid += any(all(c / 2 > 0.02 for c in change[i]) for i in choice.layers)
     assert layers < 9 or (seen_no_valid and seen_unreached)
+
+
+def responses(kl, change=None, layers=None):
+    kl = torch.tensor(kl, dtype=torch.float64)
+    change = torch.zeros_like(kl) if change is None else torch.tensor(change, dtype=torch.float64)
+    layers = list(range(len(kl))) if layers is None else layers
+    return Responses(layers, [1.0, 2.0], [0.1, 0.2], kl, change, 2.0, 100, 64)
+
+
+def test_what_stands_on_a_border_is_within():
+    """A rise of the cross-entropy by just the share that is allowed, and a KL that just reaches its target."""
+    args = Namespace(**vars(SETTINGS) | dict(auto_max_ce_delta_ratio=0.25, auto_scale_l2_penalty=0, auto_max_layers=1))
+    choice = choose(responses([[3.0, 4.0]], [[0.0, 0.5]]), 1, args)
+    assert choice.allowed.all() and choice.scales == [0.1]  # 3 = 0.75 * 4
+
+
+def test_a_band_has_no_more_than_its_share_until_the_best_of_the_rest_are_taken():
+    """Twelve layers in three bands; the best four are in the first of them, none in the second."""
+    best = [9.0, 8, 7, 6, 0, 0, 0, 0, 0, 4, 5, 4]
+    few = {limit: calibration._spread([0, 1, 2, 3, 10], best, 3, limit) for limit in (1, 2, 3, 4, 5)}
+    assert few == {1: [0], 2: [0, 10], 3: [0, 1, 10], 4: [0, 1, 2, 10], 5: [0, 1, 2, 3, 10]}
+    # A share of 2 of 6: then what is left is taken by score, wherever it is.
+    many = {limit: calibration._spread([0, 1, 2, 3, 9, 10, 11], best, 3, limit) for limit in (3, 4, 6)}
+    assert many == {3: [0, 1, 10], 4: [0, 1, 9, 10], 6: [0, 1, 2, 3, 9, 10]}
+
+
+def test_the_number_of_layers_is_the_root_of_all_not_of_those_that_were_tried():
+    found = responses([[1.0, 0]] * 5, layers=[11, 12, 13, 14, 15])
+    assert len(choose(found, 16, SETTINGS).layers) == 4
 
 
 def test_its_numbers_are_settings():

@@ -154,3 +154,17 @@ def test_drawn_noise_has_the_scale_and_the_recorded_strength():
 def test_noise_std_zero_is_no_noise():
     hidden = random_hidden((1, 4, 8))
     assert torch.equal(TokenScaledNoise(0.0)(hidden, 1), torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("base_std", [0.3, 0.0])
+def test_a_calibrated_scale_takes_the_place_of_noise_std(base_std):
+    hidden, mask = random_hidden((2, 5, 16)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    noise = TokenScaledNoise(0.1, base_std)
+    torch.manual_seed(3)
+    drawn = noise(hidden, 1, mask)
+    torch.manual_seed(3)
+    expected = torch.randn_like(hidden) * torch.from_numpy(
+        sigma_from_the_formula(hidden.numpy(), base_std, mask.numpy())
+    )
+    torch.testing.assert_close(drawn, expected, rtol=1e-9, atol=1e-12)
+    assert (noise.pop_noise_to_signal() > 0) == (base_std > 0)

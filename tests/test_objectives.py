@@ -133,6 +133,19 @@ def test_two_dropout_branches_differ_though_the_model_has_no_dropout(model_type,
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
+def test_a_block_may_take_its_hidden_states_by_name():
+    """As those of some architectures do."""
+    model, block = tiny_model(), torch.nn.Linear(32, 32).double()
+    found = hooks.layer_hooks(model)
+    hidden = torch.randn(2, 3, 32, dtype=torch.float64)
+    with found.applying(hooks.Pass({}, (0,), 2, dropout=(0.5,))):
+        torch.manual_seed(0)
+        by_name = found._after(1, block, (), {"hidden_states": hidden}, hidden + 1)
+        torch.manual_seed(0)
+        by_place = found._after(1, block, (hidden,), {}, hidden + 1)
+    assert torch.equal(by_name, by_place) and set((by_name - hidden).round().flatten().tolist()) == {0, 2}
+
+
 def test_a_clean_branch_beside_one_with_dropout_is_clean():
     model, batch = tiny_model(), supervise(tiny_batch())
     branched = BranchedModel(model, 100, dropout=0.3)

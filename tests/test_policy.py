@@ -88,6 +88,45 @@ def test_a_policy_by_hand_needs_layers_and_scales_alone(llama_folder, data, tmp_
     assert "noise in layers: 1, 3" in said and "0.25" in said
 
 
+def test_the_scales_of_a_policy_are_those_of_the_noise_in_each_layer(llama_folder, data, tmp_path):
+    """Noise to signal is proportional to the scale; a scale of 0 is no noise, and not that of --noise_std."""
+    ratios = []
+    for scales in ([0.5, 0.25], [1.0, 0.0]):
+        file, out = tmp_path / "mine.json", tmp_path / f"{scales[0]}"
+        file.write_text(json.dumps({"selected": [1, 3], "scales": scales}))
+        [line, *_] = run(llama_folder, data, out, **FAST | dict(max_steps=1, lora_dropout=0), noise_policy=file)
+        ratios.append(line["layer_noise_to_signal"])
+    assert ratios[1]["1"] == pytest.approx(2 * ratios[0]["1"], rel=1e-3) and ratios[0]["1"] > 0
+    assert ratios[1]["3"] == 0 < ratios[0]["3"]
+
+
+def test_it_is_measured_on_the_batches_that_are_asked_for(llama_folder, data, tmp_path, monkeypatch):
+    seen = {}
+    measure, average = calibration.measure, choosing.average_snr
+    monkeypatch.setattr(
+        calibration,
+        "measure",
+        lambda model, batches, *rest: seen.update(auto=len(batches)) or measure(model, batches, *rest),
+    )
+    monkeypatch.setattr(
+        choosing,
+        "average_snr",
+        lambda model, batches, std: seen.update(snr=len(batches)) or average(model, batches, std),
+    )
+    for auto, snr in ((3, 1), (1, 3)):
+        flags = FAST | dict(max_steps=1, auto_calib_batches=auto, snr_batches=snr)
+        run(llama_folder, data, tmp_path / str(auto), **flags, noise_policy="auto")
+        assert seen == {"auto": auto, "snr": snr}
+
+
+def test_layers_chosen_again_get_the_noise_and_are_written_down(llama_folder, data, tmp_path, monkeypatch):
+    choices = iter([[0, 1], [2], [3]])
+    monkeypatch.setattr("train_loop.choose_policy", lambda *args: NoisePolicy(next(choices), snr=[1.0] * 4))
+    lines = run(llama_folder, data, tmp_path / "out", **FAST | dict(max_steps=5), snr_every=2)
+    assert [list(line["layer_noise_to_signal"]) for line in lines] == [["0", "1"]] * 2 + [["2"]] * 2 + [["3"]]
+    assert json.loads((tmp_path / "out" / "layer_snr.json").read_text())["selected"] == [3]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -248,6 +287,7 @@ def test_flags_that_contradict_each_other_are_refused(flags, message):
         (dict(hybrid_loss_alpha=0.3, lambda_consistency=0.2, noise_std=0.2, snr_every=5, branches="fork"), None),
         (dict(noise_policy="auto", auto_scale_factors="1,2", snr_every=5), None),
         (dict(loss_mode="kl_only", hybrid_loss_alpha=0.3), "--hybrid_loss_alpha"),
+        (dict(noise_policy="p.json", prefer_late_layers=0.5, snr_batches=2), "--prefer_late_layers, --snr_batches"),
     ],
     ids=str,
 )

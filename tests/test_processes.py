@@ -49,6 +49,7 @@ def test_two_processes_take_the_steps_of_one(plain, rows, llama_folder, tmp_path
         for name in ("learning_rate", "target_tokens", "epoch"):
             assert line[name] == expected[name], name
         assert (line["soft_loss"] == 0) == plain
+        assert plain or line["layer_noise_to_signal"] == dict.fromkeys(expected["layer_noise_to_signal"], 0.25)
     chosen = [json.loads((tmp_path / name / "layer_snr.json").read_text())["selected"] for name in ("1", "2")]
     assert chosen[0] == chosen[1]
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1", "2")]
