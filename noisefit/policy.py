@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from noisefit.errors import InputError
+from noisefit.errors import InputError, notice
+from noisefit.objectives import OBJECTIVES
 
 POLICIES = ("snr", "auto")
 
@@ -37,8 +38,12 @@ def check_policy(args: Namespace, num_layers: int) -> None:
     Raises:
         InputError: more noisy layers than there are to choose from, or a policy file that is none of this model.
     """
+    if not OBJECTIVES[args.loss_mode].needs_policy:
+        return
     if args.noise_policy not in POLICIES:
-        read_policy(args.noise_policy, num_layers)
+        found = read_policy(args.noise_policy, num_layers).calibration or {}
+        if found.get("model", args.model) != args.model:
+            notice(f"--noise_policy {args.noise_policy} was calibrated for {found['model']}")
         return
     eligible = num_layers - first_eligible(args, num_layers)
     if args.noise_policy == "snr" and args.num_noise_layers > eligible:
@@ -67,7 +72,7 @@ def read_policy(name: str, num_layers: int | None = None) -> NoisePolicy:
     flag, path = f"--noise_policy {name}", Path(name).expanduser()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{flag}: expected snr, auto, or a noise_policy.json that a run left") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{flag}: cannot be read: {' '.join(str(error).split())[:200]}") from None
