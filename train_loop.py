@@ -10,7 +10,6 @@ branches and weights a `--loss_mode` has is a line of `noisefit/objectives.py`. 
 from __future__ import annotations
 
 import math
-import time
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -109,9 +108,10 @@ def train(args: Namespace) -> None:
 
     def choose_noise() -> tuple[NoisePolicy, str]:
         """Measure the layers, choose those that get noise, and check how the branches can be run."""
-        policy = choose_policy(args, model, calibration, accelerator)
-        noisy = list(make_noise(args, policy))
-        strategy, reason = choose_strategy(model, calibration[0], noisy, args.branches, objective.branches)
+        with metrics.pausing():
+            policy = choose_policy(args, model, calibration, accelerator)
+            noisy = list(make_noise(args, policy))
+            strategy, reason = choose_strategy(model, calibration[0], noisy, args.branches, objective.branches)
         notice(*describe(args, policy, num_layers, strategy), reason)
         return policy, strategy
 
@@ -205,9 +205,10 @@ def train(args: Namespace) -> None:
                     progress.set_postfix({name: line[name] for name in ("loss", "ce_loss")}, refresh=False)
                 due = step % args.eval_steps == 0 if args.eval_steps else step % epoch_length == 0
                 if eval_examples and (due or last):
-                    start = time.perf_counter()
-                    ce = evaluate(accelerator, model, strategy, eval_examples, args.batch_size, tokenizer.pad_token_id)
-                    metrics.log_evaluation(step, passes, ce, count_targets(eval_examples), time.perf_counter() - start)
+                    held_out = (eval_examples, args.batch_size, tokenizer.pad_token_id)
+                    with metrics.pausing():
+                        ce = evaluate(accelerator, model, strategy, *held_out)
+                    metrics.log_evaluation(step, passes, ce, count_targets(eval_examples))
                 if stopping or (args.save_steps and (step % args.save_steps == 0 or last)):
                     variables = {"seen_targets": seen_targets, "bad_steps": bad_steps, "total_steps": total_steps}
                     checkpoint = checkpoints.save(step, **variables, policy=asdict(policy), strategy=strategy)

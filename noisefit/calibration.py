@@ -23,7 +23,7 @@ from noisefit.errors import InputError
 from noisefit.losses import cross_entropy, rdrop_loss
 from noisefit.noise import noise_scale
 from noisefit.objectives import CLEAN, NOISY
-from noisefit.startup import TOLERANCE
+from noisefit.startup import ROWS, TOKENS, TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,11 @@ def measure(
     hidden_size: int = find_decoder(model).config.get_text_config(decoder=True).hidden_size
     scales = [factor / math.sqrt(hidden_size) for factor in factors]
     sums = torch.zeros(len(layers), 2 * len(factors) + 1, dtype=torch.float64, device=device)
-    how: dict[str, Any] = {"branches": (CLEAN, *[NOISY] * len(scales)), "strategy": strategy}
     try:
-        reusing = strategy == "fork" and _reusable(model, batches[0], blocks)
+        reusing = strategy == "fork" and _reusable(model, batches[0], blocks, layers)
+        if strategy == "fork" and not reusing:
+            strategy = "separate"  # what goes from block to block besides may not allow a fork after each of them
+        how: dict[str, Any] = {"branches": (CLEAN, *[NOISY] * len(scales)), "strategy": strategy}
         for batch in batches:
             outputs, clean = _clean_pass(model, batch, blocks) if reusing else ([], None)
             run = functools.partial(model, **batch, **how, chunk_losses=_sum_responses, clean_states=clean)
@@ -228,19 +230,33 @@ def _final_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return final
 
 
-def _reusable(model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList) -> bool:
-    """Whether the first blocks can answer what they did before: nothing but hidden states goes from block to block.
+def _reusable(model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList, layers: Sequence[int]) -> bool:
+    """Whether the blocks up to a layer can answer what they did before: whether nothing but hidden states goes from
+    block to block, also where the rows then part.
 
-    Tried with the first half of them. All processes get the same answer.
+    Tried after each layer on a slice of the batch, with noise of strength 0. All processes get the same answer.
     """
-    outputs, clean = _clean_pass(model, batch, blocks)
+    ids, mask = (batch[name][:ROWS, :TOKENS] for name in ("input_ids", "attention_mask"))
+    positions = mask.flatten().nonzero().flatten()
+    small = {"input_ids": ids, "attention_mask": mask, "target_positions": positions}
+    small["target_tokens"] = ids.flatten()[positions]
+    dtypes: list[torch.dtype] = []
+
+    def watch(clean: Sequence[Tensor], noisy: Sequence[Tensor], target_tokens: Tensor) -> Tensor:
+        dtypes.append(noisy[0].dtype)
+        return _sum_responses(clean, noisy, target_tokens)
+
     try:
-        with _known(blocks[: len(blocks) // 2], outputs):
-            again = _final_states(model, batch)
-        difference = (again - clean).abs().max() / clean.abs().max()
-        same = bool(difference <= TOLERANCE[clean.dtype])
+        outputs, clean = _clean_pass(model, small, blocks)
+        how: dict[str, Any] = {"branches": (CLEAN, NOISY, NOISY), "strategy": "fork", "chunk_losses": watch}
+        largest = 0.0
+        for layer in layers:
+            with _known(blocks[: layer + 1], outputs):
+                sums = model(**small, **how, noise={layer: _OneDraw([0.0, 0.0])}, clean_states=clean)
+            largest = max(largest, (sums[-2:].max() / len(positions)).item())
+        same = largest <= TOLERANCE[dtypes[0]] ** 2  # a KL is quadratic in what the logits differ by
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # an architecture's own code runs here without some of its blocks; else they are all computed
+    except Exception:  # an architecture's own code runs here without some of its blocks
         same = False
     return all(gather_object([same]))

@@ -18,6 +18,7 @@ import noisefit
 from noisefit.checkpoints import remove_checkpoint
 from noisefit.errors import InputError
 from noisefit.files import sync_folder, write_json, writing
+from noisefit.objectives import NOISY, OBJECTIVES
 from noisefit.policy import NoisePolicy, as_file
 from noisefit.resuming import STATE, last_whole, list_checkpoints
 from noisefit.tracking import LINES
@@ -197,6 +198,14 @@ def where_things_are(args: Namespace) -> list[str]:
     ]
 
 
+def what_it_learnt(args: Namespace) -> str:
+    """The objective in words: its losses with their weights, and its branches."""
+    objective = OBJECTIVES[args.loss_mode]
+    losses = " + ".join(f"{weight:g} {name}" for name, weight in objective.weights(args).items())
+    noise = f", with noise in the {objective.noise}" if NOISY in objective.branches else ""
+    return f"the loss is {losses}, of the branches {', '.join(objective.branches)}{noise}"
+
+
 def model_card(args: Namespace, tokens: int) -> str:
     """The model card, Markdown with the hub's metadata header."""
     settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in sorted(vars(args).items()))
@@ -215,11 +224,10 @@ tags: [noisefit{"" if args.full_finetune else ", lora"}]
 
 # {Path(args.output_model).resolve().name}
 
-{kind} for `{args.model}`, trained on `{Path(args.train_data).name}` with NoiseFiT
-([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)): cross-entropy on clean hidden states, with a soft-target and a
-consistency term between branches whose decoder layers get token-scaled Gaussian noise. It saw {tokens:,} supervised
-tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that got noise, `metrics.jsonl`
-the losses. The tokenizer's chat template is the prompt format of the training.
+{kind} for `{args.model}`, trained on `{Path(args.train_data).name}` with the NoiseFiT trainer
+([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {args.loss_mode}`: {what_it_learnt(args)}.
+It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that
+got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
 
 ```python
 model = {load}

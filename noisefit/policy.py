@@ -41,7 +41,11 @@ def check_policy(args: Namespace, num_layers: int) -> None:
     if not OBJECTIVES[args.loss_mode].needs_policy:
         return
     if args.noise_policy not in POLICIES:
-        found = read_policy(args.noise_policy, num_layers).calibration or {}
+        policy = read_policy(args.noise_policy, num_layers)
+        if not any(policy.base_stds or ()) and "ce" not in OBJECTIVES[args.loss_mode].weights(args):
+            raise InputError(f"--noise_policy {args.noise_policy}: it has no noise, without which --loss_mode "
+                             f"{args.loss_mode} has nothing to learn")  # fmt: skip
+        found = policy.calibration or {}
         if found.get("model", args.model) != args.model:
             notice(f"--noise_policy {args.noise_policy} was calibrated for {found['model']}")
         return
@@ -121,6 +125,7 @@ def check_values(policy: NoisePolicy, num_layers: int | None = None) -> None:
         grid = entry["grid"]
         require(are_numbers([entry["layer"]], (int,)) and entry["layer"] < most, "a measured layer is not of the model")
         require(isinstance(grid, list) and bool(grid), "a measured layer has no grid")
+        require(are_numbers([entry["best_score"]], (int, float)), "a measured layer has no best_score")
         for cell in grid:
             numbers = [cell[name] for name in ("factor", "scale", "kl", "ce_change", "score")]
             require(are_numbers(numbers, (int, float)), f"the grid of layer {entry['layer']} is not of numbers")

@@ -8,7 +8,8 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +190,20 @@ class Metrics:
         self._targets, self._tokens = counts["targets"], counts["tokens"]
         self._since = time.perf_counter() - counts["seconds"]
 
-    def log_evaluation(self, step: int, epoch: float, ce_loss: float, target_tokens: int, seconds: float) -> None:
-        """Write a line to `eval_metrics.jsonl`; its seconds do not count as training. All processes call it."""
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """What takes place within is no training: its time does not count in `tokens_per_second`."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def log_evaluation(self, step: int, epoch: float, ce_loss: float, target_tokens: int) -> None:
+        """Write a line to `eval_metrics.jsonl`. All processes call it."""
         ce = _finite(ce_loss)
         line = {"step": step, "epoch": round(epoch, 4), "eval_ce_loss": ce, "eval_target_tokens": target_tokens}
         if self.accelerator.is_main_process:
             append_json_line(self.eval_path, line)
         self._track(line)
-        self._since += seconds
 
     def _track(self, line: dict[str, Any]) -> None:
         try:

@@ -202,6 +202,15 @@ def test_an_objective_without_noise_in_layers_needs_no_layers(data, tmp_path):
         run(small, data, tmp_path / "full", **FAST)
 
 
+def test_a_policy_without_noise_is_refused_where_nothing_else_teaches(llama_folder, data, tmp_path):
+    file = tmp_path / "none.json"
+    for content in ('{"selected": [], "scales": []}', '{"selected": [1], "scales": [0.0]}'):
+        file.write_text(content)
+        with pytest.raises(InputError, match="it has no noise, without which --loss_mode kl_only has nothing to learn"):
+            run(llama_folder, data, tmp_path / "out", **FAST, noise_policy=file, loss_mode="kl_only")
+    assert run(llama_folder, data, tmp_path / "out", **FAST | dict(max_steps=1), noise_policy=file)
+
+
 def test_a_policy_of_another_model_is_said(calibrated, data, tmp_path, capsys):
     other = tiny_folder(tmp_path / "gpt2", "gpt2")
     run(other, data, tmp_path / "out", **FAST | dict(max_steps=1), noise_policy=calibrated / "noise_policy.json")
@@ -241,6 +250,10 @@ FILES = {
     '{"selected": [1], "scales": [0.1], "num_layers": 32}': "for a model of 32 layers, this one has 4",
     '{"selected": [1], "scales": [0.1], "snr": [1, 2]}': "snr is not that of 4 layers",
     '{"selected": [1], "scales": [0.1], "layers": 3}': "not a noise policy",
+    '{"selected": [], "scales": [], "layers": [{"layer": 0, "grid": []}]}': "has no grid",
+    '{"selected": [], "scales": [], "layers": [{"layer": 9, "grid": []}]}': "is not of the model",
+    '{"selected": [], "scales": [], "layers": [{"layer": 0, "grid": [{}]}]}': "it lacks 'best_score'",
+    '{"selected": [], "scales": [], "layers": [{"layer": 0, "grid": [{}], "best_score": 1}]}': "it lacks 'factor'",
 }
 
 

@@ -1,6 +1,7 @@
 """Metrics: means over supervised tokens, and what is said of numbers that are none."""
 
 import json
+import time
 from argparse import Namespace
 
 import pytest
@@ -77,6 +78,13 @@ def test_the_noise_of_every_layer_is_its_mean_over_the_steps_in_which_it_had_som
     line = log(metrics)
     assert line["layer_noise_to_signal"] == {"2": None} and line["noise_to_signal"] is None
     assert "Infinity" not in metrics.path.read_text()
+
+
+def test_what_is_no_training_does_not_count_in_the_speed(metrics):
+    with metrics.pausing():
+        time.sleep(0.5)
+    add(metrics, [6.0, 3.0, 0.0])
+    assert log(metrics)["tokens_per_second"] > 20 / 0.4
 
 
 def test_the_memory_is_what_this_process_has_held(metrics):

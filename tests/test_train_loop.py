@@ -83,7 +83,11 @@ def test_the_output_folder(llama_folder, questions, tmp_path):
     assert settings["learning_rate"] == 1e-2 and settings["train_data"] == str(questions)
     card = (out / "README.md").read_text()
     assert (
-        str(llama_folder) in card and "questions.csv" in card and "NoiseFiT" in card and "`noise_std` | `0.1`" in card
+        str(llama_folder) in card
+        and "questions.csv" in card
+        and "NoiseFiT" in card
+        and "is 0.5 ce + 0.5 soft + 0.1 consistency" in card
+        and "`noise_std` | `0.1`" in card
     )
 
 
