@@ -219,7 +219,7 @@ def test_killed_at_each_act_of_the_final_save_a_new_adapter_has_all_that_belongs
     from argparse import Namespace
 
     old, out, args = tmp_path / "old", tmp_path / "out", Namespace(output_model=str(tmp_path / "old"))
-    args.__dict__ |= dict(full_finetune=False, save_total_limit=1, model="m", train_data="d")
+    args.__dict__ |= dict(full_finetune=False, save_total_limit=1, model="m", train_data="d", loss_mode="basefit")
     old.mkdir()
     saver = tiny_run(args, {})
     save_model(saver.accelerator, saver.model, saver.tokenizer, args, tokens=1)
