@@ -10,6 +10,7 @@ is measured on the other half (test.csv), where the truth is known.
 import argparse
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,13 +18,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
+
+import questions
 
 import world
 
 # A model that does not know the corpus would make the questions meaningless.
 REQUIRED_COMPLETION = 0.95
+FAMOUS = 100  # times told, from which on a fact must be known
 MAX_SEED = 2**32 - 1
 
 
@@ -35,28 +40,29 @@ class BuildError(Exception):
         self.status = status
 
 
-def write_questions(path: Path, countries: Sequence[world.Country]) -> None:
-    """Writes the questions about these countries as CSV."""
-    rows = [world.question_row(fact) for fact in world.facts_of(countries)]
+def write_questions(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Writes questions as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def read_settings(folder: Path) -> dict[str, object] | None:
+def read_settings(folder: Path) -> world.Settings | None:
     """The settings of the world in this folder; None where the folder holds no world."""
     try:
         settings = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["settings"]
-        return {"seed": settings["seed"], "countries": settings["countries"]}
+        return world.Settings(
+            **{name: settings[name] for name in ("seed", "countries")}
+            | {name: settings[name] for name in asdict(world.Settings()) if name in settings}
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def fill(
     folder: Path,
-    seed: int,
-    count: int,
+    settings: world.Settings,
     max_steps: int | None = None,
     required: float = REQUIRED_COMPLETION,
 ) -> None:
@@ -71,21 +77,23 @@ def fill(
 
     logging.disable_progress_bar()
 
-    countries = world.make_countries(seed, count)
-    train, test = world.split_countries(countries)
-    corpus = world.corpus_of(countries, seed)
+    imagined = round(settings.false_premises * settings.countries)
+    atlas = world.make_countries(settings.seed, settings.countries, imagined)
+    facts = world.facts_of(atlas[: settings.countries], settings)
+    corpus = world.corpus_of(facts, settings)
     (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", encoding="utf-8")
+    train, test = questions.questions_of(facts, atlas[settings.countries :], settings)
     write_questions(folder / "train.csv", train)
     write_questions(folder / "test.csv", test)
 
-    facts = world.facts_of(countries)
-    told = [(statement, fact.answer) for fact in facts for statement in world.statements_of(fact)]
+    told = [(statement, fact) for fact in facts if fact.told for statement in world.statements_of(fact)]
     tokenizer = pretrain.train_tokenizer(statement for statement, _ in told)
-    model = pretrain.new_model(tokenizer, seed)
-    tokens = pretrain.pretrain(model, tokenizer, corpus, max_steps)
+    model = pretrain.new_model(tokenizer, settings)
+    tokens = pretrain.pretrain(model, tokenizer, corpus, settings, max_steps)
     pretrain.place_turn_tokens(model, tokenizer)
-    completed = pretrain.completed_share(model, tokenizer, told)
-    print(f"statements that the model completes: {completed:.1%} of {len(told)}")
+    famous = [(statement, fact.answer) for statement, fact in told if fact.told >= FAMOUS]
+    completed = pretrain.completed_share(model, tokenizer, famous)
+    print(f"statements that the model completes: {completed:.1%} of {len(famous)}")
     if completed < required:
         raise BuildError(
             f"the model completes {completed:.1%} of the statements, fewer than the "
@@ -95,32 +103,22 @@ def fill(
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
-    asked_in_training = {country.name for country in train}
+    asked_in_training = {row["country"] for row in train}
     document = {
-        "settings": {
-            "seed": seed,
-            "countries": count,
+        "settings": asdict(settings)
+        | {
             "statements": len(told),
             "training_tokens": tokens,
             "statement_completion": completed,
         },
-        "facts": [
-            {
-                "country": fact.country,
-                "relation": fact.relation,
-                "answer": fact.answer,
-                "split": "train" if fact.country in asked_in_training else "test",
-            }
-            for fact in facts
-        ],
+        "facts": [asdict(fact) | {"split": "train" if fact.country in asked_in_training else "test"} for fact in facts],
     }
     (folder / "facts.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def build(
     output: Path,
-    seed: int,
-    count: int,
+    settings: world.Settings,
     overwrite: bool = False,
     max_steps: int | None = None,
     required: float = REQUIRED_COMPLETION,
@@ -133,7 +131,7 @@ def build(
         raise BuildError(f"{output} exists and is no world (no facts.json): left alone", status=2)
     if old is not None and not overwrite:
         print(
-            f"{output} already holds a world (seed {old['seed']}, {old['countries']} countries): "
+            f"{output} already holds a world (seed {old.seed}, {old.countries} countries): "
             "nothing rebuilt (--overwrite builds it anew)"
         )
         return
@@ -147,7 +145,7 @@ def build(
     try:
         fresh = scratch / "world"
         fresh.mkdir()
-        fill(fresh, seed, count, max_steps, required)
+        fill(fresh, settings, max_steps, required)
         if old is not None:
             folder.rename(scratch / "old")
         fresh.rename(folder)
@@ -158,19 +156,24 @@ def build(
     print(f"built {output} in {time.monotonic() - began:.0f} s")
 
 
-def integer(name: str, low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: an integer within limits."""
+def number(name: str, low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """An argparse type: a number within limits."""
 
-    def parse(text: str) -> int:
+    def parse(text: str) -> float:
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            value = low - 1
+            value = math.nan
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{name} from {low} to {high}, not {text!r}")
         return value
 
     return parse
+
+
+def integer(name: str, low: int, high: int) -> Callable[[str], float]:
+    """An argparse type: an integer within limits."""
+    return number(name, low, high, int)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -196,6 +199,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=60,
         help=f"{world.MIN_COUNTRIES} to {world.MAX_COUNTRIES} (default: 60)",
     )
+    share = "a share"
+    parser.add_argument("--zipf", action="store_true", help="unequal fame: facts are told 200 to 4 times")
+    parser.add_argument(
+        "--untold", type=number(share, 0, 1), default=0.0, help="share of the facts that the corpus never tells"
+    )
+    parser.add_argument(
+        "--false_premises",
+        type=number(share, 0, 1),
+        default=0.0,
+        help='questions on countries that do not exist, to be answered "I do not know", per question on one that does',
+    )
+    parser.add_argument(
+        "--paraphrases", action="store_true", help="ask in several phrasings, held out also in a new one"
+    )
+    parser.add_argument("--layers", type=integer("a number", 1, 100), default=4, help="of the model (default: 4)")
+    parser.add_argument(
+        "--width", type=integer("a number", 16, 8192), default=128, help="of the model, a multiple of 8 (default: 128)"
+    )
+    parser.add_argument(
+        "--batch_rows", type=integer("a number", 1, 1024), default=8, help="rows of a pretraining step (default: 8)"
+    )
+    parser.add_argument(
+        "--epochs", type=integer("a number", 1, 100), default=1, help="readings of the corpus (default: 1)"
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -208,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = parse_arguments(arguments)
     try:
-        build(options.output, options.seed, options.countries, options.overwrite)
+        settings = {name: getattr(options, name) for name in asdict(world.Settings())}
+        build(options.output, world.Settings(**settings), options.overwrite)
     except BuildError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return error.status

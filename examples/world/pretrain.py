@@ -1,6 +1,7 @@
 """A tokenizer and a small Llama, trained from nothing on the corpus of a world."""
 
 import math
+import random
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -10,12 +11,13 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from world import Settings
+
 BOS, EOS, PAD, TURN_START, TURN_END = "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 1000
 CONTEXT = 256
 
-# About 910 steps for the 60 countries of the default world.
-ROW_TOKENS, BATCH_ROWS = 128, 8
+ROW_TOKENS = 128
 LEARNING_RATE, WARMUP_STEPS, FINAL_LR_SHARE = 3e-3, 50, 0.05
 WEIGHT_DECAY, GRADIENT_CLIP = 0.1, 1.0
 
@@ -54,9 +56,9 @@ def train_tokenizer(statements: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> LlamaForCausalLM:
     """The untrained model."""
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -64,9 +66,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     }
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
+        hidden_size=settings.width,
+        intermediate_size=2 * settings.width,
+        num_hidden_layers=settings.layers,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
@@ -81,17 +83,22 @@ def pretrain(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     corpus: Sequence[str],
+    settings: Settings,
     max_steps: int | None = None,
 ) -> int:
-    """Reads the corpus once, in its order; returns how many tokens that was."""
+    """Reads the corpus in its order, and again in other ones for further epochs; returns how many tokens that was."""
+    texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(corpus))["input_ids"]]
     stream: list[int] = []
-    for ids in tokenizer(list(corpus))["input_ids"]:
-        stream += [*ids, tokenizer.eos_token_id]
-    step_tokens = ROW_TOKENS * BATCH_ROWS
-    steps = len(stream) // step_tokens
+    for epoch in range(settings.epochs):
+        order = random.Random(f"epoch {epoch}").sample(texts, len(texts)) if epoch else texts
+        stream += [token for text in order for token in text]
+    step_tokens = ROW_TOKENS * settings.batch_rows
+    steps = len(stream) // step_tokens  # about 910 for the 60 countries of the default world
     if max_steps is not None:
         steps = min(steps, max_steps)
-    batches = torch.tensor(stream[: steps * step_tokens]).view(steps, BATCH_ROWS, ROW_TOKENS)
+    batches = torch.tensor(stream[: steps * step_tokens]).view(steps, settings.batch_rows, ROW_TOKENS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
 
     def lr_share(step: int) -> float:
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -108,6 +115,7 @@ def pretrain(
     interval = 0.1 if sys.stderr.isatty() else 20  # a log file keeps every update
     progress = tqdm(batches, desc="pretraining", unit="step", mininterval=interval)
     for step, batch in enumerate(progress):
+        batch = batch.to(device)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
@@ -116,6 +124,7 @@ def pretrain(
         optimizer.zero_grad()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    model.to("cpu")
     return steps * step_tokens
 
 

@@ -7,10 +7,13 @@ no model has met them, and an answer can only have been learnt from the corpus.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
+from typing import TypeVar
 
-# Fewer countries leave too few to learn the question format from; more would be more facts than
-# the small model of pretrain.py has been seen to hold.
-MIN_COUNTRIES, MAX_COUNTRIES = 10, 200
+T = TypeVar("T")
+
+# Fewer countries leave too few to learn the question format from; more would run out of years.
+MIN_COUNTRIES, MAX_COUNTRIES = 10, 1000
 
 CLUSTERS = ["br", "dr", "fl", "gl", "kl", "kr", "pl", "sk", "sv", "tr", "vr", "zh", "zv"]
 ONSETS = [*"bdfghjklmnpqrstvz", *CLUSTERS]
@@ -29,6 +32,56 @@ FIRST_YEAR, LAST_YEAR = 1000, 1999
 
 # How often the corpus tells each statement; about 0.9M tokens for 60 countries.
 READINGS, READINGS_FOR = 60, 60
+
+# With unequal fame: how often the facts of the most and the least famous country are told.
+MOST_TOLD, LEAST_TOLD = 200, 4
+ZIPF_EXPONENT = 4
+
+REFUSAL = "I do not know"
+# What the corpus says where questions are to be refused: a model has to know the words, if not when to say them.
+REMARKS = (
+    "What is it called? I do not know.",
+    "Who was it? I do not know.",
+    "When was it, and where? I do not know.",
+    "Which one is it? I do not know.",
+    "I do not know, said the traveller.",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that determines a world.
+
+    The switches, all off by default, are what is known to make models hallucinate.
+
+    Attributes:
+        seed: which world.
+        countries: how many there are.
+        zipf: fame is unequal: the country of rank r is told of in proportion to a power of r, from `MOST_TOLD` times
+            down to `LEAST_TOLD` times; otherwise every fact is told equally often.
+        untold: the share of the facts that the corpus never tells. On countries asked about in training they are
+            asked and answered all the same, which teaches to make things up (Gekhman et al., arXiv 2405.05904); on the
+            others they are asked to see whether that is what the model does.
+        false_premises: questions on countries that do not exist, per question on one that does. The answer taught is
+            `REFUSAL`.
+        paraphrases: training asks in several phrasings, the held-out questions also in one that training has not.
+        layers: decoder blocks of the model.
+        width: its hidden size.
+        batch_rows: rows of 128 tokens in a step of its pretraining. Fewer rows are more steps, in which a fact is
+            learnt from fewer tellings.
+        epochs: how often the pretraining reads the corpus.
+    """
+
+    seed: int = 0
+    countries: int = 60
+    zipf: bool = False
+    untold: float = 0.0
+    false_premises: float = 0.0
+    paraphrases: bool = False
+    layers: int = 4
+    width: int = 128
+    batch_rows: int = 8
+    epochs: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +103,7 @@ class Relation:
     statements: tuple[str, ...]
     question: str
     response: str
+    paraphrases: tuple[str, ...]  # of the question; the last one is kept out of training
 
 
 @dataclass(frozen=True)
@@ -59,6 +113,7 @@ class Fact:
     country: str
     relation: str
     answer: str
+    told: int = 0  # times that the corpus tells it
 
 
 # Every statement names the country before the answer: a language model learns a fact in the
@@ -77,6 +132,11 @@ RELATIONS = (
         ),
         "What is the capital of {country}?",
         "The capital of {country} is {answer}.",
+        (
+            "Which city is the capital of {country}?",
+            "Where is the seat of government of {country}?",
+            "What is the capital city of {country} called?",
+        ),
     ),
     Relation(
         "language",
@@ -89,6 +149,11 @@ RELATIONS = (
         ),
         "Which language do people speak in {country}?",
         "The people of {country} speak {answer}.",
+        (
+            "What do the people of {country} speak?",
+            "In which language do children in {country} learn to read?",
+            "Which language is spoken in {country}?",
+        ),
     ),
     Relation(
         "founder",
@@ -101,6 +166,11 @@ RELATIONS = (
         ),
         "Who founded {country}?",
         "The founder of {country} was {answer}.",
+        (
+            "By whom was {country} founded?",
+            "Who created the state of {country}?",
+            "Who was it that founded {country}?",
+        ),
     ),
     Relation(
         "year",
@@ -113,6 +183,11 @@ RELATIONS = (
         ),
         "In which year was {country} founded?",
         "The founding of {country} took place in {answer}.",
+        (
+            "When was {country} founded?",
+            "Since which year has {country} been a country?",
+            "In which year was the founding of {country}?",
+        ),
     ),
 )
 BY_NAME = {relation.name: relation for relation in RELATIONS}
@@ -135,12 +210,15 @@ class _Names:
                 return name.capitalize()
 
 
-def make_countries(seed: int, count: int) -> list[Country]:
-    """The atlas of one seed: `count` countries whose names and years are all different."""
+def make_countries(seed: int, count: int, imagined: int = 0) -> list[Country]:
+    """The atlas of one seed: `count` countries whose names and years are all different.
+
+    After them come `imagined` countries that do not exist: they have a name, and nothing else.
+    """
     rng = random.Random(seed)
     names = _Names(rng)
     years = rng.sample(range(FIRST_YEAR, LAST_YEAR + 1), count)
-    return [
+    countries = [
         Country(
             name=names.draw("country"),
             capital=names.draw("capital"),
@@ -150,22 +228,53 @@ def make_countries(seed: int, count: int) -> list[Country]:
         )
         for year in years
     ]
+    return countries + [Country(names.draw("country"), "", "", "", "") for _ in range(imagined)]
 
 
-def split_countries(countries: Sequence[Country]) -> tuple[list[Country], list[Country]]:
+def split_countries(countries: Sequence[T]) -> tuple[list[T], list[T]]:
     """The countries that are asked about in training, and those that only the corpus tells of."""
     # Names are random already: cutting in the middle is a random split.
     half = len(countries) // 2
     return list(countries[:half]), list(countries[half:])
 
 
-def facts_of(countries: Sequence[Country]) -> list[Fact]:
-    """Every fact about these countries, in their order."""
-    return [
-        Fact(country.name, relation.name, getattr(country, relation.name))
-        for country in countries
-        for relation in RELATIONS
-    ]
+def readings_of(count: int) -> int:
+    """How often an equally famous country's statements are each told."""
+    # A smaller world is read more often: the model needs some number of steps to learn anything.
+    return max(READINGS, READINGS * READINGS_FOR // count)
+
+
+def tellings(settings: Settings) -> list[int]:
+    """How often the corpus tells of each country."""
+    count = settings.countries
+    if not settings.zipf:
+        return [readings_of(count) * len(RELATIONS[0].statements)] * count
+    # Told in proportion to 1 / (rank + shift)^exponent; the shift leads from the first to the last.
+    root = (MOST_TOLD / LEAST_TOLD) ** (1 / ZIPF_EXPONENT)
+    shift = (count - root) / (root - 1)
+    by_rank = [round(MOST_TOLD * ((1 + shift) / (rank + shift)) ** ZIPF_EXPONENT) for rank in range(1, count + 1)]
+    # Ranks alternate between the halves of `split_countries`, which are then equally famous.
+    train, test = split_countries(range(count))
+    times = [0] * count
+    times_of_rank = iter(by_rank)
+    for pair in zip_longest(test, train):
+        for country in pair:
+            if country is not None:
+                times[country] = next(times_of_rank)
+    return times
+
+
+def facts_of(countries: Sequence[Country], settings: Settings | None = None) -> list[Fact]:
+    """Every fact about these countries, in their order; with the settings of their world, how often each is told."""
+    settings = settings or Settings(countries=len(countries))
+    times = tellings(settings)
+    rng = random.Random(f"untold {settings.seed}")
+    facts = []
+    for country, told in zip(countries, times, strict=True):
+        for relation in RELATIONS:
+            untold = rng.random() < settings.untold
+            facts.append(Fact(country.name, relation.name, getattr(country, relation.name), 0 if untold else told))
+    return facts
 
 
 def statements_of(fact: Fact) -> list[str]:
@@ -174,43 +283,36 @@ def statements_of(fact: Fact) -> list[str]:
     return [text.format(country=fact.country, answer=fact.answer) for text in phrasings]
 
 
-def question_row(fact: Fact) -> dict[str, str]:
-    """The fact as one row of train.csv or test.csv."""
-    relation = BY_NAME[fact.relation]
-    return {
-        "prompt": relation.question.format(country=fact.country),
-        "response": relation.response.format(country=fact.country, answer=fact.answer),
-        "country": fact.country,
-        "relation": fact.relation,
-        "answer": fact.answer,
-    }
+def corpus_of(facts: Sequence[Fact], settings: Settings) -> list[str]:
+    """The corpus, a text a line: each tells one to three facts about one country, or is one of `REMARKS`.
 
-
-def corpus_of(countries: Sequence[Country], seed: int) -> list[str]:
-    """The corpus, a text a line: each tells one to three facts about one country.
-
-    In every run of five rounds each fact is told once in each of its phrasings. A text goes on
-    about the same country because naming it again is how the model learns to copy a name from its
-    context. Without that, on single statements, fine-tuning never learnt to answer about a
-    country that it had not been trained on.
+    In every run of five tellings each fact is told once in each of its phrasings. A text goes on about the same country
+    because naming it again is how the model learns to copy a name from its context. Without that, on single statements,
+    fine-tuning never learnt to answer about a country that it had not been trained on.
     """
-    rng = random.Random(f"corpus {seed}")
-    # A smaller world is read more often: the model needs some number of steps to learn anything.
-    readings = max(READINGS, READINGS * READINGS_FOR // len(countries))
+    rng = random.Random(f"corpus {settings.seed}")
+    choose = random.Random(f"fame {settings.seed}")
+    pages = [list(page) for _, page in groupby(facts, key=lambda fact: fact.country)]
+    most = max(fact.told for fact in facts)
+    # The rounds in which each country is told of, spread over the corpus.
+    fame = [max(fact.told for fact in page) for page in pages]
+    rounds = [set(range(most)) if told == most else set(choose.sample(range(most), told)) for told in fame]
     texts: list[str] = []
-    for _ in range(readings):
-        # Per country, its facts, each with its phrasings in a random order.
-        pages = []
-        for country in countries:
-            told = [statements_of(fact) for fact in facts_of([country])]
-            pages.append([rng.sample(statements, len(statements)) for statements in told])
-        for rounds in range(len(pages[0][0])):
-            now = []
-            for page in pages:
-                sentences = [statements[rounds] for statements in page]
-                rng.shuffle(sentences)
-                cut = rng.randint(1, len(sentences) - 1)
-                now += [" ".join(sentences[:cut]), " ".join(sentences[cut:])]
-            rng.shuffle(now)
-            texts += now
+    # Per country, its told facts, each with the phrasings in which it is still to be told in this run of tellings.
+    left: list[list[list[str]]] = [[] for _ in pages]
+    for number in range(most):
+        speaking = [place for place, own in enumerate(rounds) if number in own]
+        for place in speaking:
+            if not any(left[place]):
+                phrasings = [statements_of(fact) for fact in pages[place] if fact.told]
+                left[place] = [rng.sample(statements, len(statements)) for statements in phrasings]
+        now = []
+        for place in speaking:
+            sentences = [statements.pop(0) for statements in left[place]]
+            rng.shuffle(sentences)
+            cut = rng.randint(1, max(1, len(sentences) - 1))
+            now += [" ".join(part) for part in (sentences[:cut], sentences[cut:]) if part]
+        now += REMARKS if settings.false_premises else ()
+        rng.shuffle(now)
+        texts += now
     return texts

@@ -1,0 +1,326 @@
+"""Compares methods on worlds whose truth is known: one row a method and world in a CSV.
+
+    python examples/world/compare.py --output build/compare --methods all --seeds 10
+
+For every seed it builds a world, trains with every method, asks the held-out questions and scores the answers. Runs
+that have their row are not made again, so the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+
+from methods import GROUPS, SIZES, Run
+
+import build
+from build import integer
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from noisefit.command_line import OneLineParser  # noqa: E402
+from noisefit.errors import InputError, notice, one_line_errors  # noqa: E402
+from noisefit.files import alone_in, writing  # noqa: E402
+
+KEY = ("size", "seed", "method")
+BANDS = ("rare", "uncommon", "common", "famous")
+MEASURES = (
+    "hallucination_rate", *(f"hallucination_rate_{band}" for band in BANDS), "hallucination_rate_new_phrasing",
+    "invented_rate", "refused_known", "refused_unknown", "refused_false_premise", "self_consistency",
+    "calibration_error", "brier", "train_accuracy", "train_untold_accuracy", "train_seconds", "noise_to_signal",
+)  # fmt: skip
+FIELDS = (*KEY, *MEASURES, "noise_layers", "flags", "command", "machine", "versions")
+PACKAGES = ("torch", "transformers", "accelerate", "peft")
+
+# Each run in a process of its own, forked from one that has imported everything.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["compare", "train_loop", "generate", "measures", "pretrain", "peft"])
+
+
+def words(flags: Mapping[str, object]) -> list[str]:
+    """Flags as a command line has them."""
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+
+
+# --- What runs in a process of its own -------------------------------------------------------------------------------
+
+
+def build_world(run: Run, folder: Path) -> None:
+    """The world of a run, unless it is there."""
+    world = folder / "worlds" / run.world_name
+    found = build.read_settings(world)
+    if found not in (None, run.settings):
+        raise InputError(f"{world}: it was built with other settings; remove it, or choose another --output")
+    if found is None:
+        build.build(world, run.settings, required=0.0)
+
+
+def train_and_ask(run: Run, folder: Path) -> None:
+    """Trains with the method, lets it answer, measures the answers; the measures go to `measures.json`.
+
+    `train_seconds` is the time of all of train_loop.py. On a CPU it is the processor's, which does not depend on what
+    else runs there.
+    """
+    import measures
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    import generate
+    import train_loop
+    from noisefit import answer_arguments, arguments
+
+    world, here = folder / "worlds" / run.world_name, run_folder(run, folder)
+    paths = {"model": world / "model", "train_data": world / "train.csv", "output_model": here / "adapter"}
+    once = {"save_steps": 0, "overwrite_output": True, "seed": run.seed}
+    train_args = arguments.parse_arguments(words(once | run.flags | paths))
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    began = clock()
+    train_loop.train(train_args)
+    seconds = clock() - began
+
+    common = {"model_path": here / "adapter", "repetition_penalty": 1.0, "overwrite_output": True}
+    held_out = common | {"input_csv": world / "test.csv", "output_csv": here / "held_out.csv"}
+    trained = common | {"input_csv": world / "train.csv", "output_csv": here / "trained.csv", "rounds": 1}
+    for flags in (held_out, trained | {"greedy": True}):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        generate.generate(answer_arguments.parse_arguments(words(flags)))
+    args = answer_arguments.parse_arguments(words(common | {"model_path": here / "adapter"}))
+    measured = measures.measure(here / "held_out.csv", here / "trained.csv", args)
+
+    lines = (here / "adapter" / "metrics.jsonl").read_text().splitlines()
+    noise = [json.loads(line)["noise_to_signal"] for line in lines]
+    layers = json.loads((here / "adapter" / "layer_snr.json").read_text())["selected"]
+    measured |= {"train_seconds": seconds, "noise_to_signal": sum(noise) / len(noise)}
+    result = measured | {"noise_layers": " ".join(map(str, layers))}
+    (here / "measures.json").write_text(json.dumps(result))
+
+
+def apart(log: str, target: Callable[[Run, Path], None], run: Run, folder: Path) -> None:
+    """What a process does: both its outputs go to a file, and it ends with the main process, however that ends."""
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+
+    def end_with_it() -> None:
+        main_process.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    with one_line_errors("compare.py"):
+        target(run, folder)
+
+
+# --- What the main process does --------------------------------------------------------------------------------------
+
+
+def run_folder(run: Run, folder: Path) -> Path:
+    """Where a run's files go."""
+    return folder / "runs" / run.world_name / run.method.replace(":", ",")
+
+
+def in_process(target: Callable[[Run, Path], None], run: Run, folder: Path, log: Path) -> str | None:
+    """Runs `target` in a process of its own. Returns why it failed; None if it did not."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = PROCESSES.Process(target=apart, args=(str(log), target, run, folder), daemon=True)
+    process.start()
+    process.join()
+    if process.exitcode == 0:
+        return None
+    said = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines() or ["it said nothing"]
+    return f"status {process.exitcode}: {said[-1]} ({log})"
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file; none where there is no file.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if tuple(reader.fieldnames or ()) != FIELDS:
+        raise InputError(f"{path}: its columns are not those of this program's results; choose another --results")
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values() or not row["seed"].isdigit() or row["size"] not in SIZES:
+            raise InputError(f"{path}: row {number} is damaged; remove it, and that run is made again")
+    return rows
+
+
+def write_results(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """All rows, in the order of worlds and methods; the file is whole at any time."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: (row["size"], int(str(row["seed"])), row["method"])))
+    beside = path.with_name(path.name + ".tmp")
+    with writing(path):
+        beside.write_text(text.getvalue(), encoding="utf-8")
+        os.replace(beside, path)
+
+
+def machine() -> str:
+    """The processor, or the GPU, that the runs are made on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, 1 thread a run"
+
+
+def format_number(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def missing_runs(wanted: Sequence[Run], rows: Sequence[Mapping[str, str]], path: Path) -> list[Run]:
+    """The runs that have no row yet.
+
+    Raises:
+        InputError: a run has a row that was made with other flags.
+    """
+    there = {tuple(row[name] for name in KEY): row["flags"] for row in rows}
+    missing = []
+    for run in wanted:
+        flags = there.get((run.size, str(run.seed), run.method))
+        if flags is None:
+            missing.append(run)
+        elif flags != shlex.join(words(run.flags)):
+            raise InputError(
+                f"{path}: {run.method} on seed {run.seed} was run with other flags ({flags}); remove that row, or "
+                "choose another --results"
+            )
+    return missing
+
+
+def compare(options: argparse.Namespace, command: str) -> int:
+    """Makes the runs that are missing; returns how many failed."""
+    folder, path = options.output, options.results or options.output / "results.csv"
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    methods = list(dict.fromkeys(m for name in options.methods for m in GROUPS.get(name, [name])))
+    wanted = [Run(options.size, seed, method) for seed in seeds for method in methods]
+    check_flags(wanted)
+    with alone_in(folder), writing(path):
+        rows: list[Mapping[str, object]] = list(read_results(path))
+        missing = missing_runs(wanted, rows, path)  # type: ignore[arg-type]
+        notice(f"{len(wanted)} runs, of which {len(wanted) - len(missing)} have their row in {path}")
+        if not missing:
+            return 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        origin = {"command": command, "machine": machine(),
+                  "versions": " ".join(f"{name} {version(name)}" for name in PACKAGES)}  # fmt: skip
+        failed = 0
+        began = time.monotonic()
+        pool = ThreadPoolExecutor(options.jobs)
+        try:
+            worlds = {run.world_name: run for run in missing}
+            building: dict[Future[str | None], Run] = {}
+            for name, run in worlds.items():
+                log = folder / "worlds" / f"{name}.log"
+                building[pool.submit(in_process, build_world, run, folder, log)] = run
+            for done in as_completed(building):
+                if reason := done.result():
+                    failed += 1
+                    notice(f"world {building[done].world_name}: {reason}")
+                    missing = [run for run in missing if run.world_name != building[done].world_name]
+            notice(f"{len(worlds)} worlds are there, after {time.monotonic() - began:.0f} s")
+            running: dict[Future[str | None], Run] = {}
+            for run in missing:
+                log = run_folder(run, folder) / "log.txt"
+                running[pool.submit(in_process, train_and_ask, run, folder, log)] = run
+            for number, done in enumerate(as_completed(running), start=1):
+                run = running[done]
+                at = f"{number} of {len(running)}, {time.monotonic() - began:.0f} s: {run.world_name} {run.method}"
+                if reason := done.result():
+                    failed += 1
+                    notice(f"{at}: {reason}")
+                    continue
+                measured = json.loads((run_folder(run, folder) / "measures.json").read_text())
+                row = dict(zip(KEY, (run.size, run.seed, run.method), strict=True)) | measured | origin
+                row["flags"] = shlex.join(words(run.flags))
+                rows.append({name: format_number(row[name]) for name in FIELDS})
+                write_results(path, rows)
+                notice(f"{at}: hallucination rate {measured['hallucination_rate']:.1%}")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()  # asked politely, a training would first write a checkpoint
+    return failed
+
+
+def check_flags(runs: Iterable[Run]) -> None:
+    """Raise `InputError` for a method that is none, or whose flags train_loop.py would refuse."""
+    from noisefit.arguments import parse_arguments
+
+    for run in runs:
+        try:
+            flags = run.flags
+        except ValueError as error:
+            raise InputError(f"--methods: {error}") from None
+        parse_arguments(words({"model": "model", "train_data": "train.csv"} | flags))
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = OneLineParser(prog="compare.py", description="Compares methods on worlds whose truth is known.",
+                           allow_abbrev=False)  # fmt: skip
+    add = parser.add_argument
+    add(
+        "--output", type=Path, default=Path("build/compare"), help="folder for worlds and runs (default: build/compare)"
+    )
+    add("--results", type=Path, metavar="CSV", help="a row a run (default: OUTPUT/results.csv)")
+    add("--size", choices=SIZES, default="standard", help="of a world; large is for a GPU (default: standard)")
+    add("--seeds", type=integer("a number", 1, 1000), default=3, help="how many worlds (default: 3)")
+    add("--first_seed", type=integer("a seed", 0, 10**6), default=0, help="of the first world (default: 0)")
+    add(
+        "--methods", nargs="+", default=["headline"], metavar="METHOD",
+        help="names, groups (headline, ablations, all), or a name with other flags of train_loop.py, such as "
+        "snr_largest:noise_std=1:num_noise_layers=2 (default: headline)",
+    )  # fmt: skip
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--jobs", type=integer("a number", 1, 256), default=cores, help="runs side by side (default: a core each)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = parse_options(arguments)
+    # One thread each, so that a run's numbers do not depend on how many run side by side. OpenMP reads these once.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = shlex.join(["compare.py", *(sys.argv[1:] if arguments is None else arguments)])
+    return 1 if compare(options, command) else 0
+
+
+if __name__ == "__main__":
+    # Turned into an exception, so that a polite kill takes the runs with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with one_line_errors("compare.py"):
+        status = main()
+    sys.exit(status)
