@@ -22,6 +22,7 @@ sys.path.insert(0, str(WORLD_FOLDER))
 import compare  # noqa: E402
 import measures  # noqa: E402
 import questions  # noqa: E402
+import results  # noqa: E402
 from methods import METHODS, SIZES, Run  # noqa: E402
 
 from noisefit.prompts import set_chat_template  # noqa: E402
@@ -61,13 +62,13 @@ def test_the_measures_of_a_sheet_worked_out_by_hand():
     }
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     assert math.isnan(got["hallucination_rate_common"]) and math.isnan(got["hallucination_rate_uncommon"])
-    assert set(got) <= set(compare.MEASURES)
+    assert set(got) <= set(results.MEASURES)
 
 
 def test_every_told_fact_is_in_exactly_one_band():
     for told in range(1, 400):
         assert sum(low <= told <= high for low, high in measures.BANDS.values()) == 1
-    assert tuple(measures.BANDS) == compare.BANDS
+    assert tuple(measures.BANDS) == results.BANDS
 
 
 def test_calibration_by_hand():
@@ -140,16 +141,16 @@ def test_a_bad_method_is_one_line_before_anything_is_written(tmp_path, methods, 
 
 
 def row_of(**values: str) -> dict[str, str]:
-    return dict.fromkeys(compare.FIELDS, "0") | {"size": "tiny", "seed": "0", "method": "basefit"} | values
+    return dict.fromkeys(results.FIELDS, "0") | {"size": "tiny", "seed": "0", "method": "basefit"} | values
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("prompt,response\na,b\n", "its columns are not those"),
-        (",".join(compare.FIELDS) + "\ntiny,0,basefit\n", "row 1 is damaged"),
-        (",".join(compare.FIELDS) + "\n" + ",".join(row_of(seed="x").values()) + "\n", "row 1 is damaged"),
-        (",".join(compare.FIELDS) + "\n" + ",".join(row_of(flags="--epochs=99").values()) + "\n", "other flags"),
+        (",".join(results.FIELDS) + "\ntiny,0,basefit\n", "row 1 is damaged"),
+        (",".join(results.FIELDS) + "\n" + ",".join(row_of(seed="x").values()) + "\n", "row 1 is damaged"),
+        (",".join(results.FIELDS) + "\n" + ",".join(row_of(flags="--epochs=99").values()) + "\n", "other flags"),
         ("\udcff", "cannot be read"),
     ],
 )
@@ -196,7 +197,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_pa
     assert done.returncode == 0, done.stderr
     assert f"6 runs, of which {len(there)} have their row" in done.stderr
     got = rows_of(killed / "results.csv")
-    measured = set(compare.MEASURES) - {"train_seconds"}
+    measured = set(results.MEASURES) - {"train_seconds"}
     for key, row in expected.items():
         assert {name: row[name] for name in measured} == {name: got[key][name] for name in measured}
         assert row["machine"] and "torch" in row["versions"] and "compare.py" in row["command"]

@@ -80,6 +80,8 @@ def fill(
     imagined = round(settings.false_premises * settings.countries)
     atlas = world.make_countries(settings.seed, settings.countries, imagined)
     facts = world.facts_of(atlas[: settings.countries], settings)
+    if not any(fact.told for fact in facts):
+        raise BuildError("the corpus tells no fact at all; lower --untold", status=2)
     corpus = world.corpus_of(facts, settings)
     (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", encoding="utf-8")
     train, test = questions.questions_of(facts, atlas[settings.countries :], settings)
@@ -92,8 +94,8 @@ def fill(
     tokens = pretrain.pretrain(model, tokenizer, corpus, settings, max_steps)
     pretrain.place_turn_tokens(model, tokenizer)
     famous = [(statement, fact.answer) for statement, fact in told if fact.told >= FAMOUS]
-    completed = pretrain.completed_share(model, tokenizer, famous)
-    print(f"statements that the model completes: {completed:.1%} of {len(famous)}")
+    completed = pretrain.completed_share(model, tokenizer, famous) if famous else 1.0
+    print(f"statements of facts told {FAMOUS} times or more that the model completes: {completed:.1%} of {len(famous)}")
     if completed < required:
         raise BuildError(
             f"the model completes {completed:.1%} of the statements, fewer than the "
@@ -228,7 +230,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_true",
         help="replace the world that is there, all of it",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.width % 8:
+        parser.error(f"argument --width: a multiple of 8, not {options.width}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,8 +9,6 @@ that have their row are not made again, so the same command goes on where it was
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import multiprocessing
 import os
@@ -20,12 +18,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 
 from methods import GROUPS, SIZES, Run
+from results import KEY, read_results, write_results
 
 import build
 from build import integer
@@ -35,16 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from noisefit.command_line import OneLineParser  # noqa: E402
 from noisefit.errors import InputError, notice, one_line_errors  # noqa: E402
-from noisefit.files import alone_in, writing  # noqa: E402
+from noisefit.files import alone_in  # noqa: E402
 
-KEY = ("size", "seed", "method")
-BANDS = ("rare", "uncommon", "common", "famous")
-MEASURES = (
-    "hallucination_rate", *(f"hallucination_rate_{band}" for band in BANDS), "hallucination_rate_new_phrasing",
-    "invented_rate", "refused_known", "refused_unknown", "refused_false_premise", "self_consistency",
-    "calibration_error", "brier", "train_accuracy", "train_untold_accuracy", "train_seconds", "noise_to_signal",
-)  # fmt: skip
-FIELDS = (*KEY, *MEASURES, "noise_layers", "flags", "command", "machine", "versions")
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 
 # Each run in a process of its own, forked from one that has imported everything.
@@ -148,40 +139,6 @@ def in_process(target: Callable[[Run, Path], None], run: Run, folder: Path, log:
     return f"status {process.exitcode}: {said[-1]} ({log})"
 
 
-def read_results(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file; none where there is no file.
-
-    Raises:
-        InputError: it is no such file.
-    """
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if tuple(reader.fieldnames or ()) != FIELDS:
-        raise InputError(f"{path}: its columns are not those of this program's results; choose another --results")
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values() or not row["seed"].isdigit() or row["size"] not in SIZES:
-            raise InputError(f"{path}: row {number} is damaged; remove it, and that run is made again")
-    return rows
-
-
-def write_results(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """All rows, in the order of worlds and methods; the file is whole at any time."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: (row["size"], int(str(row["seed"])), row["method"])))
-    beside = path.with_name(path.name + ".tmp")
-    with writing(path):
-        beside.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(beside, path)
-
-
 def machine() -> str:
     """The processor, or the GPU, that the runs are made on."""
     import torch
@@ -196,11 +153,7 @@ def machine() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, 1 thread a run"
 
 
-def format_number(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def missing_runs(wanted: Sequence[Run], rows: Sequence[Mapping[str, str]], path: Path) -> list[Run]:
+def missing_runs(wanted: Sequence[Run], rows: Sequence[Mapping[str, object]], path: Path) -> list[Run]:
     """The runs that have no row yet.
 
     Raises:
@@ -220,59 +173,64 @@ def missing_runs(wanted: Sequence[Run], rows: Sequence[Mapping[str, str]], path:
     return missing
 
 
-def compare(options: argparse.Namespace, command: str) -> int:
-    """Makes the runs that are missing; returns how many failed."""
+def side_by_side(
+    pool: ThreadPoolExecutor, target: Callable[[Run, Path], None], logs: Mapping[Run, Path], folder: Path
+) -> Iterator[tuple[Run, str]]:
+    """Runs `target` for every run of `logs`, each in a process of its own.
+
+    Yields:
+        Those that succeeded, as they end, with a text of how far it is. Of the others it says why they failed.
+    """
+    began = time.monotonic()
+    running = {pool.submit(in_process, target, run, folder, log): run for run, log in logs.items()}
+    for number, done in enumerate(as_completed(running), start=1):
+        run, reason = running[done], done.result()
+        name = run.world_name if target is build_world else f"{run.world_name} {run.method}"
+        at = f"{number} of {len(running)}, {time.monotonic() - began:.0f} s: {name}"
+        if reason is None:
+            yield run, at
+        else:
+            notice(f"{at}: {reason}")
+
+
+def compare(options: argparse.Namespace, command: str) -> bool:
+    """Makes the runs that are missing; returns whether all could be made."""
     folder, path = options.output, options.results or options.output / "results.csv"
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     methods = list(dict.fromkeys(m for name in options.methods for m in GROUPS.get(name, [name])))
     wanted = [Run(options.size, seed, method) for seed in seeds for method in methods]
     check_flags(wanted)
-    with alone_in(folder), writing(path):
+    with alone_in(folder):
         rows: list[Mapping[str, object]] = list(read_results(path))
-        missing = missing_runs(wanted, rows, path)  # type: ignore[arg-type]
+        missing = missing_runs(wanted, rows, path)
         notice(f"{len(wanted)} runs, of which {len(wanted) - len(missing)} have their row in {path}")
         if not missing:
-            return 0
-        path.parent.mkdir(parents=True, exist_ok=True)
+            return True
         origin = {"command": command, "machine": machine(),
                   "versions": " ".join(f"{name} {version(name)}" for name in PACKAGES)}  # fmt: skip
-        failed = 0
-        began = time.monotonic()
+        write_results(path, rows)  # so that a file which cannot be written is told now
         pool = ThreadPoolExecutor(options.jobs)
         try:
-            worlds = {run.world_name: run for run in missing}
-            building: dict[Future[str | None], Run] = {}
-            for name, run in worlds.items():
-                log = folder / "worlds" / f"{name}.log"
-                building[pool.submit(in_process, build_world, run, folder, log)] = run
-            for done in as_completed(building):
-                if reason := done.result():
-                    failed += 1
-                    notice(f"world {building[done].world_name}: {reason}")
-                    missing = [run for run in missing if run.world_name != building[done].world_name]
-            notice(f"{len(worlds)} worlds are there, after {time.monotonic() - began:.0f} s")
-            running: dict[Future[str | None], Run] = {}
-            for run in missing:
-                log = run_folder(run, folder) / "log.txt"
-                running[pool.submit(in_process, train_and_ask, run, folder, log)] = run
-            for number, done in enumerate(as_completed(running), start=1):
-                run = running[done]
-                at = f"{number} of {len(running)}, {time.monotonic() - began:.0f} s: {run.world_name} {run.method}"
-                if reason := done.result():
-                    failed += 1
-                    notice(f"{at}: {reason}")
-                    continue
+            worlds = {run.world_name: run for run in missing}.values()
+            logs = {run: folder / "worlds" / f"{run.world_name}.log" for run in worlds}
+            built = set()
+            for run, at in side_by_side(pool, build_world, logs, folder):
+                built.add(run.world_name)
+                notice(f"world {at}")
+            logs = {run: run_folder(run, folder) / "log.txt" for run in missing if run.world_name in built}
+            made = 0
+            for run, at in side_by_side(pool, train_and_ask, logs, folder):
                 measured = json.loads((run_folder(run, folder) / "measures.json").read_text())
-                row = dict(zip(KEY, (run.size, run.seed, run.method), strict=True)) | measured | origin
-                row["flags"] = shlex.join(words(run.flags))
-                rows.append({name: format_number(row[name]) for name in FIELDS})
+                key = dict(zip(KEY, (run.size, run.seed, run.method), strict=True))
+                rows.append(key | measured | origin | {"flags": shlex.join(words(run.flags))})
                 write_results(path, rows)
+                made += 1
                 notice(f"{at}: hallucination rate {measured['hallucination_rate']:.1%}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.kill()  # asked politely, a training would first write a checkpoint
-    return failed
+    return made == len(missing)
 
 
 def check_flags(runs: Iterable[Run]) -> None:
@@ -315,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # One thread each, so that a run's numbers do not depend on how many run side by side. OpenMP reads these once.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = shlex.join(["compare.py", *(sys.argv[1:] if arguments is None else arguments)])
-    return 1 if compare(options, command) else 0
+    return 0 if compare(options, command) else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from world import BY_NAME, REFUSAL, Country, Fact, Settings, split_countries
 
 # What a question is about: a fact that the corpus tells, one that it never tells, a country that does not exist.
 KNOWN, UNKNOWN, FALSE_PREMISE = "known", "unknown", "false premise"
+NEW_PHRASING = 1 / 8  # share of the held-out questions in a phrasing that training does not have
 
 
 def question_row(fact: Fact, phrasing: int = 0, kind: str = KNOWN, refuse: bool = False) -> dict[str, str]:
@@ -48,8 +49,9 @@ def questions_of(
             every = len(BY_NAME[fact.relation].paraphrases) + 1
             phrasings = [0]
             if settings.paraphrases:
-                # Held out: one of all. In training: two, but never the last.
-                phrasings = [rng.randrange(every)] if held_out else rng.sample(range(every - 1), 2)
+                # The last one is never in training, where every fact is asked in two of the others.
+                new = held_out and rng.random() < NEW_PHRASING
+                phrasings = [every - 1] if new else rng.sample(range(every - 1), 1 if held_out else 2)
             rows += [question_row(fact, phrasing, kind, refuse) for phrasing in phrasings]
         sheets.append(rows)
     return sheets[0], sheets[1]

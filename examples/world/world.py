@@ -10,24 +10,13 @@ from dataclasses import dataclass
 from itertools import groupby, zip_longest
 from typing import TypeVar
 
+from names import Names
+
 T = TypeVar("T")
 
 # Fewer countries leave too few to learn the question format from; more would run out of years.
 MIN_COUNTRIES, MAX_COUNTRIES = 10, 1000
 
-CLUSTERS = ["br", "dr", "fl", "gl", "kl", "kr", "pl", "sk", "sv", "tr", "vr", "zh", "zv"]
-ONSETS = [*"bdfghjklmnpqrstvz", *CLUSTERS]
-VOWELS = "aeiou"
-CODAS = [*"lmnrs", "th"]
-# The ending tells the kinds of names apart, for readers of the files. The plainer endings are left
-# out because they make names that exist: Polonia, Samaria, Davenport, Petrograd, Danish, Japanese.
-ENDINGS = {
-    "country": ["ovia", "undia", "ustan", "eland"],
-    "capital": ["gard", "holm", "dell", "spire", "moor"],
-    "language": ["evic", "undish", "umese"],
-    "first": ["iko", "enna", "ulf", "ael"],
-    "last": ["ovez", "ard", "ulin", "eth"],
-}
 FIRST_YEAR, LAST_YEAR = 1000, 1999
 
 # How often the corpus tells each statement; about 0.9M tokens for 60 countries.
@@ -193,30 +182,13 @@ RELATIONS = (
 BY_NAME = {relation.name: relation for relation in RELATIONS}
 
 
-class _Names:
-    """Draws names, none of which is contained in another: an answer is scored by containment."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-        self.used: list[str] = []
-
-    def draw(self, kind: str) -> str:
-        rng = self.rng
-        while True:
-            syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.randint(1, 2))]
-            name = "".join(syllables) + rng.choice(CODAS) + rng.choice(ENDINGS[kind])
-            if not any(name in other or other in name for other in self.used):
-                self.used.append(name)
-                return name.capitalize()
-
-
 def make_countries(seed: int, count: int, imagined: int = 0) -> list[Country]:
     """The atlas of one seed: `count` countries whose names and years are all different.
 
     After them come `imagined` countries that do not exist: they have a name, and nothing else.
     """
     rng = random.Random(seed)
-    names = _Names(rng)
+    names = Names(rng)
     years = rng.sample(range(FIRST_YEAR, LAST_YEAR + 1), count)
     countries = [
         Country(
