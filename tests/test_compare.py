@@ -44,7 +44,8 @@ def test_the_measures_of_a_sheet_worked_out_by_hand():
     rows = [
         *answered("A?", "Brugard", "It is Brugard.", "It is Brugard.", told=200),
         *answered("B?", "Kleholm", "It is Kleholm.", "I do not know.", told=4),
-        *answered("C?", "Vridell", "It is Brugard.", "It is Kleholm.", told=9, phrasing=3),
+        *answered("C?", "Vridell", "It is Brugard.", "It is Kleholm.", told=9),
+        *answered("N?", "Flogard", "It is Flogard.", "It is Kleholm.", told=9, phrasing=3),
         *answered("D?", "I do not know", "I do not know.", "It is Vridell.", kind="unknown", told=0),
         *answered("E?", "I do not know", "I do not know!", "i do not know", kind="false premise", told=0),
     ]
@@ -53,12 +54,12 @@ def test_the_measures_of_a_sheet_worked_out_by_hand():
         "hallucination_rate": (0 + 0.5 + 1) / 3,
         "hallucination_rate_rare": (0.5 + 1) / 2,
         "hallucination_rate_famous": 0.0,
-        "hallucination_rate_new_phrasing": 1.0,
+        "hallucination_rate_new_phrasing": 0.5,
         "refused_known": 0.5 / 3,
         "invented_rate": (0 + 0 + 1) / 3,
         "refused_unknown": 0.5,
         "refused_false_premise": 1.0,
-        "self_consistency": (1 + 0 + 0 + 0 + 1) / 5,
+        "self_consistency": (1 + 0 + 0 + 0 + 0 + 1) / 6,
     }
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     assert math.isnan(got["hallucination_rate_common"]) and math.isnan(got["hallucination_rate_uncommon"])
@@ -212,7 +213,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_pa
     answers = whole / "runs" / "tiny-7" / "basefit" / "held_out.csv"
     with answers.open(newline="") as file:
         reader = csv.DictReader(file)
-        known = [row for row in reader if row["kind"] == questions.KNOWN]
+        known = [row for row in reader if row["kind"] == questions.KNOWN and not questions.is_new_phrasing(row)]
     with (tmp_path / "known.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, reader.fieldnames)
         writer.writeheader()

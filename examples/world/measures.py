@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from questions import FALSE_PREMISE, KNOWN, UNKNOWN
+from questions import FALSE_PREMISE, KNOWN, UNKNOWN, is_new_phrasing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from noisefit.adapters import find_base, load_answer_model, load_answer_tokenizer
@@ -48,10 +48,11 @@ def hallucinations(held_out: Sequence[Mapping[str, str]]) -> dict[str, float]:
 
     Returns:
         `hallucination_rate`: wrong answers to questions on told facts, as `noisefit.score` counts them, a refusal being
-        wrong too; also by fame, and in the phrasing that training did not have. `invented_rate`: of the same, those
-        wrong and no refusal. `refused_known`, `refused_unknown`, `refused_false_premise`: "I do not know" where the
-        fact was told, where it never was, where the country does not exist. `self_consistency`: of all held-out
-        questions, the share of pairs of rounds with the same answer.
+        wrong too; also by fame. `invented_rate`: of the same, those wrong and no refusal. They are of questions in the
+        phrasings of training. In the other one it is `hallucination_rate_new_phrasing`, for there a question may be
+        taken for another, which says little about what the model knows. `refused_known`, `refused_unknown`,
+        `refused_false_premise`: "I do not know" where the fact was told, where it never was, where the country does not
+        exist. `self_consistency`: of all held-out questions, the share of pairs of rounds with the same answer.
     """
     asked = questions_with_answers(held_out)
     wrong = {row["prompt"]: score_prompt(prompt)["hallucination_rate"] for row, prompt in asked}
@@ -62,12 +63,11 @@ def hallucinations(held_out: Sequence[Mapping[str, str]]) -> dict[str, float]:
         return float(np.mean(chosen)) if chosen else float("nan")
 
     kinds = {kind: [row for row, _ in asked if row["kind"] == kind] for kind in (KNOWN, UNKNOWN, FALSE_PREMISE)}
-    known = kinds[KNOWN]
-    newest = max(int(row["phrasing"]) for row, _ in asked)
+    known = [row for row in kinds[KNOWN] if not is_new_phrasing(row)]
     measured = {"hallucination_rate": mean(wrong, known)}
     for band, (low, high) in BANDS.items():
         measured[f"hallucination_rate_{band}"] = mean(wrong, [r for r in known if low <= int(r["told"]) <= high])
-    measured["hallucination_rate_new_phrasing"] = mean(wrong, [r for r in known if int(r["phrasing"]) == newest])
+    measured["hallucination_rate_new_phrasing"] = mean(wrong, filter(is_new_phrasing, kinds[KNOWN]))
     measured["refused_known"] = mean(refused, known)
     measured["invented_rate"] = measured["hallucination_rate"] - measured["refused_known"]
     measured["refused_unknown"] = mean(refused, kinds[UNKNOWN])
@@ -120,13 +120,13 @@ def measure(held_out: Path, trained: Path, args: Namespace) -> dict[str, float]:
 
     Returns:
         What `hallucinations` and `calibration` say of the held-out questions, the latter of the first round's answers
-        to questions on told facts. `train_accuracy`: training questions on told facts answered right;
+        to the questions of `hallucination_rate`. `train_accuracy`: training questions on told facts answered right;
         `train_untold_accuracy`: on facts that the corpus never told, that is, answers learnt by heart.
     """
     rows = read_csv(held_out)
     base = find_base(args)
     model = load_answer_model(args, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    first = [row for row in rows if row["round"] == "1" and row["kind"] == KNOWN]
+    first = [row for row in rows if row["round"] == "1" and row["kind"] == KNOWN and not is_new_phrasing(row)]
     confidences = answer_probabilities(model, load_answer_tokenizer(args, base), first)
     right = [holds(row["generated_response"], [" ".join(words(row["answer"]))]) for row in first]
     measured = hallucinations(rows) | calibration(confidences, right)

@@ -1,7 +1,7 @@
 """What is asked about a world: the questions of training, and the held-out ones whose answers are scored."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from world import BY_NAME, REFUSAL, Country, Fact, Settings, split_countries
@@ -26,6 +26,11 @@ def question_row(fact: Fact, phrasing: int = 0, kind: str = KNOWN, refuse: bool 
         "told": str(fact.told),
         "phrasing": str(phrasing),
     }
+
+
+def is_new_phrasing(row: Mapping[str, str]) -> bool:
+    """Whether a row asks in the phrasing that training does not have."""
+    return int(row["phrasing"]) == len(BY_NAME[row["relation"]].paraphrases)
 
 
 def questions_of(
