@@ -224,6 +224,15 @@ def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_pa
     assert float(expected["7", "basefit"]["hallucination_rate"]) == pytest.approx(rate, rel=1e-5)
 
 
+def test_two_comparisons_do_not_write_one_file(tmp_path):
+    from noisefit.files import alone_in
+
+    with alone_in(tmp_path / "results"):
+        done = run_compare("--output", tmp_path / "out", "--results", tmp_path / "results" / "r.csv", "--size", "tiny")
+    assert done.returncode == 2 and "another run is writing there" in done.stderr
+    assert not (tmp_path / "out" / "worlds").exists()
+
+
 def test_a_run_that_fails_is_named_and_the_others_have_their_row(tmp_path):
     methods = ["basefit:epochs=1", "snr_largest:num_noise_layers=9"]
     done = run_compare("--output", tmp_path, "--size", "tiny", "--seeds", 1, "--methods", *methods)

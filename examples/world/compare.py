@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -200,7 +201,9 @@ def compare(options: argparse.Namespace, command: str) -> bool:
     methods = list(dict.fromkeys(m for name in options.methods for m in GROUPS.get(name, [name])))
     wanted = [Run(options.size, seed, method) for seed in seeds for method in methods]
     check_flags(wanted)
-    with alone_in(folder):
+    with ExitStack() as locks:
+        for place in {folder.resolve(), path.parent.resolve()}:  # two that add rows to one file would lose some
+            locks.enter_context(alone_in(place))
         rows: list[Mapping[str, object]] = list(read_results(path))
         missing = missing_runs(wanted, rows, path)
         notice(f"{len(wanted)} runs, of which {len(wanted) - len(missing)} have their row in {path}")

@@ -31,6 +31,7 @@ STYLE = {
 # Okabe and Ito's colours, which colour-blind readers tell apart; shapes tell them apart in grey.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999")
 MARKERS = "osD^vPX*"
+SEEDS = {"s": 14, "alpha": 0.4, "linewidths": 0}
 DEFAULTS = {flag: str(build_parser().get_default(flag))
             for flag in ("noise_std", "num_noise_layers", "auto_scale_factors", "auto_max_layers")}  # fmt: skip
 ABLATION = "#777777"
@@ -52,11 +53,11 @@ def draw_rows(axes: Axes, rows: Mapping[str, tuple[Iterable[float], Sequence[flo
         style = look(list(HEADLINE).index(name)) if name in HEADLINE else {"color": ABLATION, "marker": "o"}
         values = list(values)
         spread = place + np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [place] * len(values)
-        axes.scatter(values, spread, s=16, color=style["color"], alpha=0.4, linewidths=0)
+        axes.scatter(values, spread, color=style["color"], **SEEDS)
         if np.isfinite(low):
             axes.plot([low, high], [place, place], color=style["color"], linewidth=2.2, solid_capstyle="butt")
-        axes.plot(mean, place, **style, markersize=8, markeredgecolor="white", markeredgewidth=1)
-    axes.set_yticks(range(len(rows)), [name.replace(":", "\n  ") for name in rows])
+        axes.plot(mean, place, **style, markersize=7)
+    axes.set_yticks(range(len(rows)), [name.replace(":", "\n") for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="0.9", linewidth=0.8)
@@ -64,8 +65,8 @@ def draw_rows(axes: Axes, rows: Mapping[str, tuple[Iterable[float], Sequence[flo
 
 def row_figure(panels: int, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """A figure of panels side by side with the same rows, high enough for the methods' names."""
-    lines = sum(max(2, name.count(":") + 1.5) for name in names)
-    figure = Figure(figsize=(WIDTH, 1.4 + 0.22 * lines))
+    lines = max(1.8, *(name.count(":") + 1.4 for name in names))  # of every row, as they are equally high
+    figure = Figure(figsize=(WIDTH, 1.4 + 0.2 * lines * len(names)))
     return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
 
 
@@ -100,8 +101,8 @@ def draw_refusals(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         draw_rows(axes, {name: (100 * runs[measure][name].dropna(), interval.loc[name]) for name in names})
         axes.set_title(title)
         axes.set_xlabel("refused, %")
-        axes.set_xlim(-3, 103)
-    figure.suptitle("Answers “I do not know” to questions on …")
+        axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+    figure.suptitle("Share of “I do not know” among the answers to questions on …")
     return figure
 
 
@@ -111,15 +112,15 @@ def draw_fame(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     names = [name for name in summary.loc[RATE].index if name in HEADLINE]
     for index, name in enumerate(names):
-        style, shift = look(list(HEADLINE).index(name)), 0.1 * (index - (len(names) - 1) / 2)
+        style, shift = look(list(HEADLINE).index(name)), 0.06 * (index - (len(names) - 1) / 2)
         places = np.arange(len(BANDS)) + shift
         mean, low, high = (100 * np.array([summary.loc[(f"{RATE}_{band}", name), column] for band in BANDS])
                            for column in MEAN)  # fmt: skip
-        axes.plot(places, mean, **style, linewidth=1.4, markersize=7, markeredgecolor="white", label=name, zorder=3)
+        axes.plot(places, mean, **style, linewidth=1, markersize=7, label=name)
         axes.vlines(places, low, high, color=style["color"], linewidth=2)
         for place, band in zip(places, BANDS, strict=True):
             values = 100 * runs[f"{RATE}_{band}"][name].dropna()
-            axes.scatter([place] * len(values), values, s=12, color=style["color"], alpha=0.35, linewidths=0)
+            axes.scatter([place] * len(values), values, color=style["color"], **SEEDS)
     axes.set_xticks(range(len(BANDS)), BANDS)
     axes.set_xlabel("fame: how often the corpus told the fact")
     axes.set_ylabel("hallucination rate, %")
@@ -145,7 +146,8 @@ def swept(method: str) -> tuple[str, str, float | None] | None:
     try:
         return flag, line, float(value)
     except ValueError:
-        return flag, f"{line}, {'factors as by default' if value == DEFAULTS[flag] else value}", None
+        factors = "as by default" if value == DEFAULTS[flag] else value.replace(",", " or ")
+        return flag, f"{line}, factors {factors}", None
 
 
 def draw_sweep(runs: pd.DataFrame, against: str) -> Figure:
@@ -161,7 +163,7 @@ def draw_sweep(runs: pd.DataFrame, against: str) -> Figure:
             lines.setdefault(place[0], {}).setdefault(place[1], {})[place[2]] = 100 * found
     if not lines:
         raise InputError(f"--sweep: no run with noise_std=, or of auto, on a seed that {against} has")
-    figure = Figure(figsize=(WIDTH, 5.6))
+    figure = Figure(figsize=(WIDTH, 4.4 + 0.25 * max(map(len, lines.values()))))
     panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
     for axes, (flag, of_flag) in zip(panels, sorted(lines.items(), reverse=True), strict=True):
         for index, (name, points) in enumerate(of_flag.items()):
@@ -172,13 +174,14 @@ def draw_sweep(runs: pd.DataFrame, against: str) -> Figure:
             means = {place: points[place].mean() for place in sorted(points)}
             for place in means:
                 seeds = points[place]
-                axes.scatter([place] * len(seeds), seeds, s=12, color=style["color"], alpha=0.4, linewidths=0)
+                axes.scatter([place] * len(seeds), seeds, color=style["color"], **SEEDS)
             axes.plot(list(means), list(means.values()), **style, markersize=7, label=name)
         axes.axhline(0, color="black", linewidth=1)
         axes.set_xscale("log")
         places = sorted({place for points in of_flag.values() for place in points if place is not None})
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.set_xticks([], minor=True)
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_xlabel(flag)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
     panels[0].set_ylabel(f"hallucination rate against {against}, points")
@@ -196,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        rate = {RATE: (f"hallucination rate against {against} on the same seed, points", 100)}
+        rate = {RATE: (f"hallucination rate against {against} on the same seed, points; dots are seeds", 100)}
         both = {"calibration_error": ("calibration error\n(less is better)", 1),
                 "self_consistency": ("self-consistency, points\n(more is better)", 100)}  # fmt: skip
         figures = {
@@ -205,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "refusals": draw_refusals(runs, summary),
             "calibration_consistency": draw_differences(runs, summary, against, both),
         }
-        figures["calibration_consistency"].suptitle(f"Against {against} on the same seed")
+        figures["calibration_consistency"].suptitle(f"Against {against} on the same seed; dots are seeds")
         if options.sweep:
             sweep = read_runs(options.sweep, options.size)
             if against not in sweep.index:
