@@ -59,7 +59,6 @@ def test_the_measures_of_a_sheet_worked_out_by_hand():
         "invented_rate": (0 + 0 + 1) / 3,
         "refused_unknown": 0.5,
         "refused_false_premise": 1.0,
-        "self_consistency": (1 + 0 + 0 + 0 + 0 + 1) / 6,
     }
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     assert math.isnan(got["hallucination_rate_common"]) and math.isnan(got["hallucination_rate_uncommon"])
@@ -210,7 +209,7 @@ def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_pa
     assert (killed / "results.csv").stat().st_mtime_ns == stamp
 
     # The rate is that of noisefit.score for the same questions.
-    answers = whole / "runs" / "tiny-7" / "basefit" / "held_out.csv"
+    answers = whole / "runs" / "tiny-7" / "basefit" / "likeliest.csv"
     with answers.open(newline="") as file:
         reader = csv.DictReader(file)
         known = [row for row in reader if row["kind"] == questions.KNOWN and not questions.is_new_phrasing(row)]

@@ -62,45 +62,58 @@ def build_world(run: Run, folder: Path) -> None:
         build.build(world, run.settings, required=0.0)
 
 
-def train_and_ask(run: Run, folder: Path) -> None:
-    """Trains with the method, lets it answer, measures the answers; the measures go to `measures.json`.
+def train(run: Run, folder: Path) -> dict[str, float | str]:
+    """Trains with the method.
 
-    `train_seconds` is the time of all of train_loop.py. On a CPU it is the processor's, which does not depend on what
-    else runs there.
+    Returns:
+        `train_seconds`, the time of all of train_loop.py (on a CPU the processor's, which does not depend on what else
+        runs there), `noise_to_signal` on average, and `noise_layers`.
     """
-    import measures
     import torch
+
+    import train_loop
+    from noisefit import arguments
+
+    world, adapter = folder / "worlds" / run.world_name, run_folder(run, folder) / "adapter"
+    paths = {"model": world / "model", "train_data": world / "train.csv", "output_model": adapter}
+    once = {"save_steps": 0, "overwrite_output": True, "seed": run.seed}
+    args = arguments.parse_arguments(words(once | run.flags | paths))
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    began = clock()
+    train_loop.train(args)
+    seconds = clock() - began
+    noise = [json.loads(line)["noise_to_signal"] for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    layers = json.loads((adapter / "layer_snr.json").read_text())["selected"]
+    return {"train_seconds": seconds, "noise_to_signal": sum(noise) / len(noise)} | {
+        "noise_layers": " ".join(map(str, layers))
+    }
+
+
+def ask(run: Run, folder: Path) -> dict[str, float]:
+    """Lets the trained model answer, and measures the answers: see measures.py."""
+    import measures
     from accelerate.state import AcceleratorState, GradientState
 
     import generate
-    import train_loop
-    from noisefit import answer_arguments, arguments
+    from noisefit import answer_arguments
 
     world, here = folder / "worlds" / run.world_name, run_folder(run, folder)
-    paths = {"model": world / "model", "train_data": world / "train.csv", "output_model": here / "adapter"}
-    once = {"save_steps": 0, "overwrite_output": True, "seed": run.seed}
-    train_args = arguments.parse_arguments(words(once | run.flags | paths))
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    began = clock()
-    train_loop.train(train_args)
-    seconds = clock() - began
-
     common = {"model_path": here / "adapter", "repetition_penalty": 1.0, "overwrite_output": True}
-    held_out = common | {"input_csv": world / "test.csv", "output_csv": here / "held_out.csv"}
-    trained = common | {"input_csv": world / "train.csv", "output_csv": here / "trained.csv", "rounds": 1}
-    for flags in (held_out, trained | {"greedy": True}):
+    sheets = {"likeliest": ("test", {"greedy": True, "rounds": 1}), "drawn": ("test", {"rounds": 5}),
+              "trained": ("train", {"greedy": True, "rounds": 1})}  # fmt: skip
+    for name, (questions, how) in sheets.items():
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        generate.generate(answer_arguments.parse_arguments(words(flags)))
-    args = answer_arguments.parse_arguments(words(common | {"model_path": here / "adapter"}))
-    measured = measures.measure(here / "held_out.csv", here / "trained.csv", args)
+        paths = {"input_csv": world / f"{questions}.csv", "output_csv": here / f"{name}.csv"}
+        args = answer_arguments.parse_arguments(words(common | how | paths))
+        generate.generate(args)
+    return measures.measure(*(here / f"{name}.csv" for name in sheets), args)
 
-    lines = (here / "adapter" / "metrics.jsonl").read_text().splitlines()
-    noise = [json.loads(line)["noise_to_signal"] for line in lines]
-    layers = json.loads((here / "adapter" / "layer_snr.json").read_text())["selected"]
-    measured |= {"train_seconds": seconds, "noise_to_signal": sum(noise) / len(noise)}
-    result = measured | {"noise_layers": " ".join(map(str, layers))}
-    (here / "measures.json").write_text(json.dumps(result))
+
+def train_and_ask(run: Run, folder: Path) -> None:
+    """A whole run; what came of it goes to `measures.json`."""
+    result = train(run, folder) | ask(run, folder)
+    (run_folder(run, folder) / "measures.json").write_text(json.dumps(result))
 
 
 def apart(log: str, target: Callable[[Run, Path], None], run: Run, folder: Path) -> None:

@@ -41,10 +41,10 @@ def questions_with_answers(rows: Iterable[Mapping[str, str]]) -> list[tuple[Mapp
 
 
 def hallucinations(held_out: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Shares of the answers to the held-out questions, averaged over questions, then rounds.
+    """Shares of the answers to the held-out questions.
 
     Args:
-        held_out: rows of generate.py for test.csv, all rounds.
+        held_out: rows of generate.py for test.csv; of several rounds the shares are averaged.
 
     Returns:
         `hallucination_rate`: wrong answers to questions on told facts, as `noisefit.score` counts them, a refusal being
@@ -52,7 +52,7 @@ def hallucinations(held_out: Sequence[Mapping[str, str]]) -> dict[str, float]:
         phrasings of training. In the other one it is `hallucination_rate_new_phrasing`, for there a question may be
         taken for another, which says little about what the model knows. `refused_known`, `refused_unknown`,
         `refused_false_premise`: "I do not know" where the fact was told, where it never was, where the country does not
-        exist. `self_consistency`: of all held-out questions, the share of pairs of rounds with the same answer.
+        exist.
     """
     asked = questions_with_answers(held_out)
     wrong = {row["prompt"]: score_prompt(prompt)["hallucination_rate"] for row, prompt in asked}
@@ -72,7 +72,6 @@ def hallucinations(held_out: Sequence[Mapping[str, str]]) -> dict[str, float]:
     measured["invented_rate"] = measured["hallucination_rate"] - measured["refused_known"]
     measured["refused_unknown"] = mean(refused, kinds[UNKNOWN])
     measured["refused_false_premise"] = mean(refused, kinds[FALSE_PREMISE])
-    measured["self_consistency"] = float(np.mean([score_prompt(prompt)["self_consistency"] for _, prompt in asked]))
     return measured
 
 
@@ -110,26 +109,30 @@ def answer_probabilities(
     return probabilities
 
 
-def measure(held_out: Path, trained: Path, args: Namespace) -> dict[str, float]:
+def measure(likeliest: Path, drawn: Path, trained: Path, args: Namespace) -> dict[str, float]:
     """Every measure of a run.
 
     Args:
-        held_out: generate.py's answers to test.csv.
-        trained: its likeliest answers to train.csv.
+        likeliest: the model's likeliest answers to test.csv, as generate.py writes them.
+        drawn: answers to it drawn at random, of several rounds.
+        trained: the likeliest answers to train.csv.
         args: of generate.py, which name the model.
 
     Returns:
-        What `hallucinations` and `calibration` say of the held-out questions, the latter of the first round's answers
-        to the questions of `hallucination_rate`. `train_accuracy`: training questions on told facts answered right;
-        `train_untold_accuracy`: on facts that the corpus never told, that is, answers learnt by heart.
+        What `hallucinations` and `calibration` say of the likeliest answers, the latter of those to the questions of
+        `hallucination_rate`. `self_consistency`: of all held-out questions, the share of pairs of rounds with the same
+        answer. `train_accuracy`: training questions on told facts answered right; `train_untold_accuracy`: on facts
+        that the corpus never told, that is, answers learnt by heart.
     """
-    rows = read_csv(held_out)
+    rows = read_csv(likeliest)
     base = find_base(args)
     model = load_answer_model(args, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    first = [row for row in rows if row["round"] == "1" and row["kind"] == KNOWN and not is_new_phrasing(row)]
-    confidences = answer_probabilities(model, load_answer_tokenizer(args, base), first)
-    right = [holds(row["generated_response"], [" ".join(words(row["answer"]))]) for row in first]
+    known = [row for row in rows if row["kind"] == KNOWN and not is_new_phrasing(row)]
+    confidences = answer_probabilities(model, load_answer_tokenizer(args, base), known)
+    right = [holds(row["generated_response"], [" ".join(words(row["answer"]))]) for row in known]
     measured = hallucinations(rows) | calibration(confidences, right)
+    consistency = [score_prompt(prompt)["self_consistency"] for _, prompt in questions_with_answers(read_csv(drawn))]
+    measured["self_consistency"] = float(np.mean(consistency))
     scored = [(row["kind"], score_prompt(prompt)["contains_truth"])
               for row, prompt in questions_with_answers(read_csv(trained))]  # fmt: skip
     for name, kind in (("train_accuracy", KNOWN), ("train_untold_accuracy", UNKNOWN)):
