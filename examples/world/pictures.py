@@ -126,7 +126,7 @@ def draw_fame(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     axes.set_ylabel("hallucination rate, %")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.legend(ncols=2)
+    axes.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
     return figure
 
 
