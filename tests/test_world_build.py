@@ -232,6 +232,14 @@ def test_a_refusal_is_one_line_on_the_command_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(("untold", "said"), [(1.0, "tells no fact at all"), (0.9, "shorter than a step")])
+def test_a_corpus_that_tells_too_little_is_one_line_and_nothing_is_kept(tmp_path, untold, said):
+    settings = ["--countries", 10, "--zipf", "--untold", untold, "--seed", 4]
+    result = run("--output", tmp_path / "world", *settings)
+    assert result.returncode == 2 and said in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_knows_too_little_is_not_kept(tmp_path, capsys):
     with pytest.raises(world_build.BuildError, match="nothing was kept") as raised:
         world_build.build(tmp_path / "world", Settings(countries=world.MIN_COUNTRIES), max_steps=1)

@@ -86,7 +86,11 @@ def pretrain(
     settings: Settings,
     max_steps: int | None = None,
 ) -> int:
-    """Reads the corpus in its order, and again in other ones for further epochs; returns how many tokens that was."""
+    """Reads the corpus in its order, and again in other ones for further epochs.
+
+    Returns:
+        How many tokens that was; 0 where the corpus is shorter than a step.
+    """
     texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(corpus))["input_ids"]]
     stream: list[int] = []
     for epoch in range(settings.epochs):
@@ -96,6 +100,8 @@ def pretrain(
     steps = len(stream) // step_tokens  # about 910 for the 60 countries of the default world
     if max_steps is not None:
         steps = min(steps, max_steps)
+    if not steps:
+        return 0
     batches = torch.tensor(stream[: steps * step_tokens]).view(steps, settings.batch_rows, ROW_TOKENS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
