@@ -93,7 +93,9 @@ def fill(
     model = pretrain.new_model(tokenizer, settings)
     tokens = pretrain.pretrain(model, tokenizer, corpus, settings, max_steps)
     if not tokens:
-        raise BuildError("the corpus is shorter than a step; lower --untold or --batch_rows, or raise --epochs", status=2)
+        raise BuildError(
+            "the corpus is shorter than a step; lower --untold or --batch_rows, or raise --epochs", status=2
+        )
     pretrain.place_turn_tokens(model, tokenizer)
     famous = [(statement, fact.answer) for statement, fact in told if fact.told >= FAMOUS]
     completed = pretrain.completed_share(model, tokenizer, famous) if famous else 1.0
