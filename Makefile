@@ -18,9 +18,8 @@ help:  ## show this list
 demo: $(WORLD)/base.csv $(WORLD)/answers.csv  ## build a small world, train on it, ask it what it was never asked
 	@$(BIN)/python -m noisefit.score $(WORLD)/base.csv $(WORLD)/answers.csv --by relation
 
-# In the order of their names: by their number of tests the longest one, alone in its file, would come last.
 test: lint $(WORLD)/facts.json  ## lint, then run every test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check .
