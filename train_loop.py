@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
@@ -28,20 +27,30 @@ from noisefit.branches import BranchedModel
 from noisefit.checkpoints import Checkpoints
 from noisefit.choosing import choose_policy, describe, make_noise
 from noisefit.data import load_rows
-from noisefit.errors import Stopped, notice, one_line_errors
+from noisefit.errors import Stopped, notice, on_main_process, one_line_errors
 from noisefit.evaluation import evaluate
 from noisefit.files import alone_in
 from noisefit.identity import identify_run
 from noisefit.losses import consistency_loss, cross_entropy, mean_over_branches, rdrop_loss, soft_target_loss
 from noisefit.memory import naming_out_of_memory
-from noisefit.models import check_model, limit_length, load_config, load_model, load_tokenizer
+from noisefit.models import check_model, limit_length, load_config, load_model, load_tokenizer, try_out
 from noisefit.objectives import LOSSES, OBJECTIVES
-from noisefit.outputs import check_output, save_model, start_output, where_things_are, write_policy
+from noisefit.output_folder import OutputFolder
+from noisefit.outputs import (
+    check_checkpoint_names,
+    check_output,
+    check_output_path,
+    check_tokenizer_names,
+    save_model,
+    start_output,
+    where_things_are,
+    write_policy,
+)
 from noisefit.policy import NoisePolicy, check_policy
 from noisefit.precision import keep_float32_when_sharded
-from noisefit.processes import check_processes, finish, on_any_process
+from noisefit.processes import check_processes, finish, on_any_process, start_accelerator
 from noisefit.prompts import Example, check_chat_template, set_chat_template, tokenize_rows
-from noisefit.resuming import find_checkpoint
+from noisefit.resuming import find_checkpoint, prompt_date
 from noisefit.signals import StopSignals, end_with_launcher
 from noisefit.startup import choose_strategy
 from noisefit.tracking import Metrics, check_bad_steps, check_tracker, progress_bar, start_trackers
@@ -49,25 +58,34 @@ from noisefit.weights import unsharded
 
 
 def train(args: Namespace) -> None:
-    # --- Everything that can be checked without the model's weights, before anything is written ----------------------
     end_with_launcher()
-    check_output(args)
+    check_output_path(args)
+    # From the first check on nobody else writes there.
+    with alone_in(Path(args.output_model), on_main_process()), OutputFolder(args.output_model) as output:
+        train_in(output, args)
+
+
+def train_in(output: OutputFolder, args: Namespace) -> None:
+    # --- Everything that can be checked without the model's weights, before anything is written ----------------------
+    check_output(args, output)
     check_tracker(args)
     check_chat_template(args.chat_template)
     rows, eval_rows = load_rows(args.train_data), load_rows(args.eval_data)
     config = load_config(args)
     tokenizer = load_tokenizer(args)
-    set_chat_template(tokenizer, args.chat_template)
-    num_layers = check_model(args, config)
+    num_layers, vocabulary = check_model(args, config)
     check_policy(args, num_layers)
     limit_length(args, config)
-    examples = tokenize_rows(args, tokenizer, rows, args.train_data)
-    eval_examples = tokenize_rows(args, tokenizer, eval_rows, args.eval_data)
+    tracker = None if args.report_to == "none" else args.report_to
+    accelerator = start_accelerator(log_with=tracker, project_dir=args.output_model)
+    check_processes(accelerator, args.quantization)
+    args.prompt_date = prompt_date(args, tokenizer)
+    set_chat_template(tokenizer, args.chat_template, args.prompt_date)
+    check_tokenizer_names(tokenizer, output)
+    examples = tokenize_rows(args, tokenizer, rows, args.train_data, vocabulary)
+    eval_examples = tokenize_rows(args, tokenizer, eval_rows, args.eval_data, vocabulary)
 
     # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
-    tracker = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output_model)
-    check_processes(accelerator, args.quantization)
     keep_float32_when_sharded(accelerator)
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates by itself, whatever the launch's config says
     num_processes = accelerator.num_processes
@@ -79,6 +97,7 @@ def train(args: Namespace) -> None:
         total_steps = min(total_steps, args.max_steps)
     run = identify_run(args, config, examples, eval_examples, rows_per_step, accelerator)
     checkpoint = find_checkpoint(args, run, total_steps)
+    check_checkpoint_names(args, output, total_steps)
 
     set_seed(args.seed)  # the same adapter on every process ...
     model = BranchedModel(load_model(args, accelerator, checkpoint), args.loss_chunk_size, args.rdrop_dropout)
@@ -109,6 +128,7 @@ def train(args: Namespace) -> None:
     def choose_noise() -> tuple[NoisePolicy, str]:
         """Measure the layers, choose those that get noise, and check how the branches can be run."""
         with metrics.pausing():
+            try_out(model, calibration[0], "--model", args.model)
             policy = choose_policy(args, model, calibration, accelerator)
             noisy = list(make_noise(args, policy))
             strategy, reason = choose_strategy(model, calibration[0], noisy, args.branches, objective.branches)
@@ -133,7 +153,7 @@ def train(args: Namespace) -> None:
 
     # --- Where the run stands: at its start, or where a checkpoint was written -------------------------------------
     metrics = Metrics(accelerator, args, weights, num_layers)
-    checkpoints = Checkpoints(args, run, accelerator, model, optimizer, schedule, metrics, tokenizer)
+    checkpoints = Checkpoints(args, output, run, accelerator, model, optimizer, schedule, metrics, tokenizer)
     if checkpoint is None:
         step = seen_targets = bad_steps = 0
         policy, strategy = choose_noise()
@@ -150,13 +170,12 @@ def train(args: Namespace) -> None:
     # --- The loop ---------------------------------------------------------------------------------------------------
     model.train()
     with (
-        alone_in(Path(args.output_model), accelerator.is_main_process),
         StopSignals() as stop,
         progress_bar(accelerator, total_steps, "training", "step", step) as progress,
     ):
         if accelerator.is_main_process:
-            start_output(args, checkpoint)
-            write_policy(args, policy)
+            start_output(args, output, checkpoint)
+            write_policy(output, policy)
         start_trackers(accelerator, args)
         for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):
             for rows in epoch_steps(examples, rows_per_step, args.seed, epoch, step - epoch * epoch_length):
@@ -166,7 +185,7 @@ def train(args: Namespace) -> None:
                     policy, strategy = choose_noise()
                     noise = make_noise(args, policy)
                     if accelerator.is_main_process:
-                        write_policy(args, policy)
+                        write_policy(output, policy)
 
                 step += 1
                 target_tokens = count_targets(rows)  # of the whole step: all its micro-batches, all processes
@@ -217,7 +236,7 @@ def train(args: Namespace) -> None:
                     raise Stopped(f"stopped after step {step} of {total_steps}; the same command with "
                                   f"--resume_from_checkpoint latest goes on from {checkpoint}")  # fmt: skip
 
-        save_model(accelerator, model, tokenizer, args, seen_targets)
+        save_model(accelerator, model, tokenizer, args, output, seen_targets)
     finish(accelerator)
     notice(*where_things_are(args))
 

@@ -2,14 +2,12 @@
 
 `OUTPUT/checkpoint-STEP` is a model's folder, as the final one is, with four more files: the optimizer's tensors, the
 processes' own state (random generators, sums of the metrics) and the metrics so far; and `checkpoint.json`, with what
-is not tensors. Nothing is pickled. A checkpoint is written under another name and renamed once it is whole.
+is not tensors. Nothing is pickled. A checkpoint is written elsewhere and gets its name once it is whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import time
 from argparse import Namespace
@@ -20,15 +18,16 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 import noisefit
 from noisefit.decoder import find_decoder_layers
-from noisefit.errors import InputError, is_out_of_memory, notice
+from noisefit.errors import InputError, LocalError, is_out_of_memory, notice
 from noisefit.files import sync_folder, writing
+from noisefit.output_folder import OutputFolder
 from noisefit.random_state import random_state, restore_random_state
 from noisefit.resuming import (
     OPTIMIZER,
@@ -41,9 +40,7 @@ from noisefit.resuming import (
     saved_at,
 )
 from noisefit.tracking import LINES, Metrics
-from noisefit.weights import gather_optimizer, gather_weights, restore_optimizer, write_model
-
-UNFINISHED = ".tmp"  # behind a checkpoint's name while it is written or removed
+from noisefit.weights import gather_optimizer, gather_weights, restore_optimizer, write_model, write_tensors
 
 
 class Checkpoints:
@@ -51,19 +48,19 @@ class Checkpoints:
 
     Args:
         args: the run's settings.
+        output: its folder.
         run: what `identify_run` says of it.
         accelerator, model, optimizer, schedule, metrics: of the run; model and optimizer as prepared.
         tokenizer: with its chat template.
     """
 
     def __init__(
-        self, args: Namespace, run: Mapping[str, Any], accelerator: Accelerator, model: nn.Module, optimizer: Any,
-        schedule: LambdaLR, metrics: Metrics, tokenizer: PreTrainedTokenizerBase,
+        self, args: Namespace, output: OutputFolder, run: Mapping[str, Any], accelerator: Accelerator,
+        model: nn.Module, optimizer: Any, schedule: LambdaLR, metrics: Metrics, tokenizer: PreTrainedTokenizerBase,
     ):  # fmt: skip
-        self.args, self.run, self.accelerator = args, dict(run), accelerator
+        self.args, self.output, self.run, self.accelerator = args, output, dict(run), accelerator
         self.model, self.optimizer, self.schedule = model, optimizer.optimizer, schedule
         self.metrics, self.tokenizer = metrics, tokenizer
-        self.output = Path(args.output_model)
 
     def save(self, step: int, **variables: Any) -> Path:
         """Write `checkpoint-STEP`, then remove the oldest ones beyond `--save_total_limit`.
@@ -80,7 +77,7 @@ class Checkpoints:
         own = {f"random.{name}": tensor for name, tensor in random_state(self.accelerator.device).items()}
         own |= {f"metrics.{name}": tensor.cpu() for name, tensor in self.metrics.own_sums().items()}
         everyones = gather_object([own])
-        folder = self.output / f"checkpoint-{step}"
+        folder = self.output.path / f"checkpoint-{step}"
         if not self.accelerator.is_main_process:
             return folder
         processes = {f"{rank}.{name}": value for rank, theirs in enumerate(everyones) for name, value in theirs.items()}
@@ -88,14 +85,14 @@ class Checkpoints:
         state = {
             "noisefit_version": noisefit.__version__,
             # After all others, also where a clock goes wrong.
-            "saved_at": max([time.time_ns(), *(saved_at(other) + 1 for other in list_checkpoints(self.output))]),
+            "saved_at": max([time.time_ns(), *(saved_at(other) + 1 for other in list_checkpoints(self.output.path))]),
             "run": self.run,
             "loop": {"step": step, **variables},
             "metrics": self.metrics.counts(),
             "schedule": {"last_epoch": self.schedule.last_epoch},
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        before = last_whole(self.output)
+        before = last_whole(self.output.path)
         advice = f"; {before} is whole: free some space, and --resume_from_checkpoint latest goes on from it"
         with writing(folder, advice if before else "; free some space"):
             self._write(folder, weights, optimizer, processes, state)
@@ -106,37 +103,26 @@ class Checkpoints:
         self, folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], processes: dict[str, Tensor],
         state: dict[str, Any],
     ) -> None:  # fmt: skip
-        beside = folder.with_name(folder.name + UNFINISHED)
-        shutil.rmtree(beside, ignore_errors=True)
-        try:
-            write_model(beside, self.accelerator.unwrap_model(self.model).model, weights, self.tokenizer)
-            save_file(optimizer, beside / OPTIMIZER)
-            save_file(processes, beside / PROCESSES)
+        with self.output.staging(folder.name) as staged:
+            write_model(staged, self.accelerator.unwrap_model(self.model).model, weights, self.tokenizer)
+            write_tensors(staged / OPTIMIZER, optimizer)
+            write_tensors(staged / PROCESSES, processes)
             for name in LINES:
-                if (self.output / name).exists():
-                    shutil.copyfile(self.output / name, beside / name)
-            state["files"] = {path.name: fingerprint(path) for path in sorted(beside.iterdir())}
-            (beside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            sync_folder(beside)
-            if folder.exists():  # of a later end of the run, gone back from
-                remove_checkpoint(folder)
-            os.replace(beside, folder)
-            sync_folder(self.output)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+                if (self.output.path / name).exists():
+                    shutil.copyfile(self.output.path / name, staged / name)
+            state["files"] = {path.name: fingerprint(path) for path in sorted(staged.iterdir())}
+            (staged / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            sync_folder(staged)
+            self.output.place_folder(staged, folder.name)
 
     def _prune(self, keep: Path) -> None:
-        """Remove what a kill left half-written or half-removed, and the oldest checkpoints beyond the limit."""
+        """Remove the oldest checkpoints beyond the limit. Those that no run wrote here are not counted."""
+        limit = self.args.save_total_limit
         try:
-            for leftover in self.output.glob(f"checkpoint-*{UNFINISHED}"):
-                if re.fullmatch(r"checkpoint-\d+(\.removed)?", leftover.name.removesuffix(UNFINISHED)):
-                    _remove(leftover)
-            limit = self.args.save_total_limit
-            for folder in list_checkpoints(self.output)[:-limit] if limit else ():
+            for folder in self.output.checkpoints()[:-limit] if limit else ():
                 if folder != keep:
-                    remove_checkpoint(folder)
-        except OSError as error:  # the new one is whole, so the run goes on
+                    self.output.remove_folder(folder)
+        except (OSError, LocalError) as error:  # the new one is whole, so the run goes on
             notice(f"an older checkpoint could not be removed: {error}")
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -173,18 +159,3 @@ class Checkpoints:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Under another name first, so that a kill leaves no folder that looks like a checkpoint and is half of one."""
-    removed = folder.with_name(f"{folder.name}.removed{UNFINISHED}")
-    _remove(removed)
-    os.replace(folder, removed)
-    _remove(removed)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink():  # somebody has moved it to another disk; what it links to is theirs
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)

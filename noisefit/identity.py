@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from noisefit.policy import POLICIES
+from noisefit.files import ends_of
+from noisefit.policy import POLICIES, read_policy
 from noisefit.prompts import Example
 
 # Settings that a resumed run may change: how long it runs, what it records, how its work is cut and where files are.
@@ -26,7 +27,6 @@ FREE = {
 OF_THE_ROWS = {"max_length", "chat_template", "loss_on"}
 ROWS, FILES, EVALUATION = "rows of --train_data", "files of --model", "rows of --eval_data"
 NOTED = (EVALUATION,)  # changes that are said and no reason to refuse
-SAMPLE = 2**20  # bytes at either end of a file of weights
 
 
 def identify_run(
@@ -43,8 +43,9 @@ def identify_run(
         accelerator: of the run.
     """
     identity = {name: value for name, value in vars(args).items() if name not in FREE}
-    if args.noise_policy not in POLICIES:  # what the file holds, wherever it is
-        identity["noise_policy"] = hashlib.sha256(Path(args.noise_policy).expanduser().read_bytes()).hexdigest()
+    if args.noise_policy not in POLICIES:  # what the file says, wherever it is; the run writes it anew in its output
+        policy = read_policy(args.noise_policy)
+        identity["noise_policy"] = hashlib.sha256(repr((policy.layers, policy.base_stds)).encode()).hexdigest()
     return identity | {
         ROWS: _rows_digest(examples),
         EVALUATION: _rows_digest(eval_examples),
@@ -75,15 +76,10 @@ def _rows_digest(examples: Sequence[Example]) -> str:
 
 def _model_digest(name: str, config: PreTrainedConfig) -> str:
     """Of a folder config.json, and each weight file's size, beginning and end: a copy elsewhere is the same model."""
-    folder, content = Path(name).expanduser(), hashlib.sha256()
+    folder, content = Path(name), hashlib.sha256()
     if not folder.is_dir():
         return f"{name} at {getattr(config, '_commit_hash', None)}"
     for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        content.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            content.update(file.read(SAMPLE))
-            file.seek(max(size - SAMPLE, 0))
-            content.update(file.read(SAMPLE))
+        content.update(f"{path.name} {path.stat().st_size}".encode() + ends_of(path))
     content.update((folder / "config.json").read_bytes())
     return content.hexdigest()

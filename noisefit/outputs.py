@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-import shutil
+import tempfile
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,143 +17,158 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import noisefit
-from noisefit.checkpoints import remove_checkpoint
 from noisefit.errors import InputError
-from noisefit.files import sync_folder, write_json, writing
+from noisefit.files import sync_folder, writing
 from noisefit.objectives import NOISY, OBJECTIVES
+from noisefit.output_folder import PREVIOUS, SCRATCH, OutputFolder
 from noisefit.policy import NoisePolicy, as_file
 from noisefit.resuming import STATE, last_whole, list_checkpoints
 from noisefit.tracking import LINES
 from noisefit.weights import gather_weights, write_model
 
+# Every name that a run may write, besides those of its tokenizer's files.
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
 RECORDS = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", *LINES)
-# The other files of a model's folder that a new run writes again, whatever the tokenizer.
-TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-PREVIOUS = "previous_run"  # what --overwrite_output replaces, until it is replaced
+CARD = ("README.md",)
 
 
-def check_output(args: Namespace) -> None:
-    """Refuse an output folder that cannot be written or holds another run's model. Writes nothing.
+def check_output_path(args: Namespace) -> None:
+    """Refuse an output folder that cannot be one, before it is made or locked.
 
     Raises:
         InputError: as said.
     """
+    output = Path(args.output_model)
     if not args.output_model.strip():
         raise InputError("--output_model is empty; give a folder")
-    args.output_model = os.path.expanduser(args.output_model)
-    output = Path(args.output_model)
     wanted = args.resume_from_checkpoint
     if wanted is not None:
         try:
             if not wanted.strip():
                 raise ValueError("is empty; give a path, latest or auto")
-            Path(wanted).expanduser().resolve().exists()
-        except (OSError, RuntimeError, ValueError) as error:  # a home of nobody, links in a circle, a name too long
+            Path(wanted).resolve().exists()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long
             raise InputError(f"--resume_from_checkpoint {wanted[:200]}: {error}") from None
     try:
-        _check_folder(args, output)
-    except OSError as error:  # a name too long, a link to nowhere, a folder that cannot be entered
+        if output.is_symlink() and not output.exists():
+            raise InputError(f"--output_model {output}: a link to a folder that does not exist")
+        existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    except OSError as error:  # a name too long, a folder that cannot be entered
         raise InputError(f"--output_model {output}: {error.strerror or error}") from None
-
-
-def _check_folder(args: Namespace, output: Path) -> None:
-    if output.is_symlink() and not output.exists():
-        raise InputError(f"--output_model {output}: a link to a folder that does not exist")
-    held = [name for name in ADAPTER if (output / name).exists()]
-    checkpoints = list_checkpoints(output)
-    wanted = args.resume_from_checkpoint
-    resuming = wanted == "latest" or (wanted == "auto" and bool(checkpoints))
-    resuming = resuming or (wanted is not None and _is_inside(Path(wanted), output))
-    if (held or checkpoints) and not resuming and not args.overwrite_output:
-        what = held[0] if held else checkpoints[-1].name
-        resume = ", or go on with it: --resume_from_checkpoint latest" if checkpoints else ""
-        raise InputError(
-            f"--output_model {output} already holds {what} of another run; choose another folder, or give "
-            f"--overwrite_output{resume}"
-        )
-    if os.path.isdir(args.model) and output.exists() and output.samefile(args.model):
-        raise InputError(f"--output_model {output} is the base model's own folder; choose another one")
-    mine = any((folder / "noisefit_config.json").exists() for folder in (output, *output.glob(f"{PREVIOUS}*")))
-    others = [name for name in ("README.md", "tokenizer.json", "config.json") if (output / name).exists()]
-    if others and not mine:
-        raise InputError(
-            f"--output_model {output} holds a {others[0]} that is not of such a run; choose a folder of its own"
-        )
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise InputError(f"--output_model {output}: {existing} is a file, expected a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--output_model {output}: no permission to write in {existing}")
 
 
+def check_output(args: Namespace, output: OutputFolder) -> None:
+    """Refuse an output folder that holds another run's model, or anything that the run would have to remove and that
+    is not surely a run's own. Writes nothing.
+
+    Raises:
+        InputError: as said.
+    """
+    flag, path = f"--output_model {output.path}", output.path
+    if os.path.isdir(args.model) and path.exists() and path.samefile(args.model):
+        raise InputError(f"{flag} is the base model's own folder; choose another one")
+    shards = [shard.name for shard in path.glob("model-*-of-*.safetensors")]
+    _refuse_foreign(output, [*CARD, *RECORDS, *CONFIGURATIONS, *ADAPTER, *shards, f"{SCRATCH}/"])
+    held, checkpoints = [name for name in ADAPTER if (path / name).exists()], list_checkpoints(path)
+    wanted = args.resume_from_checkpoint
+    resuming = wanted == "latest" or (wanted == "auto" and bool(checkpoints))
+    resuming = resuming or (wanted is not None and _is_inside(Path(wanted), path))
+    if (held or checkpoints) and not resuming and not args.overwrite_output:
+        what = held[0] if held else checkpoints[-1].name
+        resume = ", or go on with it: --resume_from_checkpoint latest" if checkpoints else ""
+        raise InputError(f"{flag} already holds {what} of another run; choose another folder, or give "
+                         f"--overwrite_output{resume}")  # fmt: skip
+    if not resuming:
+        _check_replaced(args, output, flag)
+
+
+def check_tokenizer_names(tokenizer: PreTrainedTokenizerBase, output: OutputFolder) -> None:
+    """The same for the names of the tokenizer's files, which it alone knows."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        _refuse_foreign(output, [f"{path.name}/" if path.is_dir() else path.name for path in Path(folder).iterdir()])
+
+
+def _refuse_foreign(output: OutputFolder, names: Iterable[str]) -> None:
+    if others := output.foreign(names):
+        raise InputError(f"--output_model {output.path} holds a {others[0]} that is not of such a run, or was changed "
+                         "since the run wrote it; move it away, or choose another folder")  # fmt: skip
+
+
+def _check_replaced(args: Namespace, output: OutputFolder, flag: str) -> None:
+    """Refuse where what the run replaces holds the base model, or where there is no place to set it aside."""
+    goes = [*(folder.resolve() for folder in output.checkpoints()), (output.path / PREVIOUS).resolve()]
+    model = Path(os.path.realpath(args.model))
+    if os.path.isdir(model) and any(folder in (model, *model.parents) for folder in goes):
+        raise InputError(f"--model {args.model} lies in {flag}, which the run would replace; move it to a folder of "
+                         "its own, or choose another output")  # fmt: skip
+    if output.holds_model() and (taken := output.foreign_in_previous()):
+        raise InputError(f"{flag}/{taken} is not of such a run, and --overwrite_output needs {PREVIOUS} for what it "
+                         "replaces; move it away, or choose another folder")  # fmt: skip
+
+
+def check_checkpoint_names(args: Namespace, output: OutputFolder, total_steps: int) -> None:
+    """Refuse an output folder in which another program's checkpoint has the name of one that this run will save.
+
+    Raises:
+        InputError: as said.
+    """
+    due = {total_steps, *range(args.save_steps, total_steps + 1, args.save_steps)} if args.save_steps else set()
+    for folder in set(list_checkpoints(output.path)) - set(output.checkpoints()):
+        step = int(folder.name.removeprefix("checkpoint-"))
+        if step in due and not (args.resume_from_checkpoint and (folder / STATE).exists()):
+            raise InputError(f"{folder} is not of such a run, which will save one of that name; move it away, or "
+                             "choose another --output_model")  # fmt: skip
+
+
 def _is_inside(path: Path, folder: Path) -> bool:
-    return path.expanduser().absolute().parent.resolve() == folder.resolve()
+    """Also where it is a link there to another disk, or one from elsewhere to there."""
+    return folder.resolve() in (path.absolute().parent.resolve(), *path.resolve().parents)
 
 
-def start_output(args: Namespace, checkpoint: Path | None) -> None:
+def start_output(args: Namespace, output: OutputFolder, checkpoint: Path | None) -> None:
     """Make the folder ready for a run, and write its settings there.
 
     Args:
         args: the run's settings.
+        output: its folder.
         checkpoint: the run goes on from it, and its records with it; `None`: it starts afresh. What another run left
             is set aside as `previous_run`, until this one is saved.
 
     Raises:
         LocalError: it cannot be written.
     """
-    output = Path(args.output_model)
-    with writing(output):
-        if checkpoint is None or not _is_inside(checkpoint, output):
-            _set_aside(output)
+    output.start()
+    with writing(output.path):
+        if checkpoint is None or not _is_inside(checkpoint, output.path):
+            output.set_aside()
         if checkpoint is not None:
             for name in LINES:
-                _restore(checkpoint / name, output / name)
-    write_json(output / "noisefit_config.json", {"noisefit_version": noisefit.__version__} | vars(args))
+                if (checkpoint / name).exists():
+                    output.copy(checkpoint / name, name)
+                else:
+                    output.remove(name)
+        output.expect(*LINES)
+    output.write_json("noisefit_config.json", {"noisefit_version": noisefit.__version__} | vars(args))
 
 
-def _set_aside(output: Path) -> None:
-    """Move an earlier run's model and records to `previous_run`; what there is of a run without a model is removed."""
-    patterns = ("README.md", *TOKENIZER, *RECORDS, *CONFIGURATIONS, "model-*-of-*.safetensors", *ADAPTER)
-    held = [path for pattern in patterns for path in sorted(output.glob(pattern)) if path.is_file()]
-    aside = output / f"{PREVIOUS}.tmp"  # a kill in the midst of this leaves it for the next run to go on with
-    if aside.exists() or any(path.suffix == ".safetensors" for path in held):
-        aside.mkdir(exist_ok=True)
-        for path in held:
-            os.replace(path, aside / path.name)
-        if any(aside.glob("*.safetensors")):  # else what is aside already is the last whole model
-            shutil.rmtree(output / PREVIOUS, ignore_errors=True)
-            os.replace(aside, output / PREVIOUS)
-    else:
-        for path in held:
-            path.unlink()
-    for folder in list_checkpoints(output):
-        if (folder / STATE).exists():  # another program's are left alone
-            remove_checkpoint(folder)
-
-
-def _restore(source: Path, target: Path) -> None:
-    if not source.exists():
-        target.unlink(missing_ok=True)
-        return
-    beside = target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, beside)
-    os.replace(beside, target)
-
-
-def write_policy(args: Namespace, policy: NoisePolicy) -> None:
+def write_policy(output: OutputFolder, policy: NoisePolicy) -> None:
     """`layer_snr.json`: the SNR of every layer, and the indices of those that get noise. Of a calibrated policy also
     `noise_policy.json`: the scale of each, and all that was measured."""
-    output = Path(args.output_model)
-    write_json(output / "layer_snr.json", {"snr": policy.snr, "selected": policy.layers})
+    output.write_json("layer_snr.json", {"snr": policy.snr, "selected": policy.layers})
     if policy.base_stds is not None:
-        write_json(output / "noise_policy.json", as_file(policy, noisefit.__version__))
+        output.write_json("noise_policy.json", as_file(policy, noisefit.__version__))
 
 
 def save_model(
-    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Namespace, tokens: int
-) -> None:
+    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: Namespace,
+    output: OutputFolder, tokens: int,
+) -> None:  # fmt: skip
     """Save the adapter (under `--full_finetune` the model) with its tokenizer and a model card. All processes call it.
 
     Weights go beside the final folder first and are moved in one by one, the adapter's weights last: a folder that
@@ -162,6 +179,7 @@ def save_model(
         model: the prepared `BranchedModel`.
         tokenizer: with its chat template.
         args: the run's settings.
+        output: its folder.
         tokens: supervised tokens that the run trained on, for the card.
 
     Raises:
@@ -170,21 +188,14 @@ def save_model(
     weights = gather_weights(accelerator, model, adapter_only=not args.full_finetune)
     if not accelerator.is_main_process:
         return
-    output = Path(args.output_model)
-    beside = output / "saving.tmp"
-    before = last_whole(output)
+    before = last_whole(output.path)
     advice = f"; free some space, and --resume_from_checkpoint latest goes on from {before}" if before else ""
-    with writing(output, advice):
-        try:
-            shutil.rmtree(beside, ignore_errors=True)
-            write_model(beside, accelerator.unwrap_model(model).model, weights, tokenizer)
-            (beside / "README.md").write_text(model_card(args, tokens), encoding="utf-8")
-            sync_folder(beside)
-            for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-                os.replace(path, output / path.name)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(output / PREVIOUS, ignore_errors=True)
+    with writing(output.path, advice), output.staging("model") as staged:
+        write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
+        (staged / "README.md").write_text(model_card(args, tokens), encoding="utf-8")
+        sync_folder(staged)
+        output.move_in(staged)
+        output.drop_previous()
 
 
 def where_things_are(args: Namespace) -> list[str]:
@@ -208,13 +219,13 @@ def what_it_learnt(args: Namespace) -> str:
 
 def model_card(args: Namespace, tokens: int) -> str:
     """The model card, Markdown with the hub's metadata header."""
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in sorted(vars(args).items()))
-    metadata = json.dumps(args.model)  # a JSON string is a YAML string, whatever characters it has
+    settings = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in sorted(vars(args).items()))
+    metadata, base, output = (json.dumps(name) for name in (args.model, args.model, args.output_model))
     if args.full_finetune:
-        kind, load = "A full model", f'AutoModelForCausalLM.from_pretrained("{args.output_model}")'
+        kind, load = "A full model", f"AutoModelForCausalLM.from_pretrained({output})"
     else:
         kind = "A LoRA adapter"
-        load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{args.model}"), "{args.output_model}")'
+        load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {output})"
     return f"""---
 base_model: {metadata}
 library_name: {"transformers" if args.full_finetune else "peft"}
@@ -222,16 +233,14 @@ pipeline_tag: text-generation
 tags: [noisefit{"" if args.full_finetune else ", lora"}]
 ---
 
-# {Path(args.output_model).resolve().name}
+# {code(Path(args.output_model).resolve().name)}
 
-{kind} for `{args.model}`, trained on `{Path(args.train_data).name}` with the NoiseFiT trainer
+{kind} for {code(args.model)}, trained on {code(Path(args.train_data).name)} with the NoiseFiT trainer
 ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {args.loss_mode}`: {what_it_learnt(args)}.
 It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that
 got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
 
-```python
-model = {load}
-```
+{fence(f"model = {load}")}
 
 ## Settings
 
@@ -241,3 +250,17 @@ model = {load}
 
 NoiseFiT {noisefit.__version__}, torch {torch.__version__.split("+")[0]}.
 """
+
+
+def code(value: object) -> str:
+    """A value as code in a line or a table of Markdown, whatever it holds."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(value)).replace("|", "\\|")
+    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}" if text else ""
+
+
+def fence(text: str, language: str = "python") -> str:
+    """A block of code in Markdown, whatever it holds."""
+    ticks = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{ticks}{language}\n{text}\n{ticks}"

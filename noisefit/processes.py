@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from noisefit.errors import InputError
+from noisefit.errors import InputError, is_out_of_memory
 
 QUIET_SECONDS = 0.5
+
+
+def start_accelerator(**options: Any) -> Accelerator:
+    """The launch's `Accelerator`. What it cannot have is a line: fp8 or DeepSpeed that is not installed, a device that
+    cannot do the mixed precision, a process group that does not come together.
+
+    Args:
+        options: for `Accelerator`.
+
+    Raises:
+        InputError: as said.
+    """
+    try:
+        return Accelerator(**options)
+    except Exception as error:  # of accelerate, torch, and whatever integration the launch asks for
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"the launch cannot be what it asks for: {reason}; see `accelerate launch --help`") from None
 
 
 def check_processes(accelerator: Accelerator, quantization: str = "none") -> None:

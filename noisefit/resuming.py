@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 
 from noisefit.branches import STRATEGIES
 from noisefit.errors import InputError, notice
 from noisefit.identity import NOTED, differences
 from noisefit.policy import NoisePolicy, check_values
+from noisefit.prompts import asks_for_date
 
 STATE, OPTIMIZER, PROCESSES = "checkpoint.json", "optimizer.safetensors", "processes.safetensors"
 
@@ -66,7 +69,7 @@ def _find(args: Namespace, run: Mapping[str, Any], total_steps: int) -> Path | N
         if folder is None:
             raise InputError(f"{flag}: no checkpoint in {output}; auto starts afresh where there is none")
     else:
-        folder = Path(wanted).expanduser()
+        folder = Path(wanted)
         problem = _problem(folder)
         if problem is not None:
             raise InputError(f"{flag}: {problem}")
@@ -88,19 +91,38 @@ def _find(args: Namespace, run: Mapping[str, Any], total_steps: int) -> Path | N
     return folder
 
 
-def _latest(output: Path) -> Path | None:
-    """The checkpoint of `output` that was saved last and is whole; a line for each one passed over."""
+def prompt_date(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Date and time for a chat template that asks: of the run that is resumed, else now; `None` where it does not ask.
+
+    All processes call it, and get the same.
+    """
+    if not asks_for_date(tokenizer, args.chat_template):
+        return None
+    date, wanted = None, args.resume_from_checkpoint
+    if wanted is not None:
+        folder = _latest(Path(args.output_model), quiet=True) if wanted in ("latest", "auto") else Path(wanted)
+        # What is wrong with it is told by `find_checkpoint`.
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            date = datetime.fromisoformat(read_state(folder)["run"]["prompt_date"]) if folder else None
+    [found] = broadcast_object_list([(date or datetime.now()).isoformat(timespec="seconds")])
+    return str(found)
+
+
+def _latest(output: Path, quiet: bool = False) -> Path | None:
+    """The checkpoint of `output` that was saved last and is whole; a line for each one passed over, if not `quiet`."""
     for folder in reversed(list_checkpoints(output)):
         problem = _problem(folder)
         if problem is None:
             return folder
-        notice(f"{folder} is passed over: {problem}")
+        if not quiet:
+            notice(f"{folder} is passed over: {problem}")
     return None
 
 
 def last_whole(output: Path) -> str | None:
     """The name of the checkpoint that `--resume_from_checkpoint latest` would go on from."""
-    return next((folder.name for folder in reversed(list_checkpoints(output)) if _problem(folder) is None), None)
+    folder = _latest(output, quiet=True)
+    return None if folder is None else folder.name
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -120,12 +142,15 @@ def saved_at(folder: Path) -> int:
         when = read_state(folder)["saved_at"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         when = None
-    return when if isinstance(when, int) else folder.stat().st_mtime_ns
+    return when if type(when) is int and abs(when) < 2**63 else folder.stat().st_mtime_ns
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What is not tensors in a checkpoint."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    path = folder / STATE
+    if not path.is_file():  # a pipe would keep us waiting
+        raise FileNotFoundError(f"{path}: no such file")
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return state
 
 
@@ -168,7 +193,7 @@ def _problem(folder: Path) -> str | None:
                 return f"{name} {changed}"
     except SafetensorError:
         return f"{name} is not a safetensors file; nothing else is loaded"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
         return f"{name} is not readable as one of a checkpoint ({type(error).__name__}: {reason})"
     return None
@@ -181,7 +206,7 @@ def _check_state(state: Mapping[str, Any]) -> None:
         if not holds:
             raise ValueError(what)
 
-    def is_count(value: Any, most: float = math.inf) -> bool:
+    def is_count(value: Any, most: float = 2**53) -> bool:
         return type(value) is int and 0 <= value <= most
 
     loop, metrics, files = state["loop"], state["metrics"], state["files"]
@@ -190,7 +215,7 @@ def _check_state(state: Mapping[str, Any]) -> None:
     require(is_count(loop["seen_targets"]) and is_count(loop["bad_steps"], loop["step"]), "seen_targets, bad_steps")
     require(is_count(state["schedule"]["last_epoch"], loop["step"]), "last_epoch")
     require(all(is_count(metrics[name]) for name in ("steps", "skipped", "targets", "tokens")), "metrics")
-    require(isinstance(metrics["seconds"], (int, float)) and 0 <= metrics["seconds"] < math.inf, "seconds")
+    require(type(metrics["seconds"]) in (int, float) and 0 <= metrics["seconds"] <= 2**53, "seconds")
     noisy_steps = metrics["noisy_steps"]
     require(isinstance(noisy_steps, list) and all(is_count(steps) for steps in noisy_steps), "noisy_steps")
     check_values(NoisePolicy(**loop["policy"]), len(noisy_steps) - 1)

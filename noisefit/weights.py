@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
+
+from noisefit.files import give_usual_mode
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -50,11 +53,22 @@ def gather_weights(accelerator: Accelerator, model: nn.Module, adapter_only: boo
 
 
 def write_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write adapter (or model), its configuration and the tokenizer to `folder`, as PEFT and transformers read them."""
+    """Write adapter (or model), its configuration and the tokenizer to `folder`, as PEFT and transformers read them.
+
+    The weights are for all who may read the folder: safetensors makes them their owner's alone.
+    """
     state = {name: tensor.contiguous() for name, tensor in weights.items()}
     model.save_pretrained(folder, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of headings with nothing under them
     tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        give_usual_mode(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, with the permissions of any other file."""
+    save_file(tensors, path)
+    give_usual_mode(path)
 
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

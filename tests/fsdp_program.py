@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import train_loop
+from noisefit import processes
 from noisefit.arguments import parse_arguments
 from noisefit.batches import collate
 from noisefit.branches import BranchedModel
@@ -136,7 +137,7 @@ if __name__ == "__main__":
     content = json.dumps(compare(accelerator)) if results != "none" else None
     if accelerator.is_main_process and content is not None:
         Path(results).write_text(content)
-    train_loop.Accelerator = ShardingAccelerator
+    processes.Accelerator = ShardingAccelerator
     if "--noise_policy=auto" in flags:
         torch.randn_like = torch.ones_like
     train_loop.train(parse_arguments(flags))

@@ -55,11 +55,11 @@ def test_so_do_rows_and_launch(change, message, identify):
     assert differences(identify(), identify(**change)) == [message]
 
 
-def test_a_noise_policy_is_what_its_file_holds(identify, tmp_path):
+def test_a_noise_policy_is_what_its_file_says(identify, tmp_path):
     one, copy, other = (tmp_path / name for name in ("one.json", "copy.json", "other.json"))
-    one.write_text("{}")
-    copy.write_text("{}")
-    other.write_text("[]")
+    one.write_text('{"selected": [0], "scales": [0.5]}')
+    copy.write_text('{"scales": [0.5], "selected": [0], "noisefit_version": "another"}')
+    other.write_text('{"selected": [0], "scales": [0.25]}')
     assert differences(identify(noise_policy=str(one)), identify(noise_policy=str(copy))) == []
     [found] = differences(identify(noise_policy=str(one)), identify(noise_policy=str(other)))
     assert found.startswith("noise_policy was ")

@@ -18,6 +18,7 @@ from running import MEASURED, PROCESSES, in_process, metrics_of, start, wait, wa
 from safetensors.torch import load_file
 
 from noisefit.checkpoints import Checkpoints
+from noisefit.output_folder import RECORD
 from noisefit.outputs import save_model
 from noisefit.resuming import find_checkpoint, list_checkpoints
 
@@ -156,7 +157,7 @@ def finish_and_die(argument: tuple) -> None:
     saver = tiny_run(args, run)
     saver.model.requires_grad_(False).apply(lambda module: [p.add_(1) for p in module.parameters(recurse=False)])
     die_at(n, args)
-    save_model(saver.accelerator, saver.model, saver.tokenizer, args, tokens=2)
+    save_model(saver.accelerator, saver.model, saver.tokenizer, args, saver.output, tokens=2)
     os._exit(0)
 
 
@@ -182,6 +183,7 @@ def tiny_run(args, run) -> Checkpoints:
     from transformers import get_scheduler
 
     from noisefit.branches import BranchedModel
+    from noisefit.output_folder import OutputFolder
     from noisefit.tracking import Metrics
 
     accelerator = Accelerator(cpu=True)
@@ -195,7 +197,9 @@ def tiny_run(args, run) -> Checkpoints:
     model, optimizer = accelerator.prepare(model, optimizer)
     optimizer.step()
     metrics = Metrics(accelerator, args, {"ce": 1.0}, num_layers=4)
-    return Checkpoints(args, run, accelerator, model, optimizer, schedule, metrics, byte_tokenizer())
+    return Checkpoints(
+        args, OutputFolder(args.output_model), run, accelerator, model, optimizer, schedule, metrics, byte_tokenizer()
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -222,7 +226,7 @@ def test_killed_at_each_act_of_the_final_save_a_new_adapter_has_all_that_belongs
     args.__dict__ |= dict(full_finetune=False, save_total_limit=1, model="m", train_data="d", loss_mode="basefit")
     old.mkdir()
     saver = tiny_run(args, {})
-    save_model(saver.accelerator, saver.model, saver.tokenizer, args, tokens=1)
+    save_model(saver.accelerator, saver.model, saver.tokenizer, args, saver.output, tokens=1)
     args.output_model = str(out)
     n, status, states = 0, None, set()
     while status != 0:
@@ -270,7 +274,10 @@ def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp
         else:
             last = contents(found)
         # Whatever the kill left, the next save ends with the new checkpoint and nothing else.
-        tiny_run(args, run).save(4, **VARIABLES)
-        assert sorted(path.name for path in out.iterdir()) == ["checkpoint-4", "metrics.jsonl"], n
+        next_run = tiny_run(args, run)
+        with next_run.output as output:
+            output.start()
+            next_run.save(4, **VARIABLES)
+        assert sorted(path.name for path in out.iterdir()) == ["checkpoint-4", "metrics.jsonl", RECORD], n
     assert n > 15 and seen == {"checkpoint-2", "checkpoint-3"}
     assert last.keys() == contents(old / "checkpoint-2").keys()

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from noisefit.arguments import parse_arguments
 from noisefit.branches import BranchedModel
 from noisefit.errors import InputError
+from noisefit.output_folder import OutputFolder
 from noisefit.outputs import start_output
 from noisefit.resuming import fingerprint, list_checkpoints
 
@@ -276,7 +277,7 @@ def test_a_full_model_whose_weights_are_lacking_is_refused(llama_folder, questio
     flags = FAST | dict(full_finetune=True, save_steps=1, max_steps=1)
     run(llama_folder, questions, out, **flags)
     replace_tensors(out / "checkpoint-1" / "model.safetensors", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(InputError, match=r"checkpoint-1: not to be loaded.*up_proj.weight is missing"):
+    with pytest.raises(InputError, match=r"checkpoint-1: not to be loaded.*lack model.layers.1.mlp.up_proj.weight"):
         run(llama_folder, questions, out, **flags | dict(max_steps=2), resume_from_checkpoint="latest")
 
 
@@ -318,11 +319,12 @@ def test_what_was_set_aside_survives_a_run_that_left_half_a_model(llama_folder, 
     out, whole = tmp_path / "out", tmp_path / "out" / "previous_run" / "adapter_model.safetensors"
     run(llama_folder, questions, out, **FAST, max_steps=1, save_steps=0)
     args = parse_arguments(words(model=llama_folder, train_data=questions, output_model=out))
-    start_output(args, None)  # as --overwrite_output does
+    start_output(args, OutputFolder(out), None)  # as --overwrite_output does
     before = whole.read_bytes()
+    OutputFolder(out).expect("adapter_config.json")
     (out / "adapter_config.json").write_text("{}")
     (out / "checkpoint-500").mkdir()  # of another program
-    start_output(args, None)
+    start_output(args, OutputFolder(out), None)
     assert whole.read_bytes() == before and (out / "checkpoint-500").exists()
     assert not (out / "adapter_config.json").exists()
 

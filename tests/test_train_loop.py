@@ -54,7 +54,7 @@ def test_the_output_folder(llama_folder, questions, tmp_path):
     expected = {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "noisefit_config.json", "layer_snr.json", "metrics.jsonl", "eval_metrics.jsonl",
-        "README.md", "checkpoint-4",
+        "README.md", "checkpoint-4", "noisefit_files.json",
     }  # fmt: skip
     assert {path.name for path in out.iterdir()} == expected
     snr = json.loads((out / "layer_snr.json").read_text())
