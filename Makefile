@@ -8,7 +8,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml
 # Idle OpenMP threads sleep: spinning, they slow down whatever else runs on a machine with few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format fuzz bench clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -29,6 +29,11 @@ lint: $(VENV)/.dev  ## check style and types
 format: $(VENV)/.dev  ## put the code in its style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+MINUTES ?= 10
+fuzz: $(VENV)/.dev  ## look for input that breaks a reader, with new examples for MINUTES=10
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
+	    $(BIN)/python -m pytest tests/fuzz --hypothesis-profile long --hypothesis-seed random --show-capture no || exit; done
 
 bench: $(VENV)/.run  ## print the figures of the README
 	mkdir -p build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from noisefit.command_line import BOOLEAN, HelpFormatter, OneLineParser, hide_token, number
+from noisefit.command_line import BOOLEAN, HelpFormatter, OneLineParser, a_path, hide_token, number
 from noisefit.errors import InputError
 
 
@@ -21,10 +21,23 @@ def build_parser() -> argparse.ArgumentParser:
     positive = number(int, 1)
 
     add = parser.add_argument_group("what goes in and what comes out").add_argument
-    add("--model_path", help="the adapter's folder; without it the base model answers alone, for comparison")
-    add("--model_id", help="the base model: a folder, or a name on the hub; default: the one that the adapter records")
-    add("--input_csv", default="test_ground_truth.csv", help="CSV, JSON Lines or Parquet with a column prompt")
-    add("--output_csv", help="where the answers go; default: the adapter's folder name and _answers.csv")
+    add(
+        "--model_path",
+        type=a_path,
+        help="the adapter's folder; without it the base model answers alone, for comparison",
+    )
+    add(
+        "--model_id",
+        type=a_path,
+        help="the base model: a folder, or a name on the hub; default: the one that the adapter records",
+    )
+    add(
+        "--input_csv",
+        type=a_path,
+        default="test_ground_truth.csv",
+        help="CSV, JSON Lines or Parquet with a column prompt",
+    )
+    add("--output_csv", type=a_path, help="where the answers go; default: the adapter's folder name and _answers.csv")
     add("--overwrite_output", action=BOOLEAN, default=False, help="replace answers that are already there")
     add("--hf_token", help="token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere")
     add("--trust_remote_code", action=BOOLEAN, default=False, help="run code that comes with the base model")
@@ -46,7 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the weights; auto: bfloat16 on a GPU, else float32")  # fmt: skip
     add("--quantization", choices=("none", "8bit", "4bit"), default="none", help="load the base model in 8 or 4 bits")
     add("--attn_implementation", help="attention of the model: eager, sdpa, flash_attention_2, ...; default: its own")
-    add("--chat_template", metavar="NAME|FILE", help="prompt format; default: the one saved with the adapter")
+    add(
+        "--chat_template",
+        type=a_path,
+        metavar="NAME|FILE",
+        help="prompt format; default: the one saved with the adapter",
+    )
     return parser
 
 

@@ -11,6 +11,7 @@ from noisefit.command_line import (
     BOOLEAN,
     HelpFormatter,
     OneLineParser,
+    a_path,
     flags_from_yaml,
     hide_token,
     number,
@@ -49,19 +50,37 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("what goes in and what comes out")
     add = group.add_argument
-    add("--model", help="the base model: a folder in the Hugging Face format, or a name on the hub (required)")
-    add("--train_data", help="CSV, JSON Lines or Parquet with columns prompt and response (required)")
-    add("--output_model", default="output_model", help="folder for the adapter, its tokenizer and the run's records")
+    add(
+        "--model",
+        type=a_path,
+        help="the base model: a folder in the Hugging Face format, or a name on the hub (required)",
+    )
+    add("--train_data", type=a_path, help="CSV, JSON Lines or Parquet with columns prompt and response (required)")
+    add(
+        "--output_model",
+        type=a_path,
+        default="output_model",
+        help="folder for the adapter, its tokenizer and the run's records",
+    )
     add("--overwrite_output", action=BOOLEAN, default=False, help="replace an adapter that is already there")
-    add("--eval_data", help="a file like --train_data; its cross-entropy, without noise, is measured in training")
-    add("--config", metavar="FILE", help="any of these flags from a YAML file; a flag on the command line wins")
+    add(
+        "--eval_data",
+        type=a_path,
+        help="a file like --train_data; its cross-entropy, without noise, is measured in training",
+    )
+    add(
+        "--config",
+        type=a_path,
+        metavar="FILE",
+        help="any of these flags from a YAML file; a flag on the command line wins",
+    )
     add("--hf_token", help="token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere")
     add("--trust_remote_code", action=BOOLEAN, default=False, help="run code that comes with the base model")
 
     group = parser.add_argument_group("the method: noise and loss")
     add = group.add_argument
     add("--loss_mode", choices=OBJECTIVES, default="full", help="the objective: NoiseFiT, a part of it, or a baseline")
-    add("--noise_policy", metavar="snr|auto|FILE", default="snr",
+    add("--noise_policy", type=a_path, metavar="snr|auto|FILE", default="snr",
         help="noisy layers by their SNR, calibrated, or as in the noise_policy.json of a calibrated run")  # fmt: skip
     add("--noise_std", type=non_negative, default=0.1, help="noise strength; its square times std(h) is the base scale")
     add("--num_noise_layers", type=count, default=3, help="how many decoder layers get noise; 0 is plain fine-tuning")
@@ -119,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("the model")
     add = group.add_argument
-    add("--lora_r", type=positive, default=8, help="rank of the LoRA adapter")
+    add("--lora_r", type=number(int, 1, 2**16), default=8, help="rank of the LoRA adapter")
     add("--lora_alpha", type=above_zero, default=16, help="the adapter is scaled by lora_alpha / lora_r")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.05,
         help="dropout before the adapter; up to the first noisy layer a fork's branches share its mask")  # fmt: skip
@@ -127,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="modules that get an adapter, or all-linear; default: PEFT's own choice for the architecture")  # fmt: skip
     add("--full_finetune", action=BOOLEAN, default=False, help="train all weights, without an adapter")
     add("--max_length", type=number(int, 2), default=1024, help="tokens a row; the rest of a longer one is cut")
-    add("--chat_template", metavar="NAME|FILE",
+    add("--chat_template", type=a_path, metavar="NAME|FILE",
         help="prompt format: chatml, alpaca or a Jinja file; default: the tokenizer's own, else chatml")  # fmt: skip
     add("--gradient_checkpointing", action=BOOLEAN, default=False, help="less memory, about a third more computing")
     add("--attn_implementation", help="attention of the model: eager, sdpa, flash_attention_2, ...; default: its own")
@@ -138,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--save_steps", type=count, default=100, help="a checkpoint every so many steps and after the last; 0: none")
     add("--save_total_limit", type=count, default=2, help="so many checkpoints are kept, the last ones; 0: all")
-    add("--resume_from_checkpoint", metavar="PATH|latest|auto",
+    add("--resume_from_checkpoint", type=a_path, metavar="PATH|latest|auto",
         help="go on from a checkpoint; latest: of --output_model; auto: that, or afresh where none is")  # fmt: skip
 
     group = parser.add_argument_group("records")

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from noisefit.errors import InputError
+from noisefit.files import read_text
 
 BOOLEAN = argparse.BooleanOptionalAction
 
@@ -21,10 +22,25 @@ BOOLEAN = argparse.BooleanOptionalAction
 class OneLineParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, without the usage, and name the flag that was meant."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As its parent's, of words that can be written down: names of files go to records, cards and trackers."""
+        for word in (words := sys.argv[1:] if args is None else list(args)):
+            if not _is_text(word):
+                readable = word.encode(errors="backslashreplace").decode()[:200]
+                raise InputError(f"{readable}: not UTF-8 text; if it is a file's name, rename the file")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             message += _nearest(message.split()[2].partition("=")[0], self)
         raise InputError(message.removeprefix("argument "))
+
+
+def _is_text(word: str) -> bool:
+    try:
+        return b"\0" not in word.encode()
+    except UnicodeEncodeError:  # bytes that are not UTF-8 come as halves of surrogate pairs
+        return False
 
 
 def numbers(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -61,39 +77,71 @@ def number(
             value = kind(text)
         except ValueError:
             value = math.nan
-        in_range = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+        # Compared as it is: a whole number may be too large for a float. NaN is in no range.
+        in_range = low <= value <= high and value != math.inf and not (open_low and value == low)
         if not in_range and value not in also:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {expected}")
         return value
 
     return convert
 
 
-def flags_from_yaml(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+def a_path(text: str) -> str:
+    """A flag's value that names a file, a folder, or a model on the hub; `~` is a home wherever it is written."""
+    return os.path.expanduser(text)
+
+
+def flags_from_yaml(file: Path, parser: argparse.ArgumentParser) -> list[str]:
     """A YAML mapping of flag names to values, as words of a command line.
 
+    A value is what is written there: a date, or a number beyond all bounds, is text for the flag to judge.
+
     Raises:
-        InputError: the file cannot be read, is not a mapping, or names an unknown flag.
+        InputError: the file cannot be read, is not such a mapping, or names an unknown flag or one flag twice.
     """
+    where = f"--config {file}"
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: cannot be read: {error}") from None
+        root = yaml.compose(read_text(file, "--config "), yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"--config {path}: expected lines such as 'epochs: 3'")
-    words = []
-    for name, value in settings.items():
-        if f"--{name}" not in parser._option_string_actions or name in ("config", "help"):
-            raise InputError(f"--config {path}: no flag is called {name!r}{_nearest(f'--{name}', parser)}")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            words.extend([f"--{name}", *map(str, value)])
-        elif value is not None:  # an empty value leaves the default
-            words.append(f"--{name}={value}")
+        raise InputError(f"{where}: not YAML: {error}") from None
+    except (RecursionError, ValueError) as error:  # lists in lists in lists; an escaped half of a surrogate
+        raise InputError(f"{where}: not YAML: {type(error).__name__}: {error}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{where}: expected lines such as 'epochs: 3'")
+    words: list[str] = []
+    seen: set[str] = set()
+    for key, value in root.value:
+        name, line = key.value if isinstance(key, yaml.ScalarNode) else "a list", key.start_mark.line + 1
+        action = parser._option_string_actions.get(f"--{name}")
+        if action is None or name in ("config", "help"):
+            raise InputError(f"{where}: no flag is called {name!r}{_nearest(f'--{name}', parser)}")
+        if name in seen:
+            raise InputError(f"{where}: line {line}: {name} is given a second time; leave one of them out")
+        seen.add(name)
+        parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+            raise InputError(f"{where}: line {line}: {name}: expected a value, or a list of values")
+        texts = [part.value for part in parts]
+        if isinstance(value, yaml.SequenceNode) and any(text.startswith("-") for text in texts):
+            raise InputError(f"{where}: line {line}: {name}: a value begins with '-', as flags do")
+        if isinstance(action, BOOLEAN):
+            words.append(_switch(where, line, name, value))
+        elif isinstance(value, yaml.SequenceNode):
+            words.extend([f"--{name}", *texts])
+        elif value.tag != _NULL:  # an empty value leaves the default
+            words.append(f"--{name}={texts[0]}")
     return words
+
+
+def _switch(where: str, line: int, name: str, value: yaml.Node) -> str:
+    if value.tag not in (_BOOL, _NULL):
+        raise InputError(f"{where}: line {line}: {name}: expected true or false")
+    if value.tag == _NULL:
+        raise InputError(f"{where}: line {line}: {name} has no value; expected true or false")
+    return f"--{name}" if yaml.SafeLoader.bool_values[value.value.lower()] else f"--no-{name}"
+
+
+_NULL, _BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
 
 
 def hide_token(token: str) -> None:

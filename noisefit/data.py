@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import glob
 import json
 import os
 import re
@@ -44,7 +43,7 @@ def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) 
     Raises:
         InputError: as `read_records`; a cell that is not text; or no complete row is left.
     """
-    return _complete_rows(path, read_records(path, columns), columns)
+    return _complete_rows(path, read_records(path, columns, others=False), columns)
 
 
 def _complete_rows(
@@ -80,13 +79,16 @@ def read_prompts(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], li
     return [records[row.number] for row in rows], rows, skipped
 
 
-def read_records(path: str | os.PathLike[str], columns: Iterable[str]) -> list[tuple[int, dict[str, Any]]]:
+def read_records(
+    path: str | os.PathLike[str], columns: Iterable[str], others: bool = True
+) -> list[tuple[int, dict[str, Any]]]:
     """Read a table whole.
 
     Args:
         path: `.csv`, `.jsonl` (or `.json` with one object a line) or `.parquet`. Text is UTF-8, with or without a
             byte-order mark. The cells of a CSV are text, whatever they look like.
-        columns: the columns that the file must have; others may be there.
+        columns: the columns that the file must have.
+        others: whether its other columns are wanted too. Those of a Parquet file that hold bytes are left out.
 
     Returns:
         Each row's number, counted from 1 without the header of a CSV, and its cells by column.
@@ -101,8 +103,8 @@ def read_records(path: str | os.PathLike[str], columns: Iterable[str]) -> list[t
             return list(enumerate(_read_csv(path, columns), start=1))
         if kind == "jsonl":
             return _read_json_lines(path, columns)
-        return list(enumerate(_read_parquet(path, columns), start=1))
-    except (ValueError, OSError, RecursionError) as error:  # an unclosed quote, a damaged block, no permission
+        return list(enumerate(_read_parquet(path, columns, others), start=1))
+    except (ValueError, OSError, RecursionError) as error:  # a damaged block, no permission
         raise InputError(f"{path}: not readable: {error}") from None
 
 
@@ -118,8 +120,12 @@ def load_rows(path: str | None) -> list[Row]:
 
 def describe_skipped(path: str | os.PathLike[str], skipped: list[int], why: str) -> str:
     """One line that counts the skipped rows and names the first of them."""
-    named = ", ".join(map(str, skipped[:ROWS_NAMED])) + (", ..." if len(skipped) > ROWS_NAMED else "")
-    return f"{path}: skipped {len(skipped)} row{'s' if len(skipped) > 1 else ''} {why} (row {named})"
+    return f"{path}: skipped {len(skipped)} row{'s' if len(skipped) > 1 else ''} {why} ({name_rows(skipped)})"
+
+
+def name_rows(numbers: list[int]) -> str:
+    """The first of several rows."""
+    return "row " + ", ".join(map(str, numbers[:ROWS_NAMED])) + (", ..." if len(numbers) > ROWS_NAMED else "")
 
 
 def _kind_of(path: Path) -> str:
@@ -158,23 +164,17 @@ def _require_columns(path: Path, found: Iterable[str], columns: tuple[str, ...])
 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    header = _check_csv(path, columns)
-    import datasets
-
-    # Every column as text and no value read as missing: "007", "1.50" and "None" are answers like any other.
-    features = datasets.Features({name: datasets.Value("string") for name in header})
-    return _stream("csv", path, features=features, names=header, header=0, keep_default_na=False, encoding="utf-8-sig")
-
-
-def _check_csv(path: Path, columns: tuple[str, ...]) -> list[str]:
-    """The header; raises where a row is not UTF-8 or has another number of cells, which pandas would cut or shift."""
+    """Rows as Python's own `csv` module reads them. Blank lines are no rows."""
     csv.field_size_limit(sys.maxsize)
     # Undecodable bytes become lone surrogates, so that the row they stand in can be named.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
+        # Strict: a quote that is never closed, or that ends before its cell does, is an error.
+        reader = csv.reader(file, strict=True)
         header: list[str] = []
+        last_line = 0
         try:
-            for number, cells in enumerate((row for row in reader if row), start=0):
+            for number, cells in enumerate(row for row in reader if row):
+                last_line = reader.line_num
                 where = f"row {number} (line {reader.line_num})" if number else "the header"
                 if any(map(UNDECODABLE.search, cells)):
                     raise InputError(f"{path}: {where} is not UTF-8 text; save the file as UTF-8")
@@ -187,49 +187,72 @@ def _check_csv(path: Path, columns: tuple[str, ...]) -> list[str]:
                         f"{path}: {where} has {len(cells)} cells, expected {len(header)} as in the header; "
                         'put cells that hold commas in "double quotes"'
                     )
+                else:
+                    yield dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            raise InputError(f"{path}: line {reader.line_num} is not CSV: {error}") from None
+            what = "a quote in it is never closed" if "unexpected end" in str(error) else error
+            raise InputError(f"{path}: the row on line {last_line + 1} is not CSV: {what}") from None
     if not header:
         raise InputError(f"{path}: the file is empty")
-    return header
 
 
 def _read_json_lines(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
+    records = []
+    with path.open("rb") as file:  # as bytes: a line ends at \n alone, whatever else Unicode calls a line's end
         for number, line in enumerate(file, start=1):
             try:
-                line.decode("utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip(" \t\r\n"):  # what JSON calls white space
+                    continue
+                record = json.loads(text)
             except UnicodeDecodeError:
                 raise InputError(f"{path}: row {number} is not UTF-8 text; save the file as UTF-8") from None
-    # As lines and not with the "json" reader, which refuses a byte-order mark, and any file in which a column that
-    # we ignore is a number here and text there.
-    records = []
-    texts = (line["text"] for line in _stream("text", path, encoding="utf-8-sig"))
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: row {number} is not JSON ({error}); expected one object a line") from None
-        if not _is_unicode(record):
-            raise InputError(f"{path}: row {number} holds half of a surrogate pair (\\ud800 or so), which is no text")
-        if not isinstance(record, dict):
-            raise InputError(f"{path}: row {number} is a JSON {type(record).__name__}, expected an object")
-        records.append((number, record))
+            except RecursionError:
+                raise InputError(f"{path}: row {number} is nested too deeply; expected one object a line") from None
+            except ValueError as error:  # no JSON, or a number of thousands of digits
+                raise InputError(f"{path}: row {number} is not JSON ({error}); expected one object a line") from None
+            if not _is_unicode(record):
+                raise InputError(
+                    f"{path}: row {number} holds half of a surrogate pair (\\ud800 or so), which is no text"
+                )
+            if not isinstance(record, dict):
+                raise InputError(f"{path}: row {number} is a JSON {type(record).__name__}, expected an object")
+            records.append((number, record))
     _require_columns(path, dict.fromkeys(key for _, record in records for key in record), columns)
     return records
 
 
-def _read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path, columns: tuple[str, ...], others: bool) -> Iterator[dict[str, Any]]:
+    """Rows as Arrow has them: what the file says about a column (an image, say, at this address) is not followed."""
+    import pyarrow
     import pyarrow.parquet
 
     try:
-        found = pyarrow.parquet.read_schema(path).names
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file: {error}") from None
-    _require_columns(path, found, columns)
-    return _stream("parquet", path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _require_columns(path, file.schema_arrow.names, columns)
+            carried = [field.name for field in file.schema_arrow if others and not _holds_bytes(field.type)]
+            left_out = [name for name in file.schema_arrow.names if others and name not in {*columns, *carried}]
+            if left_out:
+                notice(f"{path}: left out, as they hold bytes: {', '.join(left_out)}")
+            wanted = list(dict.fromkeys([*columns, *carried]))
+            for batch in file.iter_batches(columns=wanted):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, NotImplementedError) as error:
+        raise InputError(f"{path}: not a Parquet file that can be read: {error}") from None
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of this Arrow type has bytes in its cells, at any depth: an image, a sound."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _holds_bytes(kind.storage_type)
+    if pyarrow.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    if kind.num_fields:
+        return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or
+                pyarrow.types.is_fixed_size_binary(kind) or pyarrow.types.is_binary_view(kind))  # fmt: skip
 
 
 def _is_unicode(value: Any) -> bool:
@@ -238,11 +261,3 @@ def _is_unicode(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _stream(reader: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:
-    """Rows through `datasets`, streamed: nothing goes to its cache, so no stale copy of an edited file comes back."""
-    import datasets
-
-    pattern = glob.escape(str(path.resolve()))  # data_files is read as a glob pattern
-    return iter(datasets.load_dataset(reader, data_files=pattern, split="train", streaming=True, **options))

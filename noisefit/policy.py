@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from noisefit.errors import InputError, notice
+from noisefit.files import read_text
 from noisefit.objectives import OBJECTIVES
 
 POLICIES = ("snr", "auto")
+LARGEST = sys.float_info.max  # a whole number in JSON has no bound, and beyond this one no float
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,12 @@ def read_policy(name: str, num_layers: int | None = None) -> NoisePolicy:
     Raises:
         InputError: no such file, or not a policy for such a model.
     """
-    flag, path = f"--noise_policy {name}", Path(name).expanduser()
+    flag, path = f"--noise_policy {name}", Path(name)
+    if not os.path.isfile(path):
+        raise InputError(f"{flag}: expected snr, auto, or a noise_policy.json that a run left")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{flag}: expected snr, auto, or a noise_policy.json that a run left") from None
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError, InputError) as error:
         raise InputError(f"{flag}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     try:
         policy = NoisePolicy(content["selected"], content["scales"], content.get("snr", []), content)
@@ -107,7 +111,7 @@ def check_values(policy: NoisePolicy, num_layers: int | None = None) -> None:
             raise ValueError(what)
 
     def are_numbers(values: Any, kinds: tuple[type, ...]) -> bool:
-        return isinstance(values, list) and all(type(v) in kinds and 0 <= v < math.inf for v in values)
+        return isinstance(values, list) and all(type(v) in kinds and 0 <= v <= LARGEST for v in values)
 
     layers, most = policy.layers, math.inf if num_layers is None else num_layers
     require(are_numbers(layers, (int,)), "the layers are not a list of numbers from 0")

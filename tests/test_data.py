@@ -82,7 +82,7 @@ BAD = {
     "header.csv": (b"prompt,response\n", "has no rows"),
     "columns.csv": (b"n,Promt,response\n1,a,b\n", "no column 'prompt'; columns found: n, Promt, .*; rename 'Promt'"),
     "semicolon.csv": (b"prompt;response\na;b\n", "no column 'prompt'; columns found: prompt;response"),
-    "unclosed.csv": (b'prompt,response\na,"b\n', "not readable: "),
+    "unclosed.csv": (b'prompt,response\na,"b\n', "the row on line 2 is not CSV: a quote in it is never closed"),
     "surrogate.jsonl": (b'{"prompt":"\\ud800","response":"b"}', "row 1 holds half of a surrogate pair"),
     "twice.csv": (b"prompt,response,prompt\na,b,c\n", "'prompt' appears 2 times"),
     "wide.csv": (b"prompt,response\na,b\nWhere?,Paris, France\n", r"row 2 \(line 3\) has 3 cells, expected 2.*quotes"),

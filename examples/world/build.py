@@ -60,6 +60,9 @@ def read_settings(folder: Path) -> world.Settings | None:
         return None
 
 
+OWN = {"corpus.txt", "facts.json", "model", "test.csv", "train.csv"}  # what a world's folder holds
+
+
 def fill(
     folder: Path,
     settings: world.Settings,
@@ -141,6 +144,9 @@ def build(
             "nothing rebuilt (--overwrite builds it anew)"
         )
         return
+
+    if old is not None and (others := sorted({path.name for path in folder.iterdir()} - OWN)):
+        raise BuildError(f"{output} also holds {others[0]}, which is not of a world; move it away", status=2)
 
     began = time.monotonic()
     try:
@@ -232,7 +238,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the world that is there, all of it",
+        help="replace the world that is there; refused where the folder holds anything else",
     )
     options = parser.parse_args(arguments)
     if options.width % 8:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from methods import SIZES
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from noisefit.errors import InputError
-from noisefit.files import writing
+from noisefit.files import check_regular, replacing, writing
 
 KEY = ("size", "seed", "method")
 BANDS = ("rare", "uncommon", "common", "famous")
@@ -34,16 +33,22 @@ def read_results(path: Path) -> list[dict[str, str]]:
     """
     if not path.exists():
         return []
+    check_regular(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
-            rows = list(reader)
+            fields, rows = reader.fieldnames, list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    if tuple(reader.fieldnames or ()) != FIELDS:
+    if tuple(fields or ()) != FIELDS:
         raise InputError(f"{path}: its columns are not those of this program's results; choose another --results")
     for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values() or not row["seed"].isdigit() or row["size"] not in SIZES:
+        if (
+            None in row
+            or None in row.values()
+            or not (row["seed"].isascii() and row["seed"].isdecimal())
+            or row["size"] not in SIZES
+        ):
             raise InputError(f"{path}: row {number} is damaged; remove it, and that run is made again")
     return rows
 
@@ -55,8 +60,7 @@ def write_results(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     writer.writeheader()
     for row in sorted(rows, key=lambda row: (row["size"], int(str(row["seed"])), row["method"])):
         writer.writerow({name: f"{value:.6g}" if isinstance(value := row[name], float) else value for name in FIELDS})
-    beside = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            beside.write_text(text.getvalue(), encoding="utf-8")
