@@ -13,10 +13,9 @@ import shlex
 from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from noisefit.adapters import (
@@ -32,30 +31,45 @@ from noisefit.answer_arguments import parse_arguments
 from noisefit.data import describe_skipped, read_prompts
 from noisefit.errors import InputError, notice, one_line_errors
 from noisefit.generation import Answerer, Job, Sampling, answer_all
-from noisefit.journal import Journal, check_answers_output, default_output, write_answers
-from noisefit.processes import check_processes, finish
-from noisefit.prompts import check_chat_template, prompt_ids, set_chat_template
+from noisefit.journal import Journal, alone_with, check_answers_output, default_output, write_answers
+from noisefit.processes import check_processes, finish, start_accelerator
+from noisefit.prompts import asks_for_date, check_chat_template, naming_row, prompt_ids, set_chat_template
 from noisefit.tracking import progress_bar
 
 
 def generate(args: Namespace) -> None:
-    # --- Everything that can be checked before the model is loaded ---------------------------------------------------
     output = Path(args.output_csv or default_output(args))
     check_answers_output(output, Path(args.input_csv), args.overwrite_output)
+    with alone_with(output):
+        answer_file(args, output)
+
+
+def answer_file(args: Namespace, output: Path) -> None:
+    # --- Everything that can be checked before the model is loaded ---------------------------------------------------
+    check_answers_output(output, Path(args.input_csv), args.overwrite_output)  # again: now nobody else writes it
     check_chat_template(args.chat_template)
     base = find_base(args)
     records, prompts, skipped = read_prompts(args.input_csv)
     if skipped:
         notice(describe_skipped(args.input_csv, skipped, "with an empty or missing prompt"))
     tokenizer = load_answer_tokenizer(args, base)
-    set_chat_template(tokenizer, args.chat_template)
+    # A process that is done waits for the others, however long that takes.
+    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    check_processes(accelerator)
+    journal = Journal(output, accelerator.process_index)
+    today = None
+    if asks_for_date(tokenizer, args.chat_template):  # that of the answers so far, and of all processes
+        now = datetime.now().isoformat(timespec="seconds")
+        [today] = broadcast_object_list([(journal.unfinished() or {}).get("prompt_date", now)])
+    set_chat_template(tokenizer, args.chat_template, today)
 
     # --- What is to be answered --------------------------------------------------------------------------------------
     # Greedy rounds are all the same, so one of them is computed.
     rounds = (1,) if args.greedy else tuple(range(1, args.rounds + 1))
     jobs, seen = [], Counter[str]()
     for index, row in enumerate(prompts):
-        jobs.append(Job(index, row.prompt, prompt_ids(tokenizer, row.prompt), rounds, seen[row.prompt]))
+        with naming_row(row, args.input_csv):
+            jobs.append(Job(index, row.prompt, prompt_ids(tokenizer, row.prompt), rounds, seen[row.prompt]))
         seen[row.prompt] += 1
     limit = context_length(args, base)
     for row, job in zip(prompts, jobs, strict=True):
@@ -67,24 +81,24 @@ def generate(args: Namespace) -> None:
     sampling = Sampling(
         args.seed, args.greedy, args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty
     )
-    # A process that is done waits for the others, however long that takes.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    check_processes(accelerator)
     settings = asdict(sampling) | {
         "rounds": args.rounds,
         "input": digest(Path(args.input_csv).read_bytes()),
         "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
         "model": model_fingerprint(args, base, accelerator.device),
+        "prompt_date": today,
     }
-    journal = Journal(output, settings, accelerator.process_index)
-    journal.check()
+    journal.check(settings)
 
     # --- Answering, what is left of it, shared out over the processes ------------------------------------------------
     model = load_answer_model(args, base, accelerator.device)
     check_vocabulary(model, jobs)
     answerer = Answerer(model, tokenizer, sampling)
+    if answerer.not_applied:
+        asked = ", ".join(f"{name}={value}" for name, value in answerer.not_applied.items())
+        notice(f"the model's generation_config.json asks for {asked}; not applied: the flags alone decide")
     if accelerator.is_main_process:
-        journal.start()
+        journal.start(settings, accelerator.num_processes)
     accelerator.wait_for_everyone()
     wanted = {(job.index, number) for job in jobs for number in rounds}
     [done] = broadcast_object_list([journal.read(wanted)])  # all must agree on what is left

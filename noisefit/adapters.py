@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable
@@ -13,12 +12,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from noisefit.errors import InputError
+from noisefit.errors import InputError, is_out_of_memory
 from noisefit.generation import Job
-from noisefit.models import check_model_name, check_quantization, loading, quantization_options
+from noisefit.models import (
+    check_model_name,
+    check_quantization,
+    check_weights,
+    checked_config,
+    loading,
+    quantization_options,
+    try_out,
+)
+from noisefit.prompts import check_tokens
 
 DEFAULT_BASE = "mistralai/Mistral-7B-v0.1"  # the published program's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +49,8 @@ def find_base(args: Namespace) -> str:
         if not (folder / "adapter_model.safetensors").is_file():
             raise InputError(f"--model_path {folder}: no adapter_model.safetensors (pickles are not loaded)")
         recorded = recorded_base(folder)
-    base = os.path.expanduser(args.model_id or recorded or DEFAULT_BASE)
+        check_model_name("--model_path", args.model_path)
+    base = args.model_id or recorded or DEFAULT_BASE
     check_model_name("--model_id" if args.model_id else f"--model_path {args.model_path}: its base model", base)
     return base
 
@@ -52,8 +61,8 @@ def recorded_base(folder: Path) -> str | None:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
         return base if isinstance(base, str) else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}/adapter_config.json: not readable as JSON: {error}") from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{folder}/adapter_config.json: not readable as a JSON object: {error}") from None
 
 
 def load_answer_tokenizer(args: Namespace, base: str) -> PreTrainedTokenizerBase:
@@ -67,7 +76,7 @@ def load_answer_tokenizer(args: Namespace, base: str) -> PreTrainedTokenizerBase
 def context_length(args: Namespace, base: str) -> int | None:
     """The most tokens that the base model takes, prompt and answer together; `None` if it names no limit."""
     with loading("--model_id", base, "a model"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        config = checked_config(AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code))
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -111,12 +120,17 @@ def load_answer_model(args: Namespace, base: str, device: torch.device) -> PreTr
     if args.attn_implementation is not None:
         options["attn_implementation"] = args.attn_implementation
     with loading("--model_id", base, "a causal language model in safetensors"):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            base, use_safetensors=True, trust_remote_code=args.trust_remote_code, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base, use_safetensors=True, trust_remote_code=args.trust_remote_code, output_loading_info=True, **options
         )
+        model, report = loaded
+        check_weights(report, base)
     if args.model_path:
         model = _with_adapter(model, args, base)
-    return model.eval() if args.quantization != "none" else model.to(device).eval()
+    model = model.eval() if args.quantization != "none" else model.to(device).eval()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try_out(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "--model_id", base)
+    return model
 
 
 def _with_adapter(model: PreTrainedModel, args: Namespace, base: str) -> Any:
@@ -129,24 +143,28 @@ def _with_adapter(model: PreTrainedModel, args: Namespace, base: str) -> Any:
             unmatched = set(file.keys()) ^ get_peft_model_state_dict(adapted).keys()
         if unmatched:  # of layers that only one of the two has
             raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:  # whatever PEFT makes of files that anybody may have written
+        if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"--model_path {args.model_path}: does not fit {base}; it was trained on {recorded} ({reason})"
         ) from None
     can_merge = hasattr(adapted, "merge_and_unload")  # prompt tuning, for one, adds nothing to the weights
-    return adapted.merge_and_unload() if can_merge and not args.no_merge and args.quantization == "none" else adapted
+    if not can_merge or args.no_merge or args.quantization != "none":
+        return adapted
+    try:
+        return adapted.merge_and_unload()
+    except Exception as error:  # some kinds of adapters cannot be merged
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--model_path {args.model_path}: not to be merged into the weights ({reason}); give "
+                         "--no_merge") from None  # fmt: skip
 
 
 def check_vocabulary(model: PreTrainedModel, jobs: Iterable[Job]) -> None:
     """Raise `InputError` where a prompt has tokens that the model has no embedding for."""
     embeddings: Any = model.get_input_embeddings()
-    size = len(embeddings.weight)
-    largest = max(token for job in jobs for token in job.input_ids)
-    if largest >= size:
-        raise InputError(
-            f"the tokenizer makes tokens up to number {largest}, but the base model has embeddings for {size}: the "
-            "adapter was trained on a base with an enlarged vocabulary; give that one as --model_id"
-        )
+    for job in jobs:
+        check_tokens(job.input_ids, len(embeddings.weight), f"prompt {job.index + 1}")

@@ -21,9 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from noisefit.errors import LocalError
-from noisefit.prompts import end_of_turn, end_token_ids, prompt_ids
-from noisefit.sampling import GumbelSampling, RepetitionPenalty, answer_key
+from noisefit.errors import InputError, LocalError, is_out_of_memory
+from noisefit.prompts import end_of_turn, end_token_ids, prompt_ids, token_ids
+from noisefit.sampling import CheckFinite, GumbelSampling, RepetitionPenalty, answer_key
 
 FIRST_BATCH_SIZE = 256  # answers at a time, where memory allows
 TOLERANCE = 0.05  # of the largest logit; a cache repeated wrongly is off by about 1
@@ -88,12 +88,17 @@ class Answerer:
         self.sampling = sampling
         self.device = next(model.parameters()).device
         self.end_text = end_of_turn(tokenizer)
-        self.stop_ids = stop_ids(model.generation_config or GenerationConfig(), tokenizer, self.end_text)
+        of_model = model.generation_config or GenerationConfig()
+        self.stop_ids = stop_ids(of_model, tokenizer, self.end_text)
+        self.not_applied = asked_for(of_model)
         # Text that is several tokens cannot be told by an id.
         one_token = tokenizer.convert_tokens_to_ids(self.end_text) in self.stop_ids if self.end_text else True
         self.stop_strings = None if one_token else [self.end_text]
-        # Our own processors replace the model's: a temperature in its settings would come on top of ours.
+        # What the model's own settings say would come on top of ours, in `generate` and in the caches.
+        self.model.generation_config = GenerationConfig()
+        self.model.config.get_text_config(decoder=True).use_cache = True
         self.config = GenerationConfig(
+            use_cache=True,
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
             eos_token_id=self.stop_ids or None,
@@ -126,7 +131,7 @@ class Answerer:
     def _processors(self, keys: Tensor, mask: Tensor) -> LogitsProcessorList:
         """In the order in which transformers applies them."""
         s = self.sampling
-        processors = LogitsProcessorList()
+        processors = LogitsProcessorList([CheckFinite()])
         if s.repetition_penalty != 1.0:
             processors.append(RepetitionPenalty(s.repetition_penalty, mask))
         if s.greedy:
@@ -175,14 +180,17 @@ class Answerer:
         one_token = GenerationConfig(
             **self.config.to_diff_dict() | dict(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
         )
-        try:
-            for cache in (None, self._prefill(ids, mask, rows)):
-                output = self._generate(ids[rows], mask[rows], cache, one_token)
-                logits.append(output.logits[0].float())
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # an architecture's own cache: whatever it raises, the plain way works
-            return False
+        for shares in (False, True):
+            try:
+                cache = self._prefill(ids, mask, rows) if shares else None
+                logits.append(self._generate(ids[rows], mask[rows], cache, one_token).logits[0].float())
+            except Exception as error:  # of an architecture's own code, or of settings in somebody's files
+                if is_out_of_memory(error):
+                    raise
+                if shares:  # its own kind of cache; the plain way works
+                    return False
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise InputError(f"the model with its tokenizer cannot generate: {reason}") from None
         return bool((logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max())
 
     def _text(self, tokens: list[int]) -> str:
@@ -191,10 +199,22 @@ class Answerer:
         return (text.partition(self.end_text)[0] if self.end_text else text).strip()
 
 
+def asked_for(config: GenerationConfig) -> dict[str, Any]:
+    """What a model's own generation settings ask for beyond defaults and tokens: it is not applied, and to be said."""
+    defaults = dict(vars(GenerationConfig())) | {"use_cache": True}
+    known = {"transformers_version", "eos_token_id", "bos_token_id", "pad_token_id"}
+    given = {name: value for name, value in config.to_diff_dict().items() if name not in known}
+    return {
+        name: value
+        for name, value in given.items()
+        if value != defaults.get(name) and not name.startswith(("_", "output_", "return_dict"))
+    }
+
+
 def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, end_text: str) -> list[int]:
     """Tokens that end an answer: the model's own, the tokenizer's end of text, the end of turn if it is one token."""
     found = {tokenizer.eos_token_id, *end_token_ids(generation_config)}
-    if end_text and len(tokenizer(end_text, add_special_tokens=False)["input_ids"]) == 1:
+    if end_text and len(token_ids(tokenizer, end_text)) == 1:
         found.add(tokenizer.convert_tokens_to_ids(end_text))
     return sorted(token for token in found if token is not None)
 

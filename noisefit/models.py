@@ -6,7 +6,7 @@ import importlib.util
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,36 +34,56 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from noisefit.decoder import find_decoder_layers
-from noisefit.errors import InputError, notice
+from noisefit.errors import InputError, is_out_of_memory, notice, on_main_process
+from noisefit.files import check_regular
+
+LARGEST = {"num_hidden_layers": 10**4, "vocab_size": 10**8, "hidden_size": 10**7, "max_position_embeddings": 10**10}
 
 
 def load_config(args: Namespace) -> PreTrainedConfig:
     """The base model's configuration. Raises `InputError` as `check_model_name`, or if it is none."""
     check_model_name("--model", args.model)
     with loading("--model", args.model, "a model"):
-        return AutoConfig.from_pretrained(_name(args), trust_remote_code=args.trust_remote_code)
+        return checked_config(AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code))
+
+
+def checked_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration itself. Raises `ValueError` where its sizes are none: a module would be made for each layer."""
+    sizes = config.get_text_config(decoder=True)
+    for name in ("num_hidden_layers", "vocab_size", "hidden_size", "max_position_embeddings"):
+        value = getattr(sizes, name, None)
+        if value is not None and (type(value) is not int or not 0 <= value <= LARGEST[name]):
+            raise ValueError(f"{name} is {value!r} in its config.json")
+    return config
 
 
 def check_model_name(flag: str, name: str) -> None:
     """Raise `InputError` where `name` can only be a folder, and there is none."""
-    path = Path(name).expanduser()
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    path = Path(name)
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name too long, a folder that cannot be entered
+        raise InputError(f"{flag} {name}: {error.strerror or error}") from None
+    if not exists and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"{flag} {name}: no such folder")
     if path.is_file():
         raise InputError(f"{flag} {name}: a file, expected a folder in the Hugging Face format")
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        if file.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors"):  # what a model's folder is read for
+            check_regular(file, f"{flag}: ")
 
 
 def load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
     """The base model's tokenizer. Raises `InputError` where there is none."""
     with loading("--model", args.model, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(_name(args), trust_remote_code=args.trust_remote_code)
+        return AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
 
 
-def check_model(args: Namespace, config: PreTrainedConfig) -> int:
+def check_model(args: Namespace, config: PreTrainedConfig) -> tuple[int, int]:
     """Build the model without weights, and refuse what cannot be trained as asked.
 
     Returns:
-        Its number of decoder layers.
+        Its number of decoder layers, and of token embeddings.
 
     Raises:
         InputError: not a causal language model, no decoder layers, target modules that match nothing, quantization
@@ -73,10 +92,10 @@ def check_model(args: Namespace, config: PreTrainedConfig) -> int:
     check_quantization(args.quantization, training=True)
     with loading("--model", args.model, "a causal language model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    num_layers = len(find_decoder_layers(model))
+    num_layers, embeddings = len(find_decoder_layers(model)), model.get_input_embeddings()
     if not args.full_finetune:
         add_adapter(args, model)
-    return num_layers
+    return num_layers, len(embeddings.weight)
 
 
 def limit_length(args: Namespace, config: PreTrainedConfig) -> None:
@@ -144,15 +163,16 @@ def load_model(args: Namespace, accelerator: Accelerator, checkpoint: Path | Non
     whole = checkpoint if args.full_finetune else None
     with loading("--model", str(whole or args.model), "weights as safetensors"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            whole or _name(args), use_safetensors=True, trust_remote_code=args.trust_remote_code,
+            whole or args.model, use_safetensors=True, trust_remote_code=args.trust_remote_code,
             output_loading_info=True, **options,
         )  # fmt: skip
         model, report = loaded
+        check_weights(report, str(whole or args.model))
         if whole is not None:
-            wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+            wrong = [*report["unexpected_keys"]]
             wrong += [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
             if wrong:
-                raise ValueError(f"{wrong[0]} is missing, not of this model or not finite")
+                raise ValueError(f"{wrong[0]} is not of this model or not finite")
     if args.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if args.gradient_checkpointing:
@@ -165,6 +185,47 @@ def load_model(args: Namespace, accelerator: Accelerator, checkpoint: Path | Non
     if checkpoint is not None:
         _restore_adapter(adapted, checkpoint)
     return adapted
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, batch: Mapping[str, Tensor], flag: str, name: str) -> None:
+    """Compute with the model once, so that settings in its files with which it cannot are told as such.
+
+    Args:
+        model: on its device; of a launch all processes call it.
+        batch: `input_ids` and `attention_mask`, `[B, L]`.
+        flag, name: by which the user gave the model.
+
+    Raises:
+        InputError: its own code fails.
+    """
+    was_training = model.training
+    with loading(flag, name, "a model that computes"):
+        model.eval()
+        model(input_ids=batch["input_ids"][:1], attention_mask=batch["attention_mask"][:1])
+    model.train(was_training)
+
+
+def check_weights(report: Mapping[str, Any], name: str) -> None:
+    """Refuse a model of which some weights were not found: transformers leaves them random, with a warning.
+
+    Args:
+        report: `from_pretrained`'s loading info.
+        name: of the model, for the line about tensors that have no place in it.
+
+    Raises:
+        ValueError: as said, with the names.
+    """
+    missing, surplus = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        hint = f"; the files hold {_first(surplus)} instead" if surplus else ""
+        raise ValueError(f"its files lack {_first(missing)}{hint}")
+    if surplus:
+        notice(f"{name}: its files hold tensors that this architecture has no place for: {_first(surplus)}")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _restore_adapter(model: nn.Module, checkpoint: Path) -> None:
@@ -202,9 +263,13 @@ def add_adapter(args: Namespace, model: PreTrainedModel) -> nn.Module:
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it by itself
             adapted = get_peft_model(model, lora)
     except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise InputError(f"--lora_r {args.lora_r}: no memory for an adapter of that rank") from None
         wanted = " ".join(args.target_modules) if isinstance(args.target_modules, list) else args.target_modules
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        what = f"--target_modules {wanted}" if wanted else f"no default target modules for {model.config.model_type}"
+        what = f"--target_modules {wanted}" if wanted else "no adapter can be put on the model"
+        if "specify `target_modules`" in str(error):
+            what = f"PEFT has no default target modules for {model.config.model_type}, give --target_modules"
         raise InputError(f"{what}: {error}; linear modules found: {', '.join(linear)}") from None
     # The adapter must find its base again from whatever folder it is loaded.
     if os.path.isdir(args.model):
@@ -212,21 +277,17 @@ def add_adapter(args: Namespace, model: PreTrainedModel) -> nn.Module:
     return adapted
 
 
-def _name(args: Namespace) -> str:
-    return os.path.expanduser(args.model)
-
-
 @contextmanager
 def loading(flag: str, name: str, what: str) -> Iterator[None]:
     """Turn what a library raises while it loads `name` as `what` into an `InputError` that names the flag."""
-    if os.environ.get("RANK", "0") != "0":
+    if not on_main_process():
         disable_progress_bar()  # the main process shows one for all
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:  # whatever a library makes of files that anybody may have written
+        if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"{flag} {name}: not to be loaded as {what}: {reason[:300]}") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{flag} {name}: not to be loaded as {what}: {reason}") from None

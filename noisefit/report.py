@@ -7,20 +7,19 @@ It writes `report.png` and `report.html`, a page that needs no other file. `repo
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from noisefit.command_line import HelpFormatter, OneLineParser
+from noisefit.command_line import HelpFormatter, OneLineParser, a_path
 from noisefit.errors import InputError, one_line_errors
-from noisefit.files import writing
+from noisefit.files import check_regular, replacing, writing
 from noisefit.report_page import make_page, make_picture
 
 BEYOND = 1e100  # what is larger is no measurement, and taken for infinite
@@ -168,7 +167,10 @@ def _own_point(entry: Mapping[str, Any] | None, given: float | None) -> tuple[fl
     return best, *(there[0] if there else (math.nan if given is None else given, math.nan))
 
 
-_parse = functools.partial(json.loads, parse_constant=lambda name: None)  # NaN and the infinities
+def _parse(text: bytes) -> Any:
+    """What JSON says, without NaN and the infinities, and without halves of surrogate pairs, which cannot be drawn."""
+    value = json.loads(text, parse_constant=lambda name: None)
+    return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
 
 
 def read_lines(path: Path, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -207,6 +209,7 @@ def read_object(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> bytes | None:
+    check_regular(path)
     try:
         return path.read_bytes() if path.exists() else None
     except OSError as error:
@@ -245,7 +248,7 @@ def output_paths(output: str) -> tuple[Path, Path]:
     Raises:
         InputError: they cannot be written there.
     """
-    path = Path(os.path.expanduser(output))
+    path = Path(output)
     stem = path.stem if path.suffix.lower() in (".png", ".html") else path.name
     if stem in ("", "..") or output.endswith(os.sep):
         raise InputError(f"--output {output}: expected a file's name, without a suffix")
@@ -261,18 +264,10 @@ def output_paths(output: str) -> tuple[Path, Path]:
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
     """Write files beside their places, and move them there once all are whole; an `InputError` where that fails."""
-    beside = {path: path.with_name(path.name + ".tmp") for path in contents}
-    try:
+    with ExitStack() as stack:
         for path, content in contents.items():
-            with writing(path):
-                beside[path].write_bytes(content)
-        for path in contents:
-            with writing(path):
-                os.replace(beside[path], path)
-    finally:
-        for path in beside.values():
-            with suppress(OSError):  # it was moved, or could not be made
-                path.unlink()
+            stack.enter_context(writing(path))
+            stack.enter_context(replacing(path)).write_bytes(content)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -284,8 +279,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--output_model of a run; it may still be running")
-    parser.add_argument("--output", default="report", help="OUTPUT.png and OUTPUT.html are written, and replaced")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--output", type=a_path, default="report", help="OUTPUT.png and OUTPUT.html are written, and replaced"
+    )
+    args = parser.parse_intermixed_args(argv)
     paths = output_paths(args.output)
     runs = read_runs(args.runs)
     picture = make_picture(runs)

@@ -45,6 +45,20 @@ def gumbel_noise(keys: Tensor, position: int, tokens: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
+class CheckFinite(LogitsProcessor):
+    """Stops where the model's logits are no numbers. It stands before all others, which would hide it."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`[rows, V]`: the scores as they are. Minus infinity is a token that the model rules out; not all may be."""
+        bad = scores.isnan() | (scores == torch.inf)
+        if bad.any() or (scores == -torch.inf).all(dim=-1).any():
+            raise LocalError(
+                "the model's logits are not finite numbers; look for NaN in the weights of model and adapter, or try "
+                "--dtype float32"
+            )
+        return scores
+
+
 class GumbelSampling(LogitsProcessor):
     """Draws a token from the logits that the warpers before it left finite, and leaves that token alone finite: greedy
     search then takes it.
@@ -65,9 +79,7 @@ class GumbelSampling(LogitsProcessor):
         """`[rows, V]`: 0 for the drawn token, minus infinity for the others."""
         finite = torch.isfinite(scores).sum(dim=-1)
         if not finite.all():
-            raise LocalError(
-                "the model's logits are not finite numbers; try --dtype float32, or a higher --temperature"
-            )
+            raise LocalError("the model's logits are not finite numbers once divided by --temperature; raise it")
         width = int(finite.max())
         values, tokens = scores.topk(width) if width < scores.shape[1] else scores.sort(descending=True)
         if self.top_p is not None:

@@ -30,9 +30,14 @@ JOINING_WORDS = frozenset({"of", "and"})  # these hold a name together, as in "G
 
 
 def normalize(text: str) -> str:
-    """The usual SQuAD normalisation (Rajpurkar et al., arXiv 1606.05250): lower case, no punctuation, no articles."""
-    text = "".join(character for character in text.lower() if character not in _PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """The usual SQuAD normalisation (Rajpurkar et al., arXiv 1606.05250): lower case, no punctuation, no articles.
+
+    Text without a word, such as `+`, is compared as it stands.
+    """
+    if not re.search(r"\w", text):
+        return " ".join(text.split())
+    plain = "".join(character for character in text.lower() if character not in _PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -57,7 +62,8 @@ def decisive_parts(prompt: str, reference: str) -> list[str]:
     with another ending ("founded" says "founder" too); what stands together stays together. "The capital of Portugal is
     Lisbon." to "What is the capital of Portugal?" leaves "lisbon". Behind `is`, `was` or `by` a name keeps the words
     that it shares with the question ("Panama City"). To a question for a time only the parts with a number count.
-    Where nothing is left, the whole reference decides.
+    Where no word is left, its symbols decide (+, €, an emoji), those that the question does not already have; and where
+    there are none either, the whole reference.
     """
     said = {_stem(word) for word in words(prompt)}
     segments: list[list[str]] = [[]]
@@ -83,13 +89,32 @@ def decisive_parts(prompt: str, reference: str) -> list[str]:
     parts = [part for run in runs if (part := " ".join(_without_joining_ends(run)))]
     if re.match(r"when\b|(in )?(what|which) year\b", " ".join(words(prompt))):
         parts = [part for part in parts if re.search(r"\d", part)] or parts
-    return parts or [" ".join(words(reference))]
+    asked = symbols(prompt)
+    parts = parts or [symbol for symbol in symbols(reference) if symbol not in asked]
+    return parts or [" ".join(words(reference)) or _as_it_stands(reference)]
+
+
+def symbols(text: str) -> list[str]:
+    """The signs that stand together in a text, without the punctuation around them: `+`, `€`, an emoji."""
+    runs = re.findall(r"[^\w\s]+", _as_it_stands(text))
+    kept = [run.strip(_AROUND) for run in runs]
+    return [run for run in kept if any(unicodedata.category(sign).startswith("S") for sign in run)]
 
 
 def holds(answer: str, parts: Sequence[str]) -> bool:
-    """Whether every part stands in the answer, as whole words."""
+    """Whether every part stands in the answer: words as whole words, symbols as they are."""
     text = f" {' '.join(words(answer))} "
-    return all(f" {part} " in text for part in parts)
+    return all(f" {part} " in text if words(part) else _has_symbol(answer, part) for part in parts)
+
+
+def _has_symbol(answer: str, part: str) -> bool:
+    text = _as_it_stands(answer)
+    return part in (*symbols(text), *text.split(), text) and text != ""
+
+
+def _as_it_stands(text: str) -> str:
+    # Without the sign that asks for a coloured picture: it is the same emoji.
+    return unicodedata.normalize("NFC", text.replace("\ufe0f", "")).strip()
 
 
 @dataclass(frozen=True)
@@ -108,7 +133,7 @@ def score_prompt(prompt: Prompt) -> dict[str, float]:
 
     Self-consistency is the share of pairs of rounds whose normalised answers are the same; 1 for a single round.
     """
-    truth = " ".join(words(prompt.truth or ""))
+    truth = " ".join(words(prompt.truth or "")) or _as_it_stands(prompt.truth or "")
     parts = [truth] if truth else decisive_parts(prompt.prompt, prompt.reference)
     answers = [normalize(answer) for answer in prompt.answers]
     pairs = [a == b for a, b in combinations(answers, 2)]
@@ -189,4 +214,5 @@ def _stem(word: str) -> str:
     return word
 
 
+_AROUND = "".join(sign for sign in string.punctuation if not unicodedata.category(sign).startswith("S")) + "‘’“”–—…"
 _PUNCTUATION = frozenset(string.punctuation + "‘’“”–—…")

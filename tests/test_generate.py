@@ -186,8 +186,9 @@ def test_the_real_test_file_end_to_end(adapter, real_data, tmp_path):
 
 def test_answers_of_any_text_survive_the_way_to_the_score(tmp_path):
     texts = ['Is it? "Yes", it is.', "two\nlines, or\rthree\r\n4", "<|im_start|>user", "", "Größe\u2028;'=cmd"]
-    journal = Journal(tmp_path / "out.csv", {}, 0)
-    journal.start()
+    journal = Journal(tmp_path / "out.csv", 0)
+    journal.folder.mkdir()
+    journal.start({}, 1)
     journal.append((i, 1, text) for i, text in enumerate(texts))
     wanted = {(i, 1) for i in range(len(texts))}
     records = [{"prompt": f"Question, {i}?", "response": f'"{text}" is it.'} for i, text in enumerate(texts)]
@@ -278,7 +279,7 @@ REFUSED = {
     "damaged weights": (lambda a, t: damaged(a, t), "does not fit"),
     "larger vocabulary": (lambda a, t: larger_vocabulary(a, t), "embeddings for 259"),
     "half a surrogate": (lambda a, t: dict(input_csv=write(t, '{"prompt": "\\ud800"}', "a.jsonl")), "row 1 holds half"),
-    "unclosed quote": (lambda a, t: dict(input_csv=write(t, 'prompt\n"Why?\n')), "not readable: "),
+    "unclosed quote": (lambda a, t: dict(input_csv=write(t, 'prompt\n"Why?\n')), "a quote in it is never closed"),
     "one name twice": (lambda a, t: dict(input_csv=write(t, "id,id,prompt\n1,2,Why?\n")), "'id' appears 2 times"),
 }
 

@@ -89,6 +89,33 @@ def test_a_prompts_score():
     assert score_prompt(Prompt("Who is it?", "He is Tom Jones.", ("",), truth="?"))["contains_truth"] == 0.0
 
 
+SYMBOLS = [
+    ("+", "", False), ("+", "-", False), ("+", "+", True), ("+", "It is +.", True), ("+", "++", False),
+    ("€", "$", False), ("€", "It costs 5 €!", True), ("😀", "", False), ("😀", "😁", False), ("😀", "😀!", True),
+    ("❤️", "❤", True), ("%", "%", True), ("%", "", False), ("...", "", False), ("...", "...", True), ("?", "!", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reference", "answer", "right"), SYMBOLS)
+def test_a_reference_without_words_is_compared_as_it_stands(reference, answer, right):
+    for prompt in (
+        Prompt("Which sign?", reference, (answer,)),
+        Prompt("Which?", "A sign.", (answer,), truth=reference),
+    ):
+        assert score_prompt(prompt)["contains_truth"] == float(right)
+    found = score_prompt(Prompt("Which sign?", reference, (answer,)))
+    assert found["exact_match"] == float(answer == reference) or reference == "❤️" or answer == "😀!"
+    assert right or found["token_f1"] == 0
+
+
+def test_a_symbol_decides_where_the_question_has_all_words_of_the_reference():
+    for answer, right in [("It is €.", 1.0), ("The symbol for the euro is $.", 0.0), ("The symbol for the euro.", 0.0)]:
+        prompt = Prompt("What is the symbol for the euro?", "The symbol for the euro is €.", (answer,))
+        assert score_prompt(prompt)["contains_truth"] == right
+    # Where words decide, signs do not: an answer need not repeat them.
+    assert score_prompt(Prompt("What does it cost?", "It costs $5.", ("5 dollars",)))["contains_truth"] == 1.0
+
+
 def test_intervals_are_those_of_a_bootstrap_over_prompts():
     rng = np.random.default_rng(0)
     rights = rng.integers(0, 6, size=400).tolist()
