@@ -141,7 +141,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that a template has finished, with none added. Raises `InputError` if the tokenizer fails."""
+    """The tokens of a text that a template has finished, with none added. `InputError` where the tokenizer fails."""
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
