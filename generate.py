@@ -10,15 +10,16 @@ command goes on where it stopped.
 from __future__ import annotations
 
 import shlex
-from argparse import Namespace
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from noisefit.adapters import (
+from noisefit.answers.generation import Answerer, Job, answer_all
+from noisefit.answers.journal import Journal, alone_with, check_answers_output, default_output, write_answers
+from noisefit.answers.loading import (
     check_vocabulary,
     context_length,
     digest,
@@ -27,78 +28,74 @@ from noisefit.adapters import (
     load_answer_tokenizer,
     model_fingerprint,
 )
-from noisefit.answer_arguments import parse_arguments
-from noisefit.data import describe_skipped, read_prompts
-from noisefit.errors import InputError, notice, one_line_errors
-from noisefit.generation import Answerer, Job, Sampling, answer_all
-from noisefit.journal import Journal, alone_with, check_answers_output, default_output, write_answers
-from noisefit.processes import check_processes, finish, start_accelerator
-from noisefit.prompts import asks_for_date, check_chat_template, naming_row, prompt_ids, set_chat_template
-from noisefit.tracking import progress_bar
+from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
+from noisefit.base.errors import InputError, notice, one_line_errors
+from noisefit.base.settings import names_of
+from noisefit.inputs.prompts import naming_row, prompt_ids
+from noisefit.inputs.tables import describe_skipped, read_prompts
+from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
+from noisefit.run.processes import check_processes, finish, progress_bar, start_accelerator
 
 
-def generate(args: Namespace) -> None:
-    output = Path(args.output_csv or default_output(args))
-    check_answers_output(output, Path(args.input_csv), args.overwrite_output)
+def generate(settings: AnswerSettings) -> None:
+    output = Path(settings.output_csv or default_output(settings))
+    check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
     with alone_with(output):
-        answer_file(args, output)
+        answer_file(settings, output)
 
 
-def answer_file(args: Namespace, output: Path) -> None:
+def answer_file(settings: AnswerSettings, output: Path) -> None:
     # --- Everything that can be checked before the model is loaded ---------------------------------------------------
-    check_answers_output(output, Path(args.input_csv), args.overwrite_output)  # again: now nobody else writes it
-    check_chat_template(args.chat_template)
-    base = find_base(args)
-    records, prompts, skipped = read_prompts(args.input_csv)
+    # Again: now nobody else writes it.
+    check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
+    check_chat_template(settings.chat_template)
+    base = find_base(settings)
+    records, prompts, skipped = read_prompts(settings.input_csv)
     if skipped:
-        notice(describe_skipped(args.input_csv, skipped, "with an empty or missing prompt"))
-    tokenizer = load_answer_tokenizer(args, base)
+        notice(describe_skipped(settings.input_csv, skipped, "with an empty or missing prompt"))
+    tokenizer = load_answer_tokenizer(settings, base)
     # A process that is done waits for the others, however long that takes.
     accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     check_processes(accelerator)
     journal = Journal(output, accelerator.process_index)
     today = None
-    if asks_for_date(tokenizer, args.chat_template):  # that of the answers so far, and of all processes
+    if asks_for_date(tokenizer, settings.chat_template):  # that of the answers so far, and of all processes
         now = datetime.now().isoformat(timespec="seconds")
         [today] = broadcast_object_list([(journal.unfinished() or {}).get("prompt_date", now)])
-    set_chat_template(tokenizer, args.chat_template, today)
+    set_chat_template(tokenizer, settings.chat_template, today)
 
     # --- What is to be answered --------------------------------------------------------------------------------------
     # Greedy rounds are all the same, so one of them is computed.
-    rounds = (1,) if args.greedy else tuple(range(1, args.rounds + 1))
+    rounds = (1,) if settings.greedy else tuple(range(1, settings.rounds + 1))
     jobs, seen = [], Counter[str]()
     for index, row in enumerate(prompts):
-        with naming_row(row, args.input_csv):
+        with naming_row(row, settings.input_csv):
             jobs.append(Job(index, row.prompt, prompt_ids(tokenizer, row.prompt), rounds, seen[row.prompt]))
         seen[row.prompt] += 1
-    limit = context_length(args, base)
+    limit = context_length(settings, base)
     for row, job in zip(prompts, jobs, strict=True):
-        if limit is not None and len(job.input_ids) + args.max_new_tokens > limit:
+        if limit is not None and len(job.input_ids) + settings.max_new_tokens > limit:
             raise InputError(
-                f"{args.input_csv}: row {row.number}: the prompt has {len(job.input_ids)} tokens, which with "
-                f"--max_new_tokens {args.max_new_tokens} exceeds the model's context of {limit}"
+                f"{settings.input_csv}: row {row.number}: the prompt has {len(job.input_ids)} tokens, which with "
+                f"--max_new_tokens {settings.max_new_tokens} exceeds the model's context of {limit}"
             )
-    sampling = Sampling(
-        args.seed, args.greedy, args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty
-    )
-    settings = asdict(sampling) | {
-        "rounds": args.rounds,
-        "input": digest(Path(args.input_csv).read_bytes()),
+    record = {name: getattr(settings, name) for name in names_of(DrawSettings)} | {
+        "input": digest(Path(settings.input_csv).read_bytes()),
         "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
-        "model": model_fingerprint(args, base, accelerator.device),
+        "model": model_fingerprint(settings, base, accelerator.device),
         "prompt_date": today,
     }
-    journal.check(settings)
+    journal.check(record)
 
     # --- Answering, what is left of it, shared out over the processes ------------------------------------------------
-    model = load_answer_model(args, base, accelerator.device)
+    model = load_answer_model(settings, base, accelerator.device)
     check_vocabulary(model, jobs)
-    answerer = Answerer(model, tokenizer, sampling)
+    answerer = Answerer(model, tokenizer, settings)
     if answerer.not_applied:
         asked = ", ".join(f"{name}={value}" for name, value in answerer.not_applied.items())
         notice(f"the model's generation_config.json asks for {asked}; not applied: the flags alone decide")
     if accelerator.is_main_process:
-        journal.start(settings, accelerator.num_processes)
+        journal.start(record, accelerator.num_processes)
     accelerator.wait_for_everyone()
     wanted = {(job.index, number) for job in jobs for number in rounds}
     [done] = broadcast_object_list([journal.read(wanted)])  # all must agree on what is left
@@ -107,10 +104,10 @@ def answer_file(args: Namespace, output: Path) -> None:
     mine = left[accelerator.process_index :: accelerator.num_processes]  # neighbours in length go to different ones
     if done:
         notice(f"going on with {journal.folder}: {len(done)} answers are there already")
-    notice(f"{len(jobs)} prompts, {args.rounds} answers each; processes: {accelerator.num_processes}")
+    notice(f"{len(jobs)} prompts, {settings.rounds} answers each; processes: {accelerator.num_processes}")
     progress = progress_bar(accelerator, len(wanted), "answering", "answer")
     progress.update(len(done))
-    for answers in answer_all(answerer, mine, args.batch_size):
+    for answers in answer_all(answerer, mine, settings.batch_size):
         journal.append(answers)
         if accelerator.is_main_process:
             progress.update(min(journal.count(), len(wanted)) - progress.n)  # of all processes
@@ -122,9 +119,9 @@ def answer_file(args: Namespace, output: Path) -> None:
     fresh = gather_object([journal.read_own(wanted)])
     if accelerator.is_main_process:
         answers = done | {key: text for part in fresh for key, text in part.items()}
-        if args.greedy:
-            answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, args.rounds + 1)}
-        write_answers(output, records, answers, args.rounds)
+        if settings.greedy:
+            answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, settings.rounds + 1)}
+        write_answers(output, records, answers, settings.rounds)
         journal.remove()
     notice(f"the answers are in {output}")
     if "response" in records[0]:
@@ -132,6 +129,11 @@ def answer_file(args: Namespace, output: Path) -> None:
     finish(accelerator)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
     with one_line_errors("generate.py"):
         generate(parse_arguments())
+
+
+if __name__ == "__main__":
+    main()

@@ -21,12 +21,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from noisefit.generation import Answerer, Job, Sampling, answer_all
-from noisefit.prompts import prompt_ids, set_chat_template
+from noisefit.answers.generation import Answerer, Job, answer_all
+from noisefit.answers.settings import DrawSettings
+from noisefit.inputs.prompts import prompt_ids
+from noisefit.inputs.templates import set_chat_template
 
-SAMPLING = Sampling(
-    seed=0, greedy=False, max_new_tokens=50, temperature=0.5, top_p=0.9, top_k=40, repetition_penalty=1.2
-)
+SAMPLING = DrawSettings(seed=0)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -20,7 +20,7 @@ import torch
 from peak_memory import PeakMemory
 from ways import LLAMA_1B, QWEN_HALF_B, Size, Steps, check_picture, noisefit_losses
 
-from noisefit.branches import BRANCHES
+from noisefit.fork.branches import BRANCHES
 
 GIB = 2**30
 CHUNKS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -69,7 +69,7 @@ def loss_alone(steps: Steps, size: Size, rows: int, length: int, chunk: int) -> 
     tokens = torch.empty(count, dtype=torch.long, device="meta")
 
     def run() -> None:
-        steps.branched.sum_losses(states, tokens, noisefit_losses).sum().backward()
+        sum(steps.branched.sum_losses(states, tokens, noisefit_losses).values()).backward()
 
     return peak(run) - states.nbytes / GIB
 

@@ -30,8 +30,8 @@ import torch
 from peak_memory import PeakMemory
 from ways import NOISE_STD, SIZES, Size, Steps, check_picture, floor, head_share, plain_losses
 
-from noisefit import calibration
-from noisefit.snr import layer_snr
+from noisefit.method import calibration
+from noisefit.method.snr import layer_snr
 
 PLAIN, TRL = "plain fine-tuning", "TRL's SFTTrainer"
 NOISY = 3  # layers with noise

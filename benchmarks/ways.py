@@ -29,12 +29,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from noisefit.batches import Batch, collate, count_targets
-from noisefit.branches import BranchedModel
-from noisefit.decoder import find_decoder_layers
-from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
-from noisefit.noise import TokenScaledNoise
-from noisefit.prompts import Example
+from noisefit.fork.branches import CLEAN, NOISY, BranchedModel, Logits, Losses
+from noisefit.fork.decoder import find_decoder_layers
+from noisefit.fork.hooks import pop_noise_to_signal
+from noisefit.inputs.batches import Batch, collate, count_targets
+from noisefit.inputs.prompts import Example
+from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.method.noise import TokenScaledNoise
 
 NOISE_STD = 0.1
 LOSS_CHUNK_SIZE = 256  # the default of train_loop.py
@@ -148,7 +149,8 @@ class Steps:
         noise = {layer: TokenScaledNoise(NOISE_STD) for layer in layers}
         losses = noisefit_losses if noise else plain_losses
         sums = self.branched(**self.batch(), noise=noise, strategy=strategy, chunk_losses=losses)
-        return self._update(sums.sum() / self.target_tokens)
+        pop_noise_to_signal(self.model)
+        return self._update(sum(sums.values()) / self.target_tokens)
 
     def published(self, layers: Sequence[int]) -> Tensor:
         """The published way: three passes through the whole model, each of which forms the cross-entropy of all its
@@ -181,16 +183,15 @@ class Steps:
         return loss.detach()
 
 
-def plain_losses(clean: Sequence[Tensor], noisy: Sequence[Tensor], targets: Tensor) -> Tensor:
-    return cross_entropy(clean[0], targets).unsqueeze(0)
+def plain_losses(logits: Logits, targets: Tensor) -> Losses:
+    return {"ce": cross_entropy(logits[CLEAN][0], targets)}
 
 
-def noisefit_losses(clean: Sequence[Tensor], noisy: Sequence[Tensor], targets: Tensor) -> Tensor:
-    [clean], (noisy_1, noisy_2) = clean, noisy
+def noisefit_losses(logits: Logits, targets: Tensor) -> Losses:
+    [clean], (noisy_1, noisy_2) = logits[CLEAN], logits[NOISY]
     soft = soft_target_loss(clean, noisy_1, 1.0) + soft_target_loss(clean, noisy_2, 1.0)
-    return torch.stack(
-        [0.5 * cross_entropy(clean, targets), 0.25 * soft, 0.1 * consistency_loss(noisy_1, noisy_2, 1.0)]
-    )
+    consistency = consistency_loss(noisy_1, noisy_2, 1.0)
+    return {"ce": 0.5 * cross_entropy(clean, targets), "soft": 0.25 * soft, "consistency": 0.1 * consistency}
 
 
 @torch.no_grad()

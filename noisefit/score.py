@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from noisefit.command_line import HelpFormatter, OneLineParser
-from noisefit.data import read_records, text_cell
-from noisefit.errors import InputError, one_line_errors
-from noisefit.scoring import METRICS, Prompt, compare, group_by, summarize
+from noisefit.answers.scoring import METRICS, Prompt, compare, group_by, summarize
+from noisefit.base.command_line import HelpFormatter, OneLineParser
+from noisefit.base.errors import InputError, one_line_errors
+from noisefit.inputs.tables import read_records, text_cell
 
 FEW = 20  # prompts, under which a bootstrap interval holds less than it says
 NEEDED = ("prompt", "response", "generated_response")
@@ -129,11 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    args = build_parser().parse_intermixed_args(argv)
-    report = score(args.files, args.by)
-    print(json.dumps(report, indent=2) if args.json else table(report, args.by))
+    with one_line_errors("noisefit.score"):
+        args = build_parser().parse_intermixed_args(argv)
+        report = score(args.files, args.by)
+        print(json.dumps(report, indent=2) if args.json else table(report, args.by))
 
 
 if __name__ == "__main__":
-    with one_line_errors("noisefit.score"):
-        main(sys.argv[1:])
+    main()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,14 +24,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import train_loop
-from noisefit import processes
-from noisefit.arguments import parse_arguments
-from noisefit.batches import collate
-from noisefit.branches import BranchedModel
-from noisefit.decoder import find_decoder_layers
-from noisefit.losses import consistency_loss, cross_entropy, soft_target_loss
-from noisefit.prompts import Example
-from noisefit.weights import gather_weights
+from noisefit.fork.branches import CLEAN, NOISY, BranchedModel, Logits, Losses
+from noisefit.fork.decoder import find_decoder_layers
+from noisefit.inputs.batches import collate
+from noisefit.inputs.prompts import Example
+from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss
+from noisefit.run import processes
+from noisefit.run.settings import parse_arguments
+from noisefit.run.weights import gather_weights
 
 SECONDS = 280  # a process whose partner is gone would wait for it half an hour
 NOISE = {1: fixed_noise(1), 2: fixed_noise(2)}
@@ -57,14 +56,15 @@ def batch_of(process: int, empty: bool) -> dict[str, Tensor]:
     return collate([Example(tuple(row[:length]), target_start=3) for row, length in rows], pad_token_id=0)
 
 
-def chunk_losses(clean: Sequence[Tensor], noisy: Sequence[Tensor], targets: Tensor) -> Tensor:
-    [clean], (noisy_1, noisy_2) = clean, noisy
+def chunk_losses(logits: Logits, targets: Tensor) -> Losses:
+    [clean], (noisy_1, noisy_2) = logits[CLEAN], logits[NOISY]
     soft = soft_target_loss(clean, noisy_1, 2.0) + soft_target_loss(clean, noisy_2, 2.0)
-    return torch.stack([cross_entropy(clean, targets), soft / 2, consistency_loss(noisy_1, noisy_2, 2.0)])
+    consistency = consistency_loss(noisy_1, noisy_2, 2.0)
+    return {"ce": cross_entropy(clean, targets), "soft": soft / 2, "consistency": consistency}
 
 
 def loss_sums(model: nn.Module, batch: dict[str, Tensor], strategy: str) -> Tensor:
-    return model(**batch, noise=NOISE, strategy=strategy, chunk_losses=chunk_losses)
+    return torch.stack(list(model(**batch, noise=NOISE, strategy=strategy, chunk_losses=chunk_losses).values()))
 
 
 def differences(

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from noisefit.report import read_runs
-from noisefit.report_page import draw
+from noisefit.report.page import draw
+from noisefit.report.runs import read_runs
 
 LOSSES = ("loss", "ce_loss", "soft_loss", "consistency_loss")
 SMALL = {"step": 5, "loss": 1.0}

@@ -19,8 +19,8 @@ import psutil  # accelerate needs it, so it is there
 from accelerate.state import AcceleratorState, GradientState
 
 import train_loop
-from noisefit.arguments import parse_arguments
-from noisefit.errors import one_line_errors
+from noisefit.base.errors import one_line_errors
+from noisefit.run.settings import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"

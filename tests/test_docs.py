@@ -5,7 +5,7 @@ from pathlib import Path
 
 from running import ROOT
 
-from noisefit.arguments import build_parser
+from noisefit.run.settings import build_parser
 
 
 def test_each_test_that_a_promise_names_exists():

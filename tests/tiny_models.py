@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from noisefit.decoder import find_decoder_layers
+from noisefit.fork.decoder import find_decoder_layers
+from noisefit.method.noise import TokenScaledNoise
 
 VOCAB = 97
 _SIZES = dict(
@@ -89,6 +90,15 @@ def fixed_noise(layer: int, strength: float = 0.4):
         return (strength * torch.sin(pattern * 0.7 + 3 * branch + layer)).to(hidden.dtype)
 
     return draw
+
+
+class LaplaceNoise(TokenScaledNoise):
+    """Another distribution, of as many lines as one takes: its tails are heavier, and its scale is the mean of |x|."""
+
+    mean_of_unit = 1.0
+
+    def draw(self, scale: Tensor) -> Tensor:
+        return (torch.empty_like(scale).exponential_() - torch.empty_like(scale).exponential_()) * scale
 
 
 def rows_and_calls(model: nn.Module, run: Callable[[], object]) -> tuple[int, int]:

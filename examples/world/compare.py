@@ -33,9 +33,9 @@ from build import integer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from noisefit.command_line import OneLineParser  # noqa: E402
-from noisefit.errors import InputError, notice, one_line_errors  # noqa: E402
-from noisefit.files import alone_in  # noqa: E402
+from noisefit.base.command_line import OneLineParser  # noqa: E402
+from noisefit.base.errors import InputError, notice, one_line_errors  # noqa: E402
+from noisefit.base.files import alone_in  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 
@@ -72,15 +72,15 @@ def train(run: Run, folder: Path) -> dict[str, float | str]:
     import torch
 
     import train_loop
-    from noisefit import arguments
+    from noisefit.run.settings import parse_arguments
 
     world, adapter = folder / "worlds" / run.world_name, run_folder(run, folder) / "adapter"
     paths = {"model": world / "model", "train_data": world / "train.csv", "output_model": adapter}
     once = {"save_steps": 0, "overwrite_output": True, "seed": run.seed}
-    args = arguments.parse_arguments(words(once | run.flags | paths))
+    settings = parse_arguments(words(once | run.flags | paths))
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     began = clock()
-    train_loop.train(args)
+    train_loop.train(settings)
     seconds = clock() - began
     noise = [json.loads(line)["noise_to_signal"] for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     layers = json.loads((adapter / "layer_snr.json").read_text())["selected"]
@@ -95,7 +95,7 @@ def ask(run: Run, folder: Path) -> dict[str, float]:
     from accelerate.state import AcceleratorState, GradientState
 
     import generate
-    from noisefit import answer_arguments
+    from noisefit.answers.settings import parse_arguments
 
     world, here = folder / "worlds" / run.world_name, run_folder(run, folder)
     common = {"model_path": here / "adapter", "repetition_penalty": 1.0, "overwrite_output": True}
@@ -105,9 +105,9 @@ def ask(run: Run, folder: Path) -> dict[str, float]:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         paths = {"input_csv": world / f"{questions}.csv", "output_csv": here / f"{name}.csv"}
-        args = answer_arguments.parse_arguments(words(common | how | paths))
-        generate.generate(args)
-    return measures.measure(*(here / f"{name}.csv" for name in sheets), args)
+        settings = parse_arguments(words(common | how | paths))
+        generate.generate(settings)
+    return measures.measure(*(here / f"{name}.csv" for name in sheets), settings)
 
 
 def train_and_ask(run: Run, folder: Path) -> None:
@@ -251,7 +251,7 @@ def compare(options: argparse.Namespace, command: str) -> bool:
 
 def check_flags(runs: Iterable[Run]) -> None:
     """Raise `InputError` for a method that is none, or whose flags train_loop.py would refuse."""
-    from noisefit.arguments import parse_arguments
+    from noisefit.run.settings import parse_arguments
 
     for run in runs:
         try:

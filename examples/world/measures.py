@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import torch
 from questions import FALSE_PREMISE, KNOWN, UNKNOWN, is_new_phrasing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from noisefit.adapters import find_base, load_answer_model, load_answer_tokenizer
-from noisefit.data import Row
-from noisefit.prompts import make_examples
-from noisefit.scoring import Prompt, holds, score_prompt, words
+from noisefit.answers.loading import find_base, load_answer_model, load_answer_tokenizer
+from noisefit.answers.scoring import Prompt, holds, score_prompt, words
+from noisefit.answers.settings import AnswerSettings
+from noisefit.inputs.prompts import make_examples
+from noisefit.inputs.tables import Row
 from world import REFUSAL
 
 # Bands of fame, by how often the corpus told a fact: from, to.
@@ -109,14 +109,14 @@ def answer_probabilities(
     return probabilities
 
 
-def measure(likeliest: Path, drawn: Path, trained: Path, args: Namespace) -> dict[str, float]:
+def measure(likeliest: Path, drawn: Path, trained: Path, settings: AnswerSettings) -> dict[str, float]:
     """Every measure of a run.
 
     Args:
         likeliest: the model's likeliest answers to test.csv, as generate.py writes them.
         drawn: answers to it drawn at random, of several rounds.
         trained: the likeliest answers to train.csv.
-        args: of generate.py, which name the model.
+        settings: of generate.py, which name the model.
 
     Returns:
         What `hallucinations` and `calibration` say of the likeliest answers, the latter of those to the questions of
@@ -125,10 +125,10 @@ def measure(likeliest: Path, drawn: Path, trained: Path, args: Namespace) -> dic
         that the corpus never told, that is, answers learnt by heart.
     """
     rows = read_csv(likeliest)
-    base = find_base(args)
-    model = load_answer_model(args, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    base = find_base(settings)
+    model = load_answer_model(settings, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     known = [row for row in rows if row["kind"] == KNOWN and not is_new_phrasing(row)]
-    confidences = answer_probabilities(model, load_answer_tokenizer(args, base), known)
+    confidences = answer_probabilities(model, load_answer_tokenizer(settings, base), known)
     right = [holds(row["generated_response"], [" ".join(words(row["answer"]))]) for row in known]
     measured = hallucinations(rows) | calibration(confidences, right)
     consistency = [score_prompt(prompt)["self_consistency"] for _, prompt in questions_with_answers(read_csv(drawn))]

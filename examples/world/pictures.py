@@ -19,9 +19,10 @@ from methods import HEADLINE
 from results import BANDS
 from summary import MEAN, RATE, SIMULTANEOUS, choose_methods, make_parser, pairs, read_runs, summarise
 
-from noisefit.arguments import build_parser
-from noisefit.errors import InputError, one_line_errors
-from noisefit.files import writing
+from noisefit.base.errors import InputError, one_line_errors
+from noisefit.base.files import writing
+from noisefit.base.settings import default_text, fields_of
+from noisefit.run.settings import Settings
 
 WIDTH, DPI = 9, 150  # inches; shown at 900 pixels, 11 points are 15 pixels
 STYLE = {
@@ -32,8 +33,7 @@ STYLE = {
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999")
 MARKERS = "osD^vPX*"
 SEEDS = {"s": 14, "alpha": 0.4, "linewidths": 0}
-DEFAULTS = {flag: str(build_parser().get_default(flag))
-            for flag in ("noise_std", "num_noise_layers", "auto_scale_factors", "auto_max_layers")}  # fmt: skip
+DEFAULTS = {field.name: default_text(field) for field in fields_of(Settings)}
 ABLATION = "#777777"
 
 

@@ -12,8 +12,8 @@ from methods import SIZES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from noisefit.errors import InputError
-from noisefit.files import check_regular, replacing, writing
+from noisefit.base.errors import InputError
+from noisefit.base.files import check_regular, replacing, writing
 
 KEY = ("size", "seed", "method")
 BANDS = ("rare", "uncommon", "common", "famous")

@@ -20,9 +20,10 @@ import pandas as pd
 from methods import GROUPS, METHODS, SIZES
 from results import BANDS, FIELDS, MEASURES, read_results
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
-from noisefit.command_line import OneLineParser
-from noisefit.errors import InputError, one_line_errors
+from noisefit.base.command_line import OneLineParser
+from noisefit.base.errors import InputError, one_line_errors
 
 LEVEL, EXACT_PAIRS, RANDOM_SIGNS = 0.95, 16, 20_000
 RATE, RATIO = "hallucination_rate", "train_seconds"  # the question; what is compared as a ratio, not as a difference
@@ -68,14 +69,9 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p values of a family adjusted so that, whatever their dependence, at most 5% of families have a false one
-    under 0.05 (Holm 1979, Scandinavian Journal of Statistics 6).
-
-    The k-th smallest of m is multiplied by m - k + 1, and is no smaller than those before it. The order is kept.
+    under 0.05 (Holm 1979, Scandinavian Journal of Statistics 6). The order is kept.
     """
-    order = np.argsort(p_values)
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(order), 0, -1))
-    return np.minimum(adjusted, 1).tolist()
+    return multipletests(p_values, method="holm")[1].tolist() if p_values else []
 
 
 def read_runs(path: Path, size: str) -> pd.DataFrame:

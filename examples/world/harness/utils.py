@@ -18,9 +18,9 @@ from datasets import Dataset
 # The program `lm_eval` does not look for modules in the current directory.
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
-from noisefit.data import read_records
-from noisefit.errors import InputError
-from noisefit.scoring import Prompt, score_prompt
+from noisefit.answers.scoring import Prompt, score_prompt
+from noisefit.base.errors import InputError
+from noisefit.inputs.tables import read_records
 
 DEFAULT_WORLD = Path(__file__).resolve().parents[3] / "build" / "world"
 WRONG_CHOICES = 3

@@ -1,0 +1,210 @@
+"""Answers on disk as they come: a run that is killed goes on where it stopped, and the final CSV appears whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from noisefit.answers.settings import AnswerSettings
+from noisefit.base.errors import InputError, on_main_process
+from noisefit.base.files import alone_in, append_whole, check_regular, sync_file, write_json, writing
+
+SETTINGS, PROCESSES = "settings.json", "processes"
+
+Answers = dict[tuple[int, int], str]
+"""`(index of the prompt, round)` to the answer."""
+
+
+def default_output(settings: AnswerSettings) -> str:
+    """The adapter's folder name, or the base model's, and `_answers.csv`."""
+    return f"{Path(settings.model_path or str(settings.model_id)).resolve().name}_answers.csv"
+
+
+def check_answers_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Raise `InputError` where the final CSV exists already, is the input, or cannot be written. Writes nothing."""
+    if output.suffix.lower() != ".csv":
+        raise InputError(f"--output_csv {output}: expected a name that ends in .csv")
+    if output.is_dir():
+        raise InputError(f"--output_csv {output}: a folder, expected a file name")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise InputError(f"--output_csv {output} is the input itself; choose another name")
+    if output.exists() and not overwrite:
+        raise InputError(f"--output_csv {output} exists; choose another name, or give --overwrite_output")
+    check_regular(output, "--output_csv ")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"--output_csv {output}: no folder {output.parent}")
+    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output_csv {output}: no permission to write in {output.absolute().parent}")
+
+
+@contextmanager
+def alone_with(output: Path) -> Iterator[None]:
+    """Keep an output to this launch: its main process has the folder of the unfinished answers to itself.
+
+    Raises:
+        InputError: the folder is a file, or its name is too long.
+        LocalError: another launch writes there.
+    """
+    folder = partial_folder(output)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"{folder} is in the way: it is not an unfinished run's folder; rename or remove it")
+    with alone_in(folder, on_main_process()):
+        yield
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the answers of an unfinished run are."""
+    return output.with_name(output.name + ".partial")
+
+
+class Journal:
+    """The finished answers of an unfinished run, in a folder beside its output: a file of JSON lines a process.
+
+    Args:
+        output: the final CSV's path.
+        process_index: this process's, which writes a file of its own.
+    """
+
+    def __init__(self, output: Path, process_index: int):
+        self.folder = partial_folder(output)
+        self.path = self.folder / f"process-{process_index}.jsonl"
+        self._paths: list[Path] = []  # of all processes, of this launch and those before; the main process knows them
+        self._counted: dict[Path, tuple[int, int]] = {}
+
+    def unfinished(self) -> dict[str, Any] | None:
+        """The settings of an unfinished run; `None` where there is none.
+
+        Raises:
+            InputError: something else is in the way.
+        """
+        try:
+            if not any(self.folder.iterdir()):
+                return None
+            check_regular(self.folder / SETTINGS)
+            content: dict[str, Any] = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            if type(content[PROCESSES]) is not int or not 0 < content[PROCESSES] < 10**6:
+                raise ValueError(PROCESSES)
+            return content
+        except FileNotFoundError as error:
+            if not self.folder.exists():
+                return None
+            problem: Exception = error
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, InputError) as error:
+            problem = error
+        raise InputError(
+            f"{self.folder} is in the way: it is not an unfinished run's folder; rename or remove it"
+        ) from problem
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise `InputError` where another run's answers are in the way. Writes nothing.
+
+        Args:
+            settings: all that determines an answer. Answers of other settings are not taken over.
+        """
+        before = self.unfinished()
+        if before is None:
+            return
+        names = {**before, **settings}.keys() - {PROCESSES}
+        if differing := [name for name in names if before.get(name) != settings.get(name)]:
+            raise InputError(
+                f"{self.folder} holds answers of an unfinished run with other settings "
+                f"({', '.join(sorted(differing))}); remove it, or give that run's settings to go on with it"
+            )
+
+    def start(self, settings: Mapping[str, Any], num_processes: int) -> None:
+        """Write the settings, and how many files are ours. The main process calls it."""
+        before = self.unfinished() or {PROCESSES: 0}
+        count = max(before[PROCESSES], num_processes)
+        self._paths = [self.folder / f"process-{i}.jsonl" for i in range(count)]
+        content = dict(settings) | {PROCESSES: count}
+        if content != before:
+            write_json(self.folder / SETTINGS, content)
+
+    def read(self, wanted: Collection[tuple[int, int]]) -> Answers:
+        """The answers of all processes so far to `wanted`. A line that a kill cut short is not counted."""
+        return self._read(self._paths, wanted)
+
+    def read_own(self, wanted: Collection[tuple[int, int]]) -> Answers:
+        """This process's answers so far."""
+        return self._read([self.path], wanted)
+
+    def _read(self, paths: Iterable[Path], wanted: Collection[tuple[int, int]]) -> Answers:
+        answers: Answers = {}
+        for path in paths:
+            check_regular(path)
+            if not path.exists():
+                continue
+            for line in path.read_bytes().split(b"\n")[:-1]:  # the last piece has no line end: it is empty, or cut
+                try:
+                    index, round_number, text = json.loads(line)
+                except (ValueError, TypeError, RecursionError):
+                    continue  # a cut line that a later run ended
+                if isinstance(text, str) and (index, round_number) in wanted:
+                    answers[index, round_number] = text
+        return answers
+
+    def append(self, answers: Iterable[tuple[int, int, str]]) -> None:
+        """Add answers to this process's file, all of them or none."""
+        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+        # A line that a kill cut short is ended first, or the next one would be lost with it.
+        append_whole(self.path, b"\n" * _ends_within_a_line(self.path) + lines.encode())
+        sync_file(self.path)
+
+    def count(self) -> int:
+        """How many lines all processes have written; each byte is read once."""
+        for path in filter(Path.exists, self._paths):
+            seen, lines = self._counted.get(path, (0, 0))
+            with path.open("rb") as file:
+                file.seek(seen)
+                new = file.read()
+            self._counted[path] = (seen + len(new), lines + new.count(b"\n"))
+        return sum(lines for _, lines in self._counted.values())
+
+    def remove(self) -> None:
+        """Remove our files and the folder, once the output stands. What somebody else put there stays."""
+        for path in (*self._paths, self.folder / SETTINGS):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+def write_answers(output: Path, records: Sequence[Mapping[str, Any]], answers: Answers, rounds: int) -> None:
+    """Write the final CSV, whole or not at all: the input's columns, `generated_response`, `round`.
+
+    Args:
+        output: where.
+        records: the prompts' rows, in the input's order.
+        answers: one for every row and round.
+        rounds: how many; those of one prompt stand together, numbered from 1.
+    """
+    columns = [*dict.fromkeys(name for record in records for name in record), "generated_response", "round"]
+    beside = partial_folder(output) / "answers.tmp"
+    with writing(output):
+        try:
+            with beside.open("w", encoding="utf-8", newline="") as file:
+                # Every cell is quoted: Python before 3.13 leaves a lone carriage return bare, and readers cut there.
+                writer = csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
+                writer.writeheader()
+                for index, record in enumerate(records):
+                    for number in range(1, rounds + 1):
+                        writer.writerow({**record, "generated_response": answers[index, number], "round": number})
+            sync_file(beside)
+            os.replace(beside, output)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

@@ -1,0 +1,177 @@
+"""Loading a model to answer with: an adapter on its base, or a base model alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from noisefit.answers.generation import Job
+from noisefit.answers.settings import AnswerSettings
+from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.inputs.model_checks import (
+    check_model_name,
+    check_quantization,
+    check_weights,
+    checked_config,
+    loading,
+    try_out,
+)
+from noisefit.inputs.models import quantization_options
+from noisefit.inputs.prompts import check_tokens
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_base(settings: AnswerSettings) -> str:
+    """The base model's folder or name: `--model_id`, else what the adapter records.
+
+    Raises:
+        InputError: `--model_path` is no adapter's folder, its weights are no safetensors, or the base is missing or
+            not named.
+    """
+    recorded = None
+    if settings.model_path:
+        folder = Path(settings.model_path)
+        if not folder.is_dir():
+            raise InputError(f"--model_path {folder}: no such folder")
+        if not (folder / "adapter_config.json").is_file():
+            whole = "; it holds a whole model: give it as --model_id" if (folder / "config.json").is_file() else ""
+            raise InputError(f"--model_path {folder}: no adapter_config.json in it, so it is no adapter{whole}")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise InputError(f"--model_path {folder}: no adapter_model.safetensors (pickles are not loaded)")
+        recorded = recorded_base(folder)
+        check_model_name("--model_path", settings.model_path)
+    base = settings.model_id or recorded
+    if base is None:
+        raise InputError(f"--model_path {settings.model_path}: its adapter_config.json names no base model; give it as "
+                         "--model_id")  # fmt: skip
+    check_model_name("--model_id" if settings.model_id else f"--model_path {settings.model_path}: its base model", base)
+    return base
+
+
+def recorded_base(folder: Path) -> str | None:
+    """The base model that an adapter records, if any. Raises `InputError` where its configuration is no JSON."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+        return base if isinstance(base, str) else None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{folder}/adapter_config.json: not readable as a JSON object: {error}") from None
+
+
+def load_answer_tokenizer(settings: AnswerSettings, base: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the adapter, with the prompt format of its training; else the base model's."""
+    folder = Path(settings.model_path) if settings.model_path else None
+    source = str(folder) if folder and (folder / "tokenizer_config.json").is_file() else base
+    with loading("--model_path" if folder else "--model_id", source, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+
+
+def context_length(settings: AnswerSettings, base: str) -> int | None:
+    """The most tokens that the base model takes, prompt and answer together; `None` if it names no limit."""
+    with loading("--model_id", base, "a model"):
+        config = checked_config(AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code))
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def model_fingerprint(settings: AnswerSettings, base: str, device: torch.device) -> str:
+    """A hash of what determines the model's numbers, by which unfinished answers are told from another run's.
+
+    Of a base in a local folder it takes its files' names, sizes and times, as reading gigabytes would take long.
+    """
+    facts: list[Any] = [base, str(answer_dtype(settings, device)), device.type]
+    facts += [settings.quantization, settings.attn_implementation, settings.no_merge]
+    if settings.model_path:
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        facts += [digest((Path(settings.model_path) / name).read_bytes()) for name in names]
+    for path in sorted(Path(base).glob("*")) if Path(base).is_dir() else ():
+        if path.suffix in (".json", ".safetensors"):
+            facts.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return digest(repr(facts).encode())
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def answer_dtype(settings: AnswerSettings, device: torch.device) -> torch.dtype:
+    """The dtype of the weights: `auto` is bfloat16 on a GPU, else float32."""
+    return DTYPES.get(settings.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def load_answer_model(settings: AnswerSettings, base: str, device: torch.device) -> PreTrainedModel:
+    """The model in eval mode on its device; the adapter is merged into the weights unless `--no_merge` is given.
+
+    Quantized weights are never merged, as rounding them again would change the adapter.
+
+    Raises:
+        InputError: no causal language model in safetensors, or the adapter does not fit it.
+    """
+    check_quantization(settings.quantization, training=False)
+    dtype = answer_dtype(settings, device)
+    options: dict[str, Any] = {"dtype": dtype} | quantization_options(settings.quantization, dtype, device)
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    with loading("--model_id", base, "a causal language model in safetensors"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            use_safetensors=True,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+        model, report = loaded
+        check_weights(report, base)
+    if settings.model_path:
+        model = _with_adapter(model, settings, settings.model_path, base)
+    model = model.eval() if settings.quantization != "none" else model.to(device).eval()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try_out(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "--model_id", base)
+    return model
+
+
+def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str, base: str) -> Any:
+    recorded = recorded_base(Path(folder)) or "an unknown model"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of weights that have no place; they are an error below
+            adapted = PeftModel.from_pretrained(model, folder)
+        with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+            unmatched = set(file.keys()) ^ get_peft_model_state_dict(adapted).keys()
+        if unmatched:  # of layers that only one of the two has
+            raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
+    except Exception as error:  # whatever PEFT makes of files that anybody may have written
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--model_path {folder}: does not fit {base}; it was trained on {recorded} ({reason})"
+        ) from None
+    can_merge = hasattr(adapted, "merge_and_unload")  # prompt tuning, for one, adds nothing to the weights
+    if not can_merge or settings.no_merge or settings.quantization != "none":
+        return adapted
+    try:
+        return adapted.merge_and_unload()
+    except Exception as error:  # some kinds of adapters cannot be merged
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--model_path {folder}: not to be merged into the weights ({reason}); give "
+                         "--no_merge") from None  # fmt: skip
+
+
+def check_vocabulary(model: PreTrainedModel, jobs: Iterable[Job]) -> None:
+    """Raise `InputError` where a prompt has tokens that the model has no embedding for."""
+    embeddings: Any = model.get_input_embeddings()
+    for job in jobs:
+        check_tokens(job.input_ids, len(embeddings.weight), f"prompt {job.index + 1}")

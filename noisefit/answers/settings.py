@@ -1,0 +1,116 @@
+"""The settings of answering: names and defaults of the published program, but for the repetition penalty."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from noisefit.base.command_line import HelpFormatter, OneLineParser, hide_token
+from noisefit.base.errors import InputError
+from noisefit.base.settings import add_flags, check_fields, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFileSettings:
+    """What goes in and what comes out."""
+
+    model_path: str | None = setting(
+        None, "the adapter's folder; without it the base model answers alone, for comparison", is_path=True
+    )
+    model_id: str | None = setting(
+        None, "the base model: a folder, or a name on the hub; default: the one that the adapter records", is_path=True
+    )
+    input_csv: str = setting(help="CSV, JSON Lines or Parquet with a column prompt (required)", is_path=True)
+    output_csv: str | None = setting(
+        None, "where the answers go; default: the adapter's folder name and _answers.csv", is_path=True
+    )
+    overwrite_output: bool = setting(False, "replace answers that are already there")
+    trust_remote_code: bool = setting(False, "run code that comes with the base model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSettings:
+    """How answers are drawn."""
+
+    rounds: int = setting(5, "answers to each prompt", low=1, high=10**6)
+    max_new_tokens: int = setting(50, "tokens an answer at the most", low=1, high=10**6)
+    temperature: float = setting(0.5, "divides the logits", low=0, high=1e6)
+    top_p: float = setting(0.9, "the likeliest tokens of this sum remain", low=0, high=1, open_low=True)
+    top_k: int = setting(40, "so many of the likeliest tokens remain; 0: all", low=0, high=10**9)
+    repetition_penalty: float = setting(1.0, "of repeated tokens; 1: none", low=0, high=1e6, open_low=True)
+    greedy: bool = setting(False, "always the likeliest token; all rounds are then the same")
+    seed: int = setting(42, "with prompt, round and position it determines every token", low=0, high=10**18)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerModelSettings:
+    """The model."""
+
+    batch_size: int = setting(0, "answers at a time on each device; 0: found by trying", low=0, high=10**9)
+    no_merge: bool = setting(False, "keep the adapter beside the weights instead of adding it to them")
+    dtype: str = setting(
+        "auto", "of the weights; auto: bfloat16 on a GPU, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    quantization: str = setting("none", "load the base model in 8 or 4 bits", choices=("none", "8bit", "4bit"))
+    attn_implementation: str | None = setting(
+        None, "attention of the model: eager, sdpa, flash_attention_2, ...; default: its own"
+    )
+    chat_template: str | None = setting(
+        None, "prompt format; default: the one saved with the adapter", metavar="NAME|FILE", is_path=True
+    )
+
+
+GROUPS: dict[str, type] = {
+    "what goes in and what comes out": AnswerFileSettings,
+    "how answers are drawn": DrawSettings,
+    "the model": AnswerModelSettings,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings(AnswerModelSettings, DrawSettings, AnswerFileSettings):
+    """All settings of answering, checked.
+
+    Raises:
+        InputError: a value is out of its range, or neither adapter nor base model is given.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.model_path and not self.model_id:
+            raise InputError("give --model_path, an adapter's folder, or --model_id, a base model to answer alone")
+        if not self.input_csv:
+            raise InputError("--input_csv is required: a file with a column prompt; see --help")
+        if self.temperature == 0:
+            raise InputError("--temperature: 0 would divide by zero; for the likeliest token use --greedy")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, grouped."""
+    parser = OneLineParser(
+        prog="generate.py",
+        usage="accelerate launch generate.py --model_path ADAPTER --input_csv FILE [options]",
+        description="Answer the prompts of a file several times each, with an adapter or with a base model alone.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add_flags(parser, GROUPS)
+    help_text = "token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere"
+    parser.add_argument_group("the hub").add_argument("--hf_token", help=help_text)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> AnswerSettings:
+    """The command line's flags.
+
+    Raises:
+        InputError: an unknown flag, a value out of range, or neither adapter nor base model.
+    """
+    given = vars(build_parser().parse_args(sys.argv[1:] if argv is None else argv))
+    if token := given.pop("hf_token", None):
+        hide_token(token)
+    return AnswerSettings(**{"input_csv": ""} | given)

@@ -1,0 +1,1 @@
+"""What every part stands on: errors of one line, files, command lines, random state, precision."""

@@ -1,0 +1,1 @@
+"""How the branches of a batch run: one forked forward pass or separate ones, and the check that they are the same."""

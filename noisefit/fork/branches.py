@@ -1,0 +1,273 @@
+"""The branches of a batch, clean and noisy, in one forked forward pass or in separate ones.
+
+Up to the output of the first noisy layer the branches are identical, so the fork runs that prefix once, turns its
+`[B, L, H]` into the rows of all branches, `[3B, L, H]` for three, and goes on. Nothing here knows an architecture: all
+of it is hooks on the decoder's blocks (`noisefit.fork.hooks`). With no dropout in the prefix the fork equals separate
+passes; with dropout, the branches share the prefix's dropout mask.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from noisefit.fork.decoder import find_causal_lm, find_decoder, find_decoder_layers, logits_of
+from noisefit.fork.hooks import EMBEDDING, INPUT, Noise, NoiseFunction, Pass, layer_hooks
+
+
+class Branch(Enum):
+    """How a branch of the batch differs from the others."""
+
+    CLEAN = "clean"  # the model as it is
+    NOISY = "noisy"  # with noise of its own
+    DROPOUT = "dropout"  # with dropout of its own
+
+
+CLEAN, NOISY, DROPOUT = Branch
+BRANCHES = (CLEAN, NOISY, NOISY)
+STRATEGIES = ("fork", "separate", "full_logits")
+
+Logits = Mapping[Branch, Sequence[Tensor]]
+"""Of each kind the logits `[N, V]` of its branches, in their order; no branch of a kind is an empty sequence."""
+
+Losses = dict[str, Tensor]
+"""A loss's name to its sum over tokens, a scalar."""
+
+ChunkLosses = Callable[[Logits, Tensor], Losses]
+"""`(logits, target_tokens [N]) -> losses` of one chunk of tokens."""
+
+
+class BranchedModel(nn.Module):
+    """A causal language model whose forward pass runs the branches and reduces them to the sums of the losses.
+
+    One call of `forward` is one pass through an ordinary module, so DDP and FSDP see nothing unusual. The losses
+    themselves are the caller's: `forward` calls `chunk_losses` with the logits of a chunk of supervised tokens at a
+    time, so that the memory for logits is `branches x loss_chunk_size x vocabulary` however large the batch.
+
+    Args:
+        model: a transformers causal language model, with or without a PEFT adapter.
+        loss_chunk_size: supervised tokens a chunk.
+        dropout: of `DROPOUT` branches: the share of the elements dropped of what each block adds to the hidden
+            states, in training mode, besides what the model has of its own.
+    """
+
+    def __init__(self, model: nn.Module, loss_chunk_size: int, dropout: float = 0.0):
+        super().__init__()
+        self.model = model
+        self.loss_chunk_size = loss_chunk_size
+        self.dropout = dropout
+        layer_hooks(model)  # now, so that they stand before those of whatever wraps this module
+        # Here accelerate reads which modules FSDP gathers one at a time; else it gathers the whole model at once.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in find_decoder_layers(model)})
+
+    def tie_weights(self) -> None:
+        """accelerate calls this where it has made new parameters (FSDP): shared weights must be shared again."""
+        find_causal_lm(self.model).tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        target_positions: Tensor | None = None,
+        target_tokens: Tensor | None = None,
+        *,
+        branches: Sequence[Branch] = BRANCHES,
+        noise: Mapping[int, Noise | NoiseFunction] | None = None,
+        strategy: str = "fork",
+        chunk_losses: ChunkLosses | None = None,
+        clean_states: Tensor | None = None,
+    ) -> Losses | Tensor:
+        """Run the branches and sum the losses over the supervised tokens.
+
+        Args:
+            input_ids: `[B, L]`, int64, padded on the right.
+            attention_mask: `[B, L]`, 1 at real tokens.
+            target_positions: `[N]`, int64, the positions that predict a supervised token, as indices into the
+                `B * L` positions of the batch.
+            target_tokens: `[N]`, int64, the token that each of them predicts. `N` may be 0.
+            branches: of which kind each one is.
+            noise: the index of a layer, or `EMBEDDING`, to its noise: a `Noise`, or a function of hidden states, the
+                number of the branch (of the noisy ones, from 1) and the mask. Empty: clean and noisy branches are one,
+                which stands for all.
+            strategy: `fork`, `separate`, or `full_logits` (separate passes through the model's own forward, all
+                logits in memory: for a model whose logits cannot be formed from a chunk of hidden states).
+            chunk_losses: forms the sums of one chunk. `None`: no branches and no losses, the clean pass alone.
+            clean_states: `[B, L, H]`, the final hidden states of the clean branch, the first, where they are known;
+                then it is not run.
+
+        Returns:
+            The sums of `chunk_losses` over all chunks, by name; without it the final hidden states `[B, L, H]`.
+
+        Raises:
+            ValueError: a branch is of no known kind, or a layer or strategy is none.
+        """
+        check_branches(branches)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+        if chunk_losses is None:
+            return _decoder_pass(self.model, input_ids, attention_mask)
+        assert target_positions is not None and target_tokens is not None
+        run = _full_pass if strategy == "full_logits" else _decoder_pass
+        # Attention that looks to the left never sees padding on the right. The fork's is told that there is none: with
+        # padding, the mask would be a dense one, which keeps SDPA from its fastest kernels. The noise has the real
+        # mask, and `choose_strategy` checks that nothing else changes.
+        mask = torch.ones_like(attention_mask) if strategy == "fork" else attention_mask
+        states = run_branches(
+            self.model,
+            len(input_ids),
+            noise or {},
+            "fork" if strategy == "fork" else "separate",
+            functools.partial(run, self.model, input_ids, mask),
+            branches if clean_states is None else branches[1:],
+            self.dropout,
+            attention_mask,
+        )
+        if clean_states is not None:
+            states = torch.cat([clean_states.unsqueeze(0).to(states), states])
+        states = states.flatten(1, 2).index_select(1, target_positions)
+        return self.sum_losses(states, target_tokens, chunk_losses, branches, strategy == "full_logits")
+
+    def sum_losses(
+        self,
+        states: Tensor,
+        target_tokens: Tensor,
+        chunk_losses: ChunkLosses,
+        branches: Sequence[Branch] = BRANCHES,
+        are_logits: bool = False,
+    ) -> Losses:
+        """The sums of the losses, a chunk of supervised tokens at a time, all but the last computed again in backward.
+
+        Args:
+            states: `[branches, N, H]`, final hidden states of the branches at the supervised positions, or
+                `[1, N, H]` where all are one; `[.., N, V]` where they are logits already.
+            target_tokens: `[N]`, int64.
+            chunk_losses, branches: as for `forward`.
+            are_logits: whether `states` are logits.
+        """
+        check_branches(branches)
+        # Backward begins with the last chunk, so keeping its logits takes no more memory than computing them again. The
+        # rest of an uneven division goes first, so that the chunk that is not computed again is a whole one.
+        count, size = len(target_tokens), self.loss_chunk_size
+        # Without a supervised token there is one empty chunk: its zero is tied to every parameter, which must all take
+        # part in the gradient reduction or the other processes hang.
+        sizes = [part for part in (count % size, *[size] * (count // size)) if part] or [0]
+        chunks = list(zip(states.split(sizes, dim=1), target_tokens.split(sizes), strict=True))
+        sums: Losses = {}
+        for chunk, tokens in chunks[:-1]:
+            arguments = (chunk, tokens, chunk_losses, branches, are_logits)
+            sums = _added(sums, checkpoint(self._chunk_sums, *arguments, use_reentrant=False))
+        return _added(sums, self._chunk_sums(*chunks[-1], chunk_losses, branches, are_logits))
+
+    def _chunk_sums(
+        self,
+        states: Tensor,
+        target_tokens: Tensor,
+        chunk_losses: ChunkLosses,
+        branches: Sequence[Branch],
+        are_logits: bool,
+    ) -> Losses:
+        logits = states if are_logits else logits_of(self.model, states)
+        # Without noise all are one tensor: views of an expanded one would have three times its gradient.
+        each = list(logits) if len(logits) == len(branches) else [logits[0]] * len(branches)
+        of_kind: dict[Branch, list[Tensor]] = {kind: [] for kind in Branch}
+        for kind, part in zip(branches, each, strict=True):
+            of_kind[kind].append(part)
+        return chunk_losses(of_kind, target_tokens)
+
+
+def _added(sums: Losses, more: Losses) -> Losses:
+    return sums | {name: sums[name] + value if name in sums else value for name, value in more.items()}
+
+
+def branch_hidden_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, noise: Mapping[int, Callable[[Tensor, int], Tensor]],
+    strategy: str = "fork",
+) -> Tensor:  # fmt: skip
+    """Final hidden states (after the decoder's last norm) of the clean and the two noisy branches.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        input_ids: `[B, L]`, int64.
+        attention_mask: `[B, L]`, 1 at real tokens.
+        noise: a layer's index to a function `(hidden_states [B, L, H], branch) -> noise`, `branch` 1 or 2, whose
+            result is added to that layer's output.
+        strategy: `fork` (one pass, the prefix run once) or `separate` (three passes).
+
+    Returns:
+        `[3, B, L, H]`: clean, noisy 1, noisy 2.
+    """
+    run = functools.partial(_decoder_pass, model, input_ids, attention_mask)
+    functions = {layer: _without_mask(function) for layer, function in noise.items()}
+    return run_branches(model, len(input_ids), functions, strategy, run).expand(len(BRANCHES), -1, -1, -1)
+
+
+def check_branches(branches: Sequence[Branch]) -> None:
+    """Raise `ValueError` where a branch is of no known kind."""
+    if others := [kind for kind in branches if not isinstance(kind, Branch)]:
+        raise ValueError(f"a branch is {others[0]!r}, expected one of {', '.join(map(str, Branch))}")
+
+
+def _without_mask(function: Callable[[Tensor, int], Tensor]) -> NoiseFunction:
+    return lambda hidden_states, branch, mask: function(hidden_states, branch)
+
+
+def run_branches(
+    model: nn.Module, batch_size: int, noise: Mapping[int, Noise | NoiseFunction], strategy: str,
+    run: Callable[[int], Tensor], branches: Sequence[Branch] = BRANCHES, dropout: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Call `run`, which passes a batch of `batch_size` rows through `model`, so that it yields the branches.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        batch_size: `B`.
+        noise: the index of a layer, or `EMBEDDING`, to its noise.
+        strategy: `fork` or `separate`.
+        run: called with the number of copies of the batch that are to go in as its rows.
+        branches: the kind of each branch.
+        dropout: of the `DROPOUT` branches.
+        mask: `[B, L]`, non-zero at real tokens, for the noise; `None` where all are real.
+
+    Returns:
+        `[branches, B, ...]`; `[1, B, ...]` where they are all one, as there is neither noise nor dropout.
+    """
+    hooks = layer_hooks(model)
+    if strategy not in ("fork", "separate"):
+        raise ValueError(f"strategy is {strategy!r}, expected 'fork' or 'separate'")
+    check_branches(branches)
+    if unknown := [layer for layer in noise if layer not in range(EMBEDDING, hooks.num_layers)]:
+        raise ValueError(f"noise for layers {unknown}, but the model's are 0 to {hooks.num_layers - 1}")
+    if not noise and DROPOUT not in branches:
+        return run(1).unsqueeze(0)
+    numbers = tuple(branches[: i + 1].count(NOISY) if kind == NOISY else 0 for i, kind in enumerate(branches))
+    dropped = tuple(dropout if kind == DROPOUT else 0.0 for kind in branches)
+    count = len(branches)
+    if strategy == "separate" or count == 1:
+        separate = []
+        for number, share in zip(numbers, dropped, strict=True):
+            with hooks.applying(Pass(noise, (number,), batch_size, mask, dropout=(share,))):
+                separate.append(run(1))
+        return torch.stack(separate)
+    # Dropout and noise on the embedding set the branches apart from the first layer on.
+    fork_layer = INPUT if DROPOUT in branches or EMBEDDING in noise else min(noise)
+    with hooks.applying(Pass(noise, numbers, batch_size, mask, fork_layer, dropped)):
+        return run(count if fork_layer == INPUT else 1).unflatten(0, (count, batch_size))
+
+
+def _decoder_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, copies: int = 1) -> Tensor:
+    return find_decoder(model)(**_inputs(input_ids, attention_mask, copies)).last_hidden_state
+
+
+def _full_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, copies: int = 1) -> Tensor:
+    return find_causal_lm(model)(**_inputs(input_ids, attention_mask, copies)).logits
+
+
+def _inputs(input_ids: Tensor, attention_mask: Tensor, copies: int) -> dict[str, Any]:
+    rows = {"input_ids": input_ids.repeat(copies, 1), "attention_mask": attention_mask.repeat(copies, 1)}
+    return rows | {"use_cache": False}

@@ -1,0 +1,190 @@
+"""Hooks on a model's embedding and decoder blocks: where the branches of a batch part, and get noise or dropout.
+
+Nothing here knows an architecture. The hooks are registered once, for the model's life, and idle except during a pass
+of `noisefit.fork.branches`: gradient checkpointing runs some of them again during backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from noisefit.base.precision import EPS, mean_magnitude
+from noisefit.fork.decoder import block_hidden_states, find_causal_lm, find_decoder, find_decoder_layers
+
+EMBEDDING = -1  # the index of the token embedding, among those of the layers
+INPUT = -2  # the branches have rows of their own from the token ids on
+
+
+class Noise(Protocol):
+    """Noise whose size at each element is known before it is drawn, see `noisefit.method.noise`.
+
+    `hidden_states`, scale and noise are `[B, L, H]`; `mask` is `[B, L]`, non-zero at real tokens, or `None`.
+    """
+
+    def scale(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor: ...
+
+    def draw(self, scale: Tensor) -> Tensor: ...
+
+    def mean_size(self, scale: Tensor, mask: Tensor | None) -> Tensor: ...
+
+
+NoiseFunction = Callable[[Tensor, int, Tensor | None], Tensor]
+"""`(hidden_states [B, L, H], branch from 1, mask) -> noise [B, L, H]`."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the hooks do during one pass through the model.
+
+    Attributes:
+        noise: a layer's index, or `EMBEDDING`, to the noise that its output gets.
+        branches: the number of each branch that takes part; 0 gets no noise, the others are told apart by it.
+        batch_size: rows of a branch.
+        mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+        fork_layer: at whose output one row becomes a row of each branch, or `INPUT`.
+        dropout: for each branch, the share dropped of the elements that a block adds to the hidden states.
+    """
+
+    noise: Mapping[int, Noise | NoiseFunction]
+    branches: tuple[int, ...]
+    batch_size: int
+    mask: Tensor | None = None
+    fork_layer: int = INPUT
+    dropout: tuple[float, ...] = ()
+
+
+class LayerHooks:
+    """The hooks of one model, idle except inside `applying`.
+
+    Attributes:
+        noise_to_signal: `mean(|noise|) / mean(|hidden states|)` of every draw in training mode, by layer.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.noise_to_signal: dict[int, list[Tensor]] = {}
+        layers = find_decoder_layers(model)
+        self.num_layers = len(layers)
+        self.current: Pass | None = None
+        embedding = find_causal_lm(model).get_input_embeddings()
+        embedding.register_forward_hook(functools.partial(self._after, EMBEDDING), with_kwargs=True)
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True)
+            layer.register_forward_hook(functools.partial(self._after, index), with_kwargs=True)
+
+    @contextmanager
+    def applying(self, this_pass: Pass | None) -> Iterator[None]:
+        previous, self.current = self.current, this_pass
+        try:
+            yield
+        finally:
+            self.current = previous
+
+    def _before(self, index: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        this_pass = self.current
+        if this_pass is None or this_pass.fork_layer == INPUT or index <= this_pass.fork_layer:
+            return None
+        copies = len(this_pass.branches)
+        return tuple(_repeat(value, this_pass.batch_size, copies) for value in (args, kwargs))
+
+    def _after(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        this_pass = self.current
+        if this_pass is None:
+            return None
+        noise = this_pass.noise.get(index) if any(this_pass.branches) else None
+        drops = any(this_pass.dropout) and index != EMBEDDING
+        if noise is None and not drops:
+            return None
+        hidden, count = block_hidden_states(output), len(this_pass.branches)
+        # Each branch draws from its own rows alone: the noise's statistics are those of a branch.
+        rows = [hidden] * count if index == this_pass.fork_layer else list(hidden.chunk(count))
+        if drops:
+            before = (args[0] if args else kwargs["hidden_states"]).chunk(count)
+            for i, share in enumerate(this_pass.dropout):
+                rows[i] = before[i] + F.dropout(rows[i] - before[i], share, module.training) if share else rows[i]
+        if noise is not None:
+            ratios = self.noise_to_signal.setdefault(index, []) if module.training else None
+            rows = _with_noise(noise, rows, this_pass.branches, this_pass.mask, ratios)
+        hidden = torch.cat(rows) if count > 1 else rows[0]
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def _with_noise(
+    noise: Noise | NoiseFunction, rows: Sequence[Tensor], branches: Sequence[int], mask: Tensor | None,
+    ratios: list[Tensor] | None,
+) -> list[Tensor]:  # fmt: skip
+    """The rows of each branch with noise of its own; how large that is beside them is added to `ratios`."""
+    noisy, known, scale, ratio = list(rows), None, None, None
+    for i, (hidden, branch) in enumerate(zip(rows, branches, strict=True)):
+        if not branch:
+            continue
+        if callable(noise):
+            drawn = noise(hidden, branch, mask)
+            ratio = _ratio(mean_magnitude(drawn.detach(), mask), hidden, mask) if ratios is not None else None
+        else:
+            if scale is None or hidden is not known:  # where the fork is, all branches start from one tensor
+                known, scale = hidden, noise.scale(hidden, mask)
+                ratio = _ratio(noise.mean_size(scale, mask), hidden, mask) if ratios is not None else None
+            drawn = noise.draw(scale)
+        noisy[i] = hidden + drawn
+        if ratios is not None and ratio is not None:
+            ratios.append(ratio)
+    return noisy
+
+
+def _ratio(size: Tensor, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """Noise to signal; it stays on the device, as `.item()` would stall a GPU."""
+    return size / (mean_magnitude(hidden_states.detach(), mask) + EPS)
+
+
+def pop_noise_to_signal(model: nn.Module) -> dict[int, Tensor]:
+    """Of each layer the mean noise to signal of its draws since the last call, scalar tensors on the device."""
+    hooks = layer_hooks(model)
+    ratios, hooks.noise_to_signal = hooks.noise_to_signal, {}
+    return {layer: torch.stack(values).mean() for layer, values in ratios.items() if values}
+
+
+def layer_hooks(model: nn.Module) -> LayerHooks:
+    """The hooks of this model, registered at the first call; and every checkpointing function bound to its pass."""
+    decoder = find_decoder(model)
+    if "_noisefit_hooks" not in vars(decoder):
+        vars(decoder)["_noisefit_hooks"] = LayerHooks(model)
+    hooks: LayerHooks = vars(decoder)["_noisefit_hooks"]
+    for module in decoder.modules():
+        checkpointing = vars(module).get("_gradient_checkpointing_func")
+        if checkpointing is not None and getattr(checkpointing, "func", None) is not _checkpoint_in_its_pass:
+            bound = functools.partial(_checkpoint_in_its_pass, hooks, checkpointing)
+            vars(module)["_gradient_checkpointing_func"] = bound
+    return hooks
+
+
+def _checkpoint_in_its_pass(hooks: LayerHooks, checkpointing: Callable, function: Callable, *args: Any) -> Any:
+    """Gradient checkpointing runs a block again during backward, with its hooks where transformers checkpoints the
+    block's `__call__` (up to 5.17 and some later; newer ones checkpoint `forward`, inside the hooks). The
+    second run must see the pass of the first one, not whichever pass came last."""
+    this_pass = hooks.current
+
+    def function_in_its_pass(*args: Any) -> Any:
+        with hooks.applying(this_pass):
+            return function(*args)
+
+    return checkpointing(function_in_its_pass, *args)
+
+
+def _repeat(value: Any, batch_size: int, copies: int) -> Any:
+    """Repeat for the branches every tensor of the batch, at any nesting: `[B, ...]` of two dimensions or more."""
+    if isinstance(value, Tensor):
+        is_batch = value.dim() >= 2 and value.shape[0] == batch_size
+        return value.repeat(copies, *[1] * (value.dim() - 1)) if is_batch else value
+    if isinstance(value, dict):
+        return {key: _repeat(item, batch_size, copies) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_repeat(item, batch_size, copies) for item in value)
+    return value

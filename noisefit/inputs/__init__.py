@@ -1,0 +1,1 @@
+"""What goes in: files of questions, prompts, batches, models."""

@@ -1,0 +1,103 @@
+"""Which rows make up an optimizer step, how a step is cut into micro-batches, and the tensors of a micro-batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from noisefit.inputs.prompts import Example
+
+Batch = dict[str, Tensor]
+
+
+def steps_per_epoch(num_examples: int, rows_per_step: int) -> int:
+    """Optimizer steps an epoch; the last one may have fewer rows."""
+    return math.ceil(num_examples / rows_per_step)
+
+
+def epoch_steps(
+    examples: Sequence[Example], rows_per_step: int, seed: int, epoch: int, first_step: int = 0
+) -> Iterator[list[Example]]:
+    """The rows of each optimizer step of an epoch, every row once, in an order that `seed` and `epoch` determine.
+
+    All processes know the whole step, so its supervised tokens are counted without asking the others, and the order
+    does not depend on how many they are.
+
+    Args:
+        examples: all rows.
+        rows_per_step: rows an optimizer step, over all micro-batches and processes.
+        seed, epoch: determine the order.
+        first_step: start at this step of the epoch.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    for start in range(first_step * rows_per_step, len(order), rows_per_step):
+        yield [examples[i] for i in order[start : start + rows_per_step]]
+
+
+def cut_step(
+    rows: Sequence[Example], batch_size: int, num_processes: int = 1, process_index: int = 0
+) -> list[list[Example]]:
+    """This process's micro-batches of an optimizer step.
+
+    Rows are sorted by length within the step and nowhere else: that saves padding and, as a step's loss does not
+    depend on how the step was cut, changes nothing. Every process gets equally many micro-batches of nearly equal
+    size; one may be empty where rows are fewer than processes.
+
+    Args:
+        rows: the rows of the whole step.
+        batch_size: rows a micro-batch at the most.
+        num_processes, process_index: of the launch.
+    """
+    rows = sorted(rows, key=lambda example: len(example.input_ids), reverse=True)
+    rounds = math.ceil(len(rows) / (batch_size * num_processes))
+    parts = rounds * num_processes
+    borders = [part * len(rows) // parts for part in range(parts + 1)]
+    # Part i goes to process i % num_processes: neighbours in length run at the same time.
+    return [rows[borders[part] : borders[part + 1]] for part in range(process_index, parts, num_processes)]
+
+
+def count_targets(rows: Sequence[Example]) -> int:
+    """Supervised tokens in these rows: what a step's losses are divided by."""
+    return sum(example.num_targets for example in rows)
+
+
+def count_tokens(rows: Sequence[Example]) -> int:
+    """Real tokens in these rows, prompts included, padding not."""
+    return sum(len(example.input_ids) for example in rows)
+
+
+def collate(rows: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
+    """The tensors of a micro-batch, right-padded.
+
+    Args:
+        rows: may be empty: the batch then is one row of padding without a supervised token.
+        pad_token_id: fills padded positions.
+        device: where the tensors go.
+
+    Returns:
+        `input_ids` and `attention_mask`, `[B, L]` int64; `target_positions` and `target_tokens`, `[N]` int64, see
+        `BranchedModel.forward`. The indices are made here, on the CPU, as finding them on a GPU would stall it.
+    """
+    length = max((len(example.input_ids) for example in rows), default=1)
+    input_ids = torch.full((max(len(rows), 1), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    attention_mask[:, 0] = 1  # holds for every real row; an all-padding row would have nothing to attend to
+    positions = [torch.empty(0, dtype=torch.long)]
+    tokens = [torch.empty(0, dtype=torch.long)]
+    for i, example in enumerate(rows):
+        ids, end = torch.tensor(example.input_ids), len(example.input_ids)
+        input_ids[i, :end] = ids
+        attention_mask[i, :end] = 1
+        positions.append(i * length + torch.arange(example.target_start - 1, end - 1))
+        tokens.append(ids[example.target_start :])
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "target_positions": torch.cat(positions),
+        "target_tokens": torch.cat(tokens),
+    }
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

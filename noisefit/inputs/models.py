@@ -1,0 +1,213 @@
+"""Loading the base model and its tokenizer, checking what can be checked before, and adding the adapter."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.base.settings import setting
+from noisefit.fork.decoder import find_decoder_layers
+from noisefit.inputs.model_checks import check_model_name, check_quantization, check_weights, checked_config, loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model, and what of it is trained."""
+
+    lora_r: int = setting(8, "rank of the LoRA adapter", low=1, high=2**16)
+    lora_alpha: float = setting(16.0, "the adapter is scaled by lora_alpha / lora_r", low=0, high=1e6, open_low=True)
+    lora_dropout: float = setting(
+        0.05, "dropout before the adapter; up to the first noisy layer a fork's branches share its mask", low=0,
+        high=0.99,
+    )  # fmt: skip
+    target_modules: list[str] | None = setting(
+        None, "modules that get an adapter, or all-linear; default: PEFT's own choice for the architecture",
+        metavar="NAME",
+    )  # fmt: skip
+    full_finetune: bool = setting(False, "train all weights, without an adapter")
+    gradient_checkpointing: bool = setting(False, "less memory, about a third more computing")
+    attn_implementation: str | None = setting(
+        None, "attention of the model: eager, sdpa, flash_attention_2, ...; default: its own"
+    )
+    quantization: str = setting(
+        "none", "load the frozen base model in 8 or 4 bits (needs: pip install bitsandbytes)",
+        choices=("none", "8bit", "4bit"),
+    )  # fmt: skip
+
+
+def load_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The base model's configuration. Raises `InputError` as `check_model_name`, or if it is none."""
+    check_model_name("--model", model)
+    with loading("--model", model, "a model"):
+        return checked_config(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
+
+
+def load_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer. Raises `InputError` where there is none."""
+    with loading("--model", model, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+def check_model(
+    settings: ModelSettings, model: str, config: PreTrainedConfig, trust_remote_code: bool
+) -> tuple[int, int]:
+    """Build the model without weights, and refuse what cannot be trained as asked.
+
+    Returns:
+        Its number of decoder layers, and of token embeddings.
+
+    Raises:
+        InputError: not a causal language model, no decoder layers, target modules that match nothing, quantization
+            that this machine cannot do.
+    """
+    check_quantization(settings.quantization, training=True)
+    with loading("--model", model, "a causal language model"), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    num_layers, embeddings = len(find_decoder_layers(empty)), empty.get_input_embeddings()
+    if not settings.full_finetune:
+        add_adapter(settings, empty, model)
+    return num_layers, len(embeddings.weight)
+
+
+def length_limit(config: PreTrainedConfig) -> int | None:
+    """The most tokens of a row that the model has positions for; `None` where it names no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+
+
+def quantization_options(quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is to be told for `--quantization`."""
+    if quantization == "none":
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=quantization == "4bit",
+        load_in_8bit=quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def load_model(
+    settings: ModelSettings, name: str, accelerator: Accelerator, checkpoint: Path | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:  # fmt: skip
+    """The base model with its adapter, or all of it trainable under `--full_finetune`.
+
+    Frozen weights are loaded in the launch's mixed-precision dtype; weights that are trained are float32, as an
+    update is too small a change for 16 bits.
+
+    Args:
+        settings: what of it is trained, and how it is loaded.
+        name: of the base model, or its folder.
+        accelerator: of the run.
+        checkpoint: its weights are the ones that the training begins with.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        InputError: no such model in safetensors, or the checkpoint's adapter is not of this model.
+    """
+    frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    options: dict[str, Any] = {"dtype": torch.float32 if settings.full_finetune else frozen_dtype}
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    options |= quantization_options(settings.quantization, frozen_dtype, accelerator.device)
+    whole = checkpoint if settings.full_finetune else None
+    with loading("--model", str(whole or name), "weights as safetensors"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            whole or name, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+        model, report = loaded
+        check_weights(report, str(whole or name))
+        if whole is not None:
+            wrong = [*report["unexpected_keys"]]
+            wrong += [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is not of this model or not finite")
+    if settings.quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if settings.gradient_checkpointing:
+        # Newer transformers have another name for it, and warn of this one.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if settings.full_finetune:
+        return model
+    adapted = add_adapter(settings, model, name)
+    if checkpoint is not None:
+        _restore_adapter(adapted, checkpoint)
+    return adapted
+
+
+def _restore_adapter(model: nn.Module, checkpoint: Path) -> None:
+    with loading("--resume_from_checkpoint", str(checkpoint), "this model's adapter"):
+        weights = load_file(checkpoint / "adapter_model.safetensors")
+        unmatched = weights.keys() ^ get_peft_model_state_dict(model).keys()
+        if unmatched:
+            raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
+        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{bad[0]} is not finite")
+        set_peft_model_state_dict(model, weights)
+
+
+def add_adapter(settings: ModelSettings, model: PreTrainedModel, name: str) -> nn.Module:
+    """Put a LoRA adapter on the model, which is found again under `name` from whatever folder the adapter is loaded.
+
+    Raises:
+        InputError: `--target_modules` matches nothing, or none is given and PEFT knows none for the architecture.
+    """
+    wanted = settings.target_modules
+    alpha: Any = settings.lora_alpha
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # as most configurations have it
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if wanted == ["all-linear"] else wanted,
+    )
+    names = [module for module, _ in model.named_modules()]
+    try:
+        for target in wanted if wanted and wanted != ["all-linear"] else ():
+            # Of several, PEFT passes over those that match nothing.
+            if not any(module == target or module.endswith(f".{target}") for module in names):
+                raise ValueError(f"no module is called {target}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, nothing to do with the user
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it by itself
+            adapted = get_peft_model(model, lora)
+    except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise InputError(f"--lora_r {settings.lora_r}: no memory for an adapter of that rank") from None
+        linear = sorted({module.rpartition(".")[2] for module, m in model.named_modules() if isinstance(m, nn.Linear)})
+        what = f"--target_modules {' '.join(wanted)}" if wanted else "no adapter can be put on the model"
+        if "specify `target_modules`" in str(error):
+            what = f"PEFT has no default target modules for {model.config.model_type}, give --target_modules"
+        raise InputError(f"{what}: {error}; linear modules found: {', '.join(linear)}") from None
+    if os.path.isdir(name):
+        adapted.peft_config["default"].base_model_name_or_path = os.path.abspath(name)
+    return adapted

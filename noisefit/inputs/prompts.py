@@ -1,0 +1,186 @@
+"""The tokens that a chat template makes of a row: the same prompt in training and in generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from noisefit.base.errors import InputError, notice
+from noisefit.base.settings import setting
+from noisefit.inputs.tables import Row, describe_skipped, name_rows
+from noisefit.inputs.templates import answer_text, prompt_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """How a row becomes tokens."""
+
+    chat_template: str | None = setting(
+        None, "prompt format: chatml, alpaca or a Jinja file; default: the tokenizer's own, else chatml",
+        metavar="NAME|FILE", is_path=True,
+    )  # fmt: skip
+    max_length: int = setting(1024, "tokens a row; the rest of a longer one is cut", low=2)
+    loss_on: str = setting("response", "supervise the answer, or the prompt too", choices=("response", "all"))
+    prompt_date: str | None = setting(
+        None, "date and time for a chat template that asks for today's, as 2026-01-31T12:00:00; default: now"
+    )
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids; from `target_start` on they are supervised. `target_start` is at least 1.
+
+    `is_cut` says that the end of its answer had no place.
+    """
+
+    input_ids: list[int]
+    target_start: int
+    is_cut: bool = False
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.input_ids) - self.target_start
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of `prompt_text`: what generation starts from, and what training puts before the answer."""
+    return token_ids(tokenizer, prompt_text(tokenizer, prompt))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that a template has finished, with none added. `InputError` where the tokenizer fails."""
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+    except Exception as error:  # its settings may come from a file that anybody wrote
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"the tokenizer fails on {text[:40]!r}: {reason}") from None
+
+
+def make_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    max_length: int,
+    loss_on: str = "response",
+    stop_ids: Iterable[int] = (),
+) -> tuple[list[Example], list[int]]:
+    """Tokenize rows: the prompt as generation does, then the answer's own tokens, then the end of the answer.
+
+    Prompt and answer are tokenized apart, since tokens merged across their border would show training a prompt that
+    generation never sees. An answer ends with the template's end-of-turn text, and with the end-of-text token unless
+    a model stops at that text's last token anyway: so the end is learnt, and every tool stops there.
+
+    Args:
+        tokenizer: with the chat template that `set_chat_template` gave it.
+        rows: questions and answers.
+        max_length: tokens; what exceeds it is cut from the end.
+        loss_on: `response` (the answer alone is supervised) or `all`.
+        stop_ids: tokens at which the model's own generation settings stop.
+
+    Returns:
+        The examples, and the numbers of the rows dropped because no token of their answer was left.
+
+    Raises:
+        InputError: the template cannot be rendered for a row.
+    """
+    stops = {tokenizer.eos_token_id, *stop_ids}
+    examples, dropped = [], []
+    for row in rows:
+        with naming_row(row):
+            prompt = prompt_ids(tokenizer, row.prompt)
+            answer = token_ids(tokenizer, answer_text(tokenizer, row.prompt, row.response))
+        if tokenizer.eos_token_id is not None and (not answer or answer[-1] not in stops):
+            answer = [*answer, tokenizer.eos_token_id]
+        if len(prompt) >= max_length:
+            dropped.append(row.number)
+            continue
+        target_start = len(prompt) if loss_on == "response" else 1
+        ids = prompt + answer
+        examples.append(Example(ids[:max_length], max(target_start, 1), len(ids) > max_length))
+    return examples, dropped
+
+
+@contextmanager
+def naming_row(row: Row, path: str = "") -> Iterator[None]:
+    """Put a row's number, and the file it is from, before what is wrong with it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}{': ' if path else ''}row {row.number}: {error}") from None
+
+
+def tokenize_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], path: str, settings: PromptSettings,
+    vocabulary: int, stop_ids: Iterable[int],
+) -> list[Example]:  # fmt: skip
+    """`make_examples` with a run's settings, and lines about the rows that cannot be used, or not whole.
+
+    Args:
+        tokenizer: with its chat template.
+        rows: questions and answers.
+        path: the file they are from, for the lines.
+        settings: of the run.
+        vocabulary: tokens that the model knows.
+        stop_ids: as for `make_examples`.
+
+    Raises:
+        InputError: no row is left, or one has a token that the model does not know.
+    """
+    max_length = settings.max_length
+    try:
+        examples, dropped = make_examples(tokenizer, rows, max_length, settings.loss_on, stop_ids)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if dropped:
+        notice(describe_skipped(path, dropped, f"whose prompt leaves no answer within {max_length} tokens"))
+    if rows and not examples:
+        raise InputError(f"{path}: no row has an answer within --max_length {max_length}; raise it")
+    if unused := set(dropped):
+        rows = [row for row in rows if row.number not in unused]
+    if cut := [row.number for row, example in zip(rows, examples, strict=True) if example.is_cut]:
+        notice(f"{path}: of {len(cut)} row{'s' if len(cut) > 1 else ''} the answer's end is cut off at --max_length "
+               f"{max_length}, which teaches not to stop ({name_rows(cut)})")  # fmt: skip
+    for row, example in zip(rows, examples, strict=True):
+        check_tokens(example.input_ids, vocabulary, f"{path}: row {row.number}")
+    return examples
+
+
+def check_tokens(input_ids: Iterable[int], vocabulary: int, where: str) -> None:
+    """Raise `InputError` where a token has no embedding: the tokenizer is of another model, or was enlarged."""
+    largest = max(input_ids, default=0)
+    if largest >= vocabulary:
+        raise InputError(
+            f"{where}: the tokenizer makes a token of number {largest}, but the base model has embeddings for "
+            f"{vocabulary}: the adapter or tokenizer is of a model with a larger vocabulary; give that one"
+        )
+
+
+def stop_token_ids(model: str) -> list[int]:
+    """Tokens at which the base model's own generation settings stop; empty where it has none.
+
+    Raises:
+        InputError: there are such settings, and they cannot be read.
+    """
+    try:
+        return end_token_ids(GenerationConfig.from_pretrained(model))
+    except OSError as error:
+        if (Path(model) / "generation_config.json").exists():
+            raise InputError(f"{model}/generation_config.json: not to be read: {error}") from None
+        return []
+    except InputError as error:
+        raise InputError(f"{model}: {error}") from None
+    except Exception as error:  # of what stands in a file that somebody else wrote
+        raise InputError(f"{model}/generation_config.json: not to be read: {error}") from None
+
+
+def end_token_ids(config: GenerationConfig) -> list[int]:
+    """`eos_token_id`, one token, several or none, as a list. Raises `InputError` where it is none of these."""
+    ends = config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
+        raise InputError(f"the model's generation settings: eos_token_id is {ends}, expected numbers of tokens")
+    return ends

@@ -1,0 +1,151 @@
+"""One prompt format for training and generation: a chat template, and the text that it makes of a question."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from noisefit.base.errors import InputError
+from noisefit.base.files import read_text
+
+CHATML = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+ALPACA = (
+    "{{- 'Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\\n\\n' -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{- '### Instruction:\\n' + message['content'] + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- '### Response:\\n' + message['content'] + '\\n\\n' -}}"
+    "{%- else -%}{{- message['content'] + '\\n\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}"
+)
+TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
+DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+
+
+def check_chat_template(name: str | None) -> None:
+    """Raise `InputError` where `--chat_template` is neither a known name nor a readable file."""
+    if name is not None and name not in TEMPLATES:
+        _read_template(name)
+
+
+def check_date(text: str) -> None:
+    """Raise `InputError` where `--prompt_date` is no date."""
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(f"--prompt_date: {text[:40]!r} is no date; expected one as 2026-01-31T12:00:00") from None
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None = None, today: str | None = None) -> None:
+    """Give the tokenizer the chat template that training and generation use; saved with it, it travels along.
+
+    Where a template asks for today's date, the date is written into it: a run that is resumed tomorrow, or answers,
+    sees the prompts of the training.
+
+    Also gives it a padding token where it has none: the end-of-text token, which is harmless, since what is padding
+    and what is supervised is told by masks and never by a token's id.
+
+    Args:
+        tokenizer: changed in place.
+        name: `chatml`, `alpaca`, the path of a Jinja file, or `None` for the tokenizer's own template, ChatML where
+            it has none.
+        today: date and time for a template that asks, see `asks_for_date`; `None` for now.
+
+    Raises:
+        InputError: the file cannot be read, or the template does not render a question and its answer.
+    """
+    if isinstance(tokenizer.chat_template, dict):  # several by name; the others are for tools and the like
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if name is not None or not tokenizer.chat_template:
+        template = TEMPLATES.get(name or "chatml") or _read_template(str(name))
+        if name in (None, *TEMPLATES) and _adds_bos(tokenizer):
+            # Templates are tokenized without special tokens; a model trained with this one at the start keeps it.
+            template = "{{- bos_token -}}" + template
+        tokenizer.chat_template = template
+    tokenizer.chat_template = _with_date(tokenizer.chat_template, today)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    answer_text(tokenizer, "Question?", "Answer.")
+
+
+def asks_for_date(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> bool:
+    """Whether the chat template that `set_chat_template` would give it prints today's date."""
+    template = tokenizer.chat_template if name is None else TEMPLATES.get(name) or _read_template(name)
+    return "strftime_now" in str(template)
+
+
+def _with_date(template: str, today: str | None) -> str:
+    """The template with the date in place of each `strftime_now("...")`, which transformers gives to templates."""
+    now = datetime.now() if today is None else datetime.fromisoformat(today)
+    dated = DATE_CALL.sub(lambda call: json.dumps(now.strftime(call[1][1:-1])), template)
+    if "strftime_now(" in dated.replace(" ", ""):
+        raise InputError("the chat template asks for the date in a format that is computed, so it cannot be kept for "
+                         "the run; write the format as text in strftime_now(...)")  # fmt: skip
+    return dated
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The text that stands before an answer, ending where the answer begins."""
+    return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> str:
+    """The text that the template puts after `prompt_text`: the answer and its end-of-turn text, if it has one.
+
+    Raises:
+        InputError: the template renders an answered question with another beginning than the question alone.
+    """
+    before = prompt_text(tokenizer, prompt)
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    whole = _render(tokenizer, messages, add_generation_prompt=False)
+    if not whole.startswith(before) or response not in whole[len(before) :]:
+        raise InputError(
+            "the chat template does not continue its generation prompt with the answer, so training and generation "
+            "would see different prompts; use --chat_template chatml"
+        )
+    return whole[len(before) :].rstrip()
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that ends an answer in the chat template; empty where it has none."""
+    return answer_text(tokenizer, "Question?", "Answer.").rpartition("Answer.")[2].strip()
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        str(text).encode()
+    except Exception as error:  # a template is a program: it may do anything, recurse, or print half a surrogate
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"the chat template cannot be rendered: {reason}; try --chat_template chatml") from None
+    return str(text)
+
+
+def _read_template(name: str) -> str:
+    known = ", ".join(TEMPLATES)
+    try:
+        if not os.path.lexists(name):
+            raise InputError(f"{name}: no such file")
+        return read_text(Path(name))
+    except InputError as error:
+        raise InputError(f"--chat_template {name}: not one of {known}, and not a readable file ({error})") from None
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if tokenizer.bos_token_id is None:
+        return False
+    try:
+        return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+    except Exception:  # as in `token_ids`, which will say so
+        return False

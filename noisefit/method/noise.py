@@ -1,0 +1,167 @@
+"""Token-scaled Gaussian noise: how strong it is at each element of a hidden state, and drawing it.
+
+Formulas: NoiseFiT (arXiv 2504.03302), section 3, "adaptive noise injection"; the constants are those of the
+published program.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from noisefit.base.precision import EPS, at_least_float32, masked_mean
+
+BETA = 0.1  # how fast the noise fades for elements far from their token's median
+MAX_TOKEN_FACTOR = 5.0
+
+
+def snr_base_std(hidden: Tensor, noise_std: float, mask: Tensor | None = None) -> Tensor:
+    """Base scale `s` of policy `snr`: `noise_std^2 * std(h)`, over the elements of all real tokens.
+
+    The square is the published program's: `--noise_std 0.1` injects the same noise here as there.
+
+    Args:
+        hidden: `[B, L, H]`, a decoder block's output.
+        noise_std: the value of `--noise_std`.
+        mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+
+    Returns:
+        A scalar tensor, float32 or wider.
+    """
+    hidden = at_least_float32(hidden)
+    if mask is None:
+        std = hidden.std()
+    else:
+        squares = masked_mean((hidden - masked_mean(hidden, mask)) ** 2, mask)
+        count = mask.bool().sum() * hidden.shape[-1]
+        std = (squares * count / (count - 1)).sqrt()
+    return noise_std**2 * std
+
+
+def lower_median(values: Tensor) -> Tensor:
+    """The lower median over the last dimension, as `torch.median` gives it, where no value is NaN.
+
+    Args:
+        values: `[..., H]`, float32 or wider.
+
+    Returns:
+        `[..., 1]`, the dtype and device of `values`, without gradient.
+    """
+    if values.device.type != "cpu":
+        return values.detach().median(dim=-1, keepdim=True).values
+    # On a CPU torch's selection costs several times as much, as it also tracks where the median stood.
+    middle = (values.shape[-1] - 1) // 2
+    parted = np.partition(values.detach().numpy(), middle, axis=-1)
+    return torch.from_numpy(parted[..., middle : middle + 1].copy())  # a view would keep all of `parted` alive
+
+
+def _variance(h: Tensor) -> Tensor:
+    """Of the elements of each token, `[B, L, H]` to `[B, L]`."""
+    if h.device.type != "cpu":
+        return h.var(dim=-1)
+    # On a CPU torch.var goes element by element; two passes are as exact, and several times as fast.
+    return (h - h.mean(dim=-1, keepdim=True)).square().sum(dim=-1) / (h.shape[-1] - 1)
+
+
+@torch.no_grad()
+def noise_scale(hidden: Tensor, base_std: float | Tensor, mask: Tensor | None = None) -> Tensor:
+    """Standard deviation of the noise at each element: `sigma = s * mad * w * f`.
+
+    Per token: `f = min(5, exp(v / (mean(v) + eps)))` with `v = var_H(h)` and the mean over real tokens;
+    `m = median_H(h)`; `mad = median_H(|h - m|)`, at least `eps * ||h||_2`; per element
+    `w = exp(-beta * |h - m| / (mad + eps))`. Both medians are the lower one, as `torch.median` gives it.
+
+    Args:
+        hidden: `[B, L, H]`, a decoder block's output. Low-precision input is computed in float32.
+        base_std: the base scale `s`, see `snr_base_std`.
+        mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+
+    Returns:
+        `[B, L, H]`, the dtype and device of `hidden`, without gradient.
+    """
+    h = at_least_float32(hidden)
+    variance = _variance(h)
+    token_factor = (variance / (masked_mean(variance, mask) + EPS)).exp().clamp(max=MAX_TOKEN_FACTOR)
+    distance = (h - lower_median(h)).abs()
+    floor = EPS * h.norm(dim=-1, keepdim=True)
+    mad = torch.maximum(lower_median(distance), floor)
+    weight = (distance * (-BETA / (mad + EPS))).exp()
+    return (weight * (mad * token_factor.unsqueeze(-1) * base_std)).to(hidden.dtype)
+
+
+class TokenScaledNoise:
+    """The method's noise in one layer: Gaussian, of standard deviation `noise_scale`.
+
+    It is all that SNR, calibration, training and metrics know of the noise. Another distribution is another class: one
+    that inherits from this and says how it is drawn and how large a draw is on average.
+
+    Args:
+        noise_std: the value of `--noise_std`, for a base scale of `snr_base_std`.
+        base_std: a base scale that was measured, which takes its place.
+
+    Attributes:
+        strength: multiplies every draw; a loop that is edited may change it from step to step.
+    """
+
+    mean_of_unit = math.sqrt(2 / math.pi)  # of |x| for x from N(0, 1): so no noise needs to be drawn to measure it
+
+    def __init__(self, noise_std: float = 0.0, base_std: float | None = None):
+        self.noise_std, self.base_std, self.strength = noise_std, base_std, 1.0
+
+    @torch.no_grad()
+    def scale(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How large the noise is at each element, without gradient; shape, dtype and device of `hidden_states`.
+
+        Args:
+            hidden_states: `[B, L, H]`, a decoder block's output.
+            mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+        """
+        base_std = snr_base_std(hidden_states, self.noise_std, mask) if self.base_std is None else self.base_std
+        return noise_scale(hidden_states, base_std * self.strength, mask)
+
+    @torch.no_grad()
+    def draw(self, scale: Tensor) -> Tensor:
+        """Noise of this scale, `[B, L, H]`, another one at each call.
+
+        It comes from the device's default generator, which activation checkpointing restores when it runs a layer
+        again; a private `torch.Generator` it does not, and a gradient that passes through the second draw would be
+        silently wrong.
+        """
+        return torch.randn_like(scale) * scale
+
+    def mean_size(self, scale: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean of `|noise|` over real tokens and all draws, in closed form; a scalar, float32 or wider."""
+        return masked_mean(at_least_float32(scale), mask) * self.mean_of_unit
+
+
+class EmbeddingNoise(TokenScaledNoise):
+    """NEFTune (arXiv 2310.05914, algorithm 1): uniform noise on the token embeddings, `U(-1, 1) * alpha / sqrt(L * H)`.
+
+    `L` is the row's real tokens, so that a row's noise does not depend on how far its batch pads it. Padded tokens get
+    none.
+
+    Args:
+        alpha: the value of `--neftune_alpha`.
+    """
+
+    mean_of_unit = 0.5  # of |U(-1, 1)|
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+
+    @torch.no_grad()
+    def scale(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The largest noise at each element of the embeddings."""
+        real = torch.ones_like(hidden_states[..., 0]) if mask is None else mask.bool().to(hidden_states.dtype)
+        lengths = at_least_float32(real).sum(dim=1)
+        largest = self.alpha * self.strength / (lengths * hidden_states.shape[-1]).sqrt()  # [B]
+        return (largest.view(-1, 1, 1) * real.unsqueeze(-1)).expand_as(hidden_states).to(hidden_states.dtype)
+
+    @torch.no_grad()
+    def draw(self, scale: Tensor) -> Tensor:
+        """Uniform noise up to this scale, to either side."""
+        return (2 * torch.rand_like(scale) - 1) * scale

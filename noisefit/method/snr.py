@@ -1,0 +1,107 @@
+"""The signal-to-noise ratio of every layer, and the choice of the layers that get noise."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from noisefit.base.errors import InputError
+from noisefit.base.precision import EPS, mean_magnitude
+from noisefit.fork.decoder import block_hidden_states, find_decoder_layers
+from noisefit.method.noise import TokenScaledNoise
+from noisefit.method.policy import NoiseKind
+
+SNR_FORMATS = ("Largest", "Lowest")
+NEGLIGIBLE = 1e-3  # noise as a share of the signal
+
+
+@torch.no_grad()
+def layer_snr(
+    model: nn.Module, batch: Mapping[str, Tensor], noise_std: float, kind: NoiseKind = TokenScaledNoise
+) -> Tensor:
+    """Signal-to-noise ratio of every decoder block's own output, from one clean forward pass in eval mode.
+
+    `SNR = mean(|h|) / (mean(|noise|) + eps)` over real tokens (NoiseFiT, section 3). The published program samples
+    ten noisy passes a layer for the denominator; here it is their exact limit, `noise.mean_size`.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        batch: `input_ids` and `attention_mask`, `[B, L]`; other entries are ignored.
+        noise_std: the value of `--noise_std`.
+        kind: of the noise.
+
+    Returns:
+        `[num_layers]`, float32 or wider, on the model's device; ratios, without a unit.
+    """
+    mask, noise = batch["attention_mask"], kind(noise_std=noise_std)
+    layers = find_decoder_layers(model)
+    ratios: list[Tensor | None] = [None] * len(layers)
+
+    def measure(index: int, layer: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        hidden = block_hidden_states(output)
+        size = noise.mean_size(noise.scale(hidden, mask), mask)
+        ratios[index] = mean_magnitude(hidden, mask) / (size + EPS)
+
+    was_training = model.training
+    handles = [layer.register_forward_hook(functools.partial(measure, i)) for i, layer in enumerate(layers)]
+    try:
+        model.eval()
+        model(input_ids=batch["input_ids"], attention_mask=mask)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return torch.stack([ratio for ratio in ratios if ratio is not None])
+
+
+def select_layers(snr: Tensor, count: int, snr_format: str, first: int = 0) -> list[int]:
+    """The `count` layers of largest or lowest SNR, in ascending order; of equal ones the earlier.
+
+    Args:
+        snr: `[num_layers]`.
+        count: how many, 0 to the layers from `first` on.
+        snr_format: `Largest` or `Lowest`.
+        first: layers before it are not chosen.
+
+    Raises:
+        ValueError: `count` or `snr_format` is out of range.
+        InputError: a ratio is not finite, so layers cannot be ranked.
+    """
+    if snr_format not in SNR_FORMATS:
+        raise ValueError(f"snr_format is {snr_format!r}, expected one of {SNR_FORMATS}")
+    if not 0 <= count <= len(snr) - first:
+        raise ValueError(f"count is {count}, expected 0 to {len(snr) - first}")
+    if not torch.isfinite(snr).all():
+        bad = (~torch.isfinite(snr)).nonzero().flatten().tolist()
+        raise InputError(
+            f"the signal-to-noise ratio of layers {bad} is not finite: the model's hidden states overflow. "
+            "Try bf16 instead of fp16, or check the model"
+        )
+    order = torch.argsort(snr[first:], descending=snr_format == "Largest", stable=True)
+    return sorted(first + layer for layer in order[:count].tolist())
+
+
+def average_snr(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], noise_std: float, kind: NoiseKind = TokenScaledNoise
+) -> Tensor:
+    """`layer_snr` averaged over batches and over all processes of the launch; `[num_layers]`, on the CPU, float64.
+
+    Every process passes as many batches as the others.
+    """
+    total = torch.stack([layer_snr(model, batch, noise_std, kind).double() for batch in batches]).mean(dim=0)
+    return reduce(total, reduction="mean").cpu()
+
+
+def negligible_noise(snr: Tensor, layers: Sequence[int]) -> str | None:
+    """One line where the noise is under 0.1% of the signal in every chosen layer; else `None`."""
+    if not layers or snr[list(layers)].min() <= 1 / NEGLIGIBLE:
+        return None
+    share = 1 / snr[list(layers)].min().item()
+    return (
+        f"the noise is at most {share:.2g} of the signal in every chosen layer: it does nearly nothing. "
+        "Raise --noise_std, whose square it grows with"
+    )

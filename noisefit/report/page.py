@@ -1,0 +1,299 @@
+"""The picture and the page of `python -m noisefit.report`."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from noisefit.base.errors import InputError
+from noisefit.report.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+NATS = "nats a token"
+PANELS = {  # key: title, unit
+    "loss": ("Loss, weighted sum of its terms", NATS),
+    "ce_loss": ("Cross-entropy", NATS),
+    "soft_loss": ("Soft loss, noisy against clean", NATS),
+    "consistency_loss": ("Consistency loss, noisy against noisy", NATS),
+    "rdrop_loss": ("R-Drop loss", NATS),
+    "snr": ("Signal to noise by layer", "SNR"),
+    "kl": ("KL by layer, at chosen or best scale", NATS),
+    "noise_to_signal": ("Noise to signal", "mean |noise| / mean |h|"),
+    "tokens_per_second": ("Throughput", "tokens/s"),
+    "peak_memory_gib": ("Peak memory", "GiB"),
+}
+LOSSES = [key for key in PANELS if key.endswith("loss")]
+BY_LAYER = ("snr", "kl")
+FROM_ZERO = ("tokens_per_second", "peak_memory_gib")  # the others have differences that would be lost from zero
+LOGARITHMIC = ("snr", "kl", "noise_to_signal")  # where they span more than a decade
+# Okabe and Ito's without yellow, and three far from them for any colour vision. Further runs repeat them, dash-dotted.
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #8000E0 #602000 #002080".split()
+MANY = 60  # logged lines from which on a running mean is drawn over them
+FEW = 8  # noisy layers up to which each has an entry in the legend
+# The settings of the method itself, by what their names begin with.
+METHOD = re.compile("loss_(?!chunk)|noise_|num_noise|snr_|prefer_|auto_|hybrid|lambda|temperature|rdrop|neftune")
+STYLE = """body { font: 15px/1.45 sans-serif; color: #222; margin: 2em auto; max-width: 1300px; padding: 0 1em }
+img { max-width: 100% } h2 { margin-top: 1.6em; font-size: 1.15em } div { overflow-x: auto }
+table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left; white-space: nowrap }
+b { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em }"""
+
+
+def draw(runs: Sequence[Run]) -> Figure:
+    """The picture of some runs: a panel a quantity, of those that some run has.
+
+    Args:
+        runs: at least one.
+
+    Returns:
+        The figure. An axes has its key in `PANELS` as its label. A line has the run's name as its gid, or the layer's.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    keys = [key for key in PANELS if any(_has(run, key) for run in runs)]
+    with_layers = [run for run in runs if run.layers]
+    columns = max(1, 2 if len(keys) == 4 else min(len(keys), 3))
+    width = max(6.5, 4.2 * columns)
+    figure = Figure(figsize=(width, 2.75 * math.ceil(len(keys) / columns) + 1.1), dpi=150)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09, hspace=0.04, wspace=0.03))
+    figure.suptitle(_title(runs) + ("" if keys else ": no numbers were logged"), fontsize=13, parse_math=False)
+    for place, key in enumerate(keys, 1):
+        axes = figure.add_subplot(math.ceil(len(keys) / columns), columns, place, label=key)
+        for index, run in enumerate(runs):
+            if key in BY_LAYER and run.layers:
+                _draw_layers(axes, run, key, _look(index), with_layers.index(run), len(with_layers))
+            elif key == "noise_to_signal" and len(runs) == 1 and run.noise:  # else the mean over the layers
+                for layer, colour in _layer_colours(run).items():
+                    _draw_steps(axes, key, run.steps, run.noise[layer], layer, dict(color=colour))
+            elif key in run.metrics:
+                _draw_steps(axes, key, run.steps, run.metrics[key], run.name, _look(index))
+            if key == "ce_loss" and _known(run.evaluation[1]):
+                style = _look(index) | dict(linestyle="--", linewidth=1.2, marker="o", markersize=3)
+                axes.plot(*run.evaluation, **style, gid=f"{run.name}: evaluation")
+        _finish(axes, key)
+    _add_legend(figure, runs, keys)
+    return figure
+
+
+def _draw_steps(axes: Axes, key: str, steps: list[float], values: list[float], gid: str, look: dict[str, Any]) -> None:
+    """A line, thin under its running mean where it has many points; it has a gap where a value is missing."""
+    # A point between two gaps would not be seen: it gets a mark.
+    gaps = [True, *map(math.isnan, values), True]
+    alone = [i for i in range(len(values)) if gaps[i] and not gaps[i + 1] and gaps[i + 2]]
+    style = look | dict(marker="o", markersize=3.5, markevery=alone)
+    if len(steps) >= MANY and key != "peak_memory_gib":
+        axes.plot(steps, values, **style | dict(linestyle="-"), linewidth=0.7, alpha=0.35, gid=f"{gid}: as logged")
+        values = running_mean(values, min(len(values) // 40, 50))
+    axes.plot(steps, values, **style, linewidth=1.6, gid=gid)
+
+
+def _draw_layers(axes: Axes, run: Run, key: str, look: dict[str, Any], place: int, places: int) -> None:
+    """A value a layer, with a filled mark where it gets noise; marks on marks get smaller, so that each is seen."""
+    known = {i: getattr(layer, key) for i, layer in run.layers.items() if not math.isnan(getattr(layer, key))}
+    share = 0.5 if places == 1 else 1 - place / (places - 1)
+    look |= dict(linewidth=0.6 + 1.6 * share, markersize=(3 + 5.5 * share) * max(0.6, min(1.0, 24 / len(run.layers))))
+    axes.plot(list(known), list(known.values()), **look, gid=run.name)
+    look |= dict(linestyle="", marker="o")
+    for chosen, fill in ((False, "white"), (True, look["color"])):
+        marked = {i: value for i, value in known.items() if run.layers[i].chosen == chosen}
+        gid = f"{run.name}: {'with noise' if chosen else 'without'}"
+        axes.plot(list(marked), list(marked.values()), **look, markerfacecolor=fill, zorder=3 + chosen, gid=gid)
+
+
+def _finish(axes: Axes, key: str) -> None:
+    """Title, units, ticks, and the scale that the values ask for."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axes.set_title(PANELS[key][0], fontsize=10.5)
+    axes.set_xlabel("layer" if key in BY_LAYER else "optimizer step", fontsize=9)
+    axes.set_ylabel(PANELS[key][1], fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    data: Any = [line.get_ydata() for line in axes.lines]
+    values = _known(value for line in data for value in line)
+    if key in LOGARITHMIC and min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        subs = (1, 2, 5) if max(values) < 1000 * min(values) else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 2.5, 5, 10)))
+    if key in FROM_ZERO:
+        axes.set_ylim(0, 1.08 * max(values) or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
+    short = FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e5 else f"{value / 1000:,.6g}k")
+    axes.xaxis.set_major_formatter(short)
+    # In full: the corner where matplotlib would put a common factor is beside the title.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def _add_legend(figure: Figure, runs: Sequence[Run], keys: Sequence[str]) -> None:
+    """The legend of all panels, under them: the runs, or the layers of a single one, and how the lines are meant."""
+    from matplotlib.lines import Line2D
+
+    entries: list[tuple[str, dict[str, Any]]] = []
+    if len(runs) > 1:
+        entries = [(run.name, _look(index) | dict(linewidth=2)) for index, run in enumerate(runs)]
+    elif "noise_to_signal" in keys:
+        entries = [(f"layer {layer}" if layer.isdecimal() else layer, dict(color=colour, linewidth=2))
+                   for layer, colour in _layer_colours(runs[0]).items()]  # fmt: skip
+        if len(entries) > FEW:  # the colours follow the depth, so some of them say which are the others
+            entries = [entries[round(i * (len(entries) - 1) / 5)] for i in range(6)]
+    if any(_known(run.evaluation[1]) for run in runs):
+        entries.append(("evaluation", dict(color="0.4", linestyle="--")))
+    if any(key in BY_LAYER for key in keys):
+        mark = dict(color="0.4", marker="o", linestyle="", markersize=6)
+        entries += [("layer with noise", mark), ("layer without", mark | dict(markerfacecolor="white"))]
+    if any(len(run.steps) >= MANY for run in runs):
+        entries += [("as logged", dict(color="0.4", linewidth=0.7)), ("running mean", dict(color="0.4", linewidth=1.8))]
+    if not entries:
+        return
+    room = max(1, int(figure.get_figwidth() / (0.078 * max(len(label) for label, _ in entries) + 0.5)))
+    columns = math.ceil(len(entries) / math.ceil(len(entries) / room))  # of rows as full as each other
+    entries = [entry for column in range(columns) for entry in entries[column::columns]]  # to be read in rows
+    legend = figure.legend([Line2D([], [], **style) for _, style in entries], ["name"] * len(entries),
+                           loc="outside lower center", frameon=False, fontsize=9, ncols=columns)  # fmt: skip
+    for text, (label, _) in zip(legend.get_texts(), entries, strict=True):
+        text.set(text=label, parse_math=False)  # set here, as "_name" would be left out, and "$" begin a formula
+
+
+def running_mean(values: Sequence[float], half: int) -> list[float]:
+    """Means over `half` values on either side; of the first ones over as many as both sides have. NaN stay NaN."""
+    near = (_known(values[max(i - half, 0) : min(i + half, 2 * i) + 1]) for i in range(len(values)))
+    return [math.nan if math.isnan(value) else statistics.fmean(of) for value, of in zip(values, near, strict=True)]
+
+
+def make_picture(runs: Sequence[Run]) -> bytes:
+    """The picture as a PNG, the same whatever the user's matplotlibrc says.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("the picture needs matplotlib, which is not installed: pip install matplotlib") from None
+    file = io.BytesIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        warnings.filterwarnings("ignore", "Glyph")  # a folder's name in letters that the font lacks
+        draw(runs).savefig(file, format="png")  # with Agg, as a figure without a window has
+    return file.getvalue()
+
+
+def make_page(runs: Sequence[Run], picture: bytes) -> str:
+    """The page: the picture, and tables of the runs, their settings and their layers."""
+    several = len(runs) > 1
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{escape(_title(runs))}</title>\n<style>\n{STYLE}\n</style></head><body>",
+        f'<img alt="losses, layers and speed" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
+        f"<p>Losses are means over the supervised tokens since the line before. From {MANY} logged lines on, a bold",
+        "line is a running mean over a twentieth of them, at most 101.</p>\n<h2>Runs</h2>",
+        _runs_table(runs),
+        f"<h2>{'Settings that differ' if several else 'Settings of the method'}</h2>",
+        _table(["Setting", *(run.name for run in runs)], _settings(runs)),
+        "<h2>Layers</h2>",
+    ]
+    for run in runs:
+        header = ["Layer", "Noise", "SNR", "Best score", "Scale", f"KL, {NATS}"]
+        rows = [[index, "●" if layer.chosen else "○", layer.snr, layer.score, layer.scale, layer.kl]
+                for index, layer in run.layers.items()]  # fmt: skip
+        parts += ["<details>" if several else "<details open>", f"<summary>{escape(run.name)}</summary>"]
+        parts += [_table(header, rows), "</details>"]
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def _runs_table(runs: Sequence[Run]) -> str:
+    header = ["Run", "Steps", *(f"{PANELS[key][0].partition(',')[0]}, last" for key in LOSSES)]
+    header += ["Cross-entropy, evaluation", "Tokens/s, median", "Peak memory, GiB", "Skipped steps", "Noisy layers"]
+    rows = []
+    for run in runs:
+        known = {key: _known(run.metrics.get(key, [])) or [math.nan] for key in PANELS}
+        skipped = sum(_known(run.metrics.get("skipped_steps", []))) or math.nan
+        row: list[Any] = [run.name, run.steps[-1], *(known[key][-1] for key in LOSSES)]
+        row += [[math.nan, *_known(run.evaluation[1])][-1], statistics.median(known["tokens_per_second"])]
+        rows.append([*row, max(known["peak_memory_gib"]), skipped, noisy_layers(run)])
+    return _table(header, rows, colours=[_look(index)["color"] for index in range(len(runs))])
+
+
+def _settings(runs: Sequence[Run]) -> list[list[str]]:
+    """A row a setting: of one run those of the method, of several those that differ, but for their folders."""
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        values = [run.settings.get(name, "–") for run in runs]
+        words = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        if METHOD.match(name) if len(runs) == 1 else len(set(words)) > 1 and name != "output_model":
+            rows.append([name, *words])
+    return rows
+
+
+def noisy_layers(run: Run) -> str:
+    """The layers that get noise: "0-2, 5"."""
+    known = [index for index, layer in run.layers.items() if layer.chosen]
+    chosen = known or [int(layer) for layer in run.noise if layer.isdecimal()]
+    words = [layer for layer in run.noise if not layer.isdecimal()]
+    for _, group in groupby(enumerate(chosen), key=lambda pair: pair[1] - pair[0]):  # the same for neighbours
+        layers = [str(layer) for _, layer in group]
+        words.append("-".join(dict.fromkeys((layers[0], layers[-1]))))
+    return ", ".join(words) or ("–" if "noise_to_signal" in run.metrics else "none")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], colours: Sequence[str] = ()) -> str:
+    """An HTML table without the columns that no row has a value of; `colours` are dots before its rows."""
+    if not rows:
+        return "<p>none</p>"
+    cells = [[_cell(value) for value in row] for row in rows]
+    kept = [i for i in range(len(header)) if any(row[i] != "–" for row in cells)]
+    lines = ["".join(f"<th>{escape(header[i])}</th>" for i in kept)]
+    for place, row in enumerate(cells):
+        dot = f'<b style="background: {colours[place]}"></b>' if colours else ""
+        lines.append("".join(f"<td>{dot if i == 0 else ''}{escape(row[i])}</td>" for i in kept))
+    return "<div><table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
+
+
+def _cell(value: str | float) -> str:
+    if isinstance(value, str) or math.isnan(value):
+        return value if isinstance(value, str) else "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value % 1 == 0 else f"{value:.4g}"
+
+
+def _title(runs: Sequence[Run]) -> str:
+    return f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} training runs"
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
+
+
+def _has(run: Run, key: str) -> bool:
+    if key in BY_LAYER:
+        return bool(_known(getattr(layer, key) for layer in run.layers.values()))
+    return key in run.metrics or (key == "ce_loss" and bool(_known(run.evaluation[1])))
+
+
+def _look(index: int) -> dict[str, Any]:
+    return dict(color=COLOURS[index % len(COLOURS)], linestyle="-" if index < len(COLOURS) else "-.")
+
+
+def _layer_colours(run: Run) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    places = [i / max(len(run.noise) - 1, 1) for i in range(len(run.noise))]  # darkest first, without the bright yellow
+    return {layer: colormaps["viridis"](0.85 * place) for layer, place in zip(run.noise, places, strict=True)}

@@ -1,0 +1,206 @@
+"""What training runs left in their output folders, read for pictures of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from noisefit.base.errors import InputError
+from noisefit.base.files import check_regular
+from noisefit.base.schema import EACH, INDEX, MEASURE, NUMBER, checked
+
+LONGEST = 40  # letters of a run's name in the picture
+
+# What the files hold, for `checked`. Other keys are passed over.
+METRICS = "epoch loss ce_loss soft_loss consistency_loss rdrop_loss learning_rate grad_norm target_tokens"
+METRICS += " tokens_per_second noise_to_signal peak_memory_gib skipped_steps"
+LINE = {"step": NUMBER} | dict.fromkeys(METRICS.split(), MEASURE) | {"layer_noise_to_signal": {EACH: MEASURE}}
+EVALUATION = {"step": NUMBER, "eval_ce_loss": MEASURE}
+SNR = {"snr": [MEASURE], "selected": [INDEX]}
+GRID = [{"scale": MEASURE, "kl": MEASURE, "score": MEASURE}]
+MEASURED = {"layer": INDEX, "scale": MEASURE, "best_score": MEASURE, "grid": GRID}
+POLICY = SNR | {"scales": (MEASURE,), "layers": (MEASURED,)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer: whether it gets noise, its signal-to-noise ratio, and what an automatic policy found: its best
+    score, and the scale that it was given, else that of its best score, with the KL there. NaN is not known."""
+
+    chosen: bool
+    snr: float
+    score: float = math.nan
+    scale: float = math.nan
+    kl: float = math.nan
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of an output folder say; a number that is null or not finite there is NaN here.
+
+    Attributes:
+        name: what tells it from the other runs.
+        steps: of the logged lines.
+        metrics: from a key of metrics.jsonl to its value in each line, for those that have a value in some line.
+        noise: from a noisy layer ("embedding" for that) to its noise to signal in each line.
+        evaluation: steps and cross-entropies.
+        layers: by index; empty where no file tells.
+        settings: by name; empty where they were not recorded.
+    """
+
+    name: str
+    steps: list[float]
+    metrics: dict[str, list[float]]
+    noise: dict[str, list[float]]
+    evaluation: tuple[list[float], list[float]]
+    layers: dict[int, Layer]
+    settings: dict[str, Any]
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """The runs in the order given, each folder once.
+
+    Raises:
+        InputError: a folder is none, holds no logged step, or a file in it cannot be used.
+    """
+    for folder in folders:
+        if not os.path.isdir(folder):
+            what = "a file, expected the output folder of a run" if os.path.exists(folder) else "no such folder"
+            raise InputError(f"{folder}: {what}")
+    different = {os.path.realpath(folder): Path(folder) for folder in reversed(folders)}
+    paths = list(reversed(different.values()))
+    return [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Of each path the last parts that tell it from the others, without those that all of them end with."""
+    ends = [Path(os.path.abspath(folder)).parts for folder in folders]
+    for kept in range(max(map(len, ends)), 0, -1):
+        cut = [end[-kept:] for end in ends]
+        ends = cut if len(set(cut)) == len(set(ends)) else ends
+    while len(ends) > 1 and all(len(end) > 1 for end in ends) and len({end[-1] for end in ends}) == 1:
+        ends = [end[:-1] for end in ends]
+    names = [readable("/".join(end)) for end in ends]
+    half = LONGEST // 2
+    names = [name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}" for name in names]
+    return names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names, 1)]
+
+
+def readable(text: str) -> str:
+    """Text with question marks for line ends and for bytes that are no letters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """What the files of a folder say.
+
+    Raises:
+        InputError: as `read_runs`.
+    """
+    if _read(folder / "metrics.jsonl") is None:
+        raise InputError(f"{folder}: it has no metrics.jsonl, so it is not the output folder of a run")
+    lines = read_lines(folder / "metrics.jsonl", LINE)
+    if not lines:
+        raise InputError(f"{folder / 'metrics.jsonl'}: no step was logged yet")
+    evaluations = read_lines(folder / "eval_metrics.jsonl", EVALUATION)
+    of_layers = [line.pop("layer_noise_to_signal") for line in lines]
+    metrics = {key: [line[key] for line in lines] for key in LINE if key in lines[0]}
+    if not any(value > 0 for value in metrics["noise_to_signal"]):
+        del metrics["noise_to_signal"]  # a run without noise has zeros
+    noisy = sorted({key for values in of_layers for key in values}, key=lambda key: (key.isdecimal(), len(key), key))
+    noise = {layer: [values.get(layer, math.nan) for values in of_layers] for layer in noisy}
+    return Run(
+        name=name,
+        steps=metrics.pop("step"),
+        metrics={key: values for key, values in metrics.items() if not all(map(math.isnan, values))},
+        noise={key: values for key, values in noise.items() if not all(map(math.isnan, values))},
+        evaluation=([line["step"] for line in evaluations], [line["eval_ce_loss"] for line in evaluations]),
+        layers=read_layers(folder),
+        settings=read_object(folder / "noisefit_config.json", {}) or {},
+    )
+
+
+def read_layers(folder: Path) -> dict[int, Layer]:
+    """The layers from `layer_snr.json` and `noise_policy.json`, of which the latter has the last word.
+
+    Raises:
+        InputError: as `read_runs`.
+    """
+    layers: dict[int, Layer] = {}
+    for path, shape in ((folder / "layer_snr.json", SNR), (folder / "noise_policy.json", POLICY)):
+        content = read_object(path, shape)
+        if content is None:
+            continue
+        snr, chosen = content["snr"], content["selected"]
+        measured = {entry["layer"]: entry for entry in content.get("layers", [])}
+        named = sorted({*chosen, *measured})
+        if snr and named and named[-1] >= len(snr):
+            raise InputError(f"{path}: snr has {len(snr)} layers, and none of index {named[-1]}")
+        scales = dict(zip(chosen, content.get("scales", []), strict=False))
+        for i in range(len(snr)) or named:  # a policy that was written by hand may lack the SNR
+            layers[i] = Layer(i in chosen, snr[i] if snr else math.nan, *_own_point(measured.get(i), scales.get(i)))
+    return layers
+
+
+def _own_point(entry: Mapping[str, Any] | None, given: float | None) -> tuple[float, float, float]:
+    """Best score, scale and KL of a layer: scale and KL as it was given, else those of the best score."""
+    if entry is None:
+        return math.nan, math.nan if given is None else given, math.nan
+    best = entry["best_score"]
+    key, wanted = ("score", best) if given is None else ("scale", given)
+    there = [(point["scale"], point["kl"]) for point in entry["grid"] if math.isclose(point[key], wanted)]
+    return best, *(there[0] if there else (math.nan if given is None else given, math.nan))
+
+
+def _parse(text: bytes) -> Any:
+    """What JSON says, without NaN and the infinities, and without halves of surrogate pairs, which cannot be drawn."""
+    value = json.loads(text, parse_constant=lambda name: None)
+    return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+
+
+def read_lines(path: Path, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, as `checked` gives them; none where there is no such file.
+
+    Raises:
+        InputError: a line is no such object. The last may be torn: a run is writing it right now.
+    """
+    rows = (_read(path) or b"").split(b"\n")
+    found = []
+    for number, text in enumerate(rows, 1):
+        if text.strip():
+            where = f"{path}: line {number}"
+            try:
+                found.append(checked(_parse(text), shape, where))
+            except (ValueError, RecursionError):
+                if number < len(rows):
+                    raise InputError(f"{where}: not JSON") from None
+    return found
+
+
+def read_object(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The object of a JSON file, as `checked` gives it; whole for an empty shape, `None` where there is no such file.
+
+    Raises:
+        InputError: it has no such object.
+    """
+    text = _read(path)
+    if text is None:
+        return None
+    try:
+        content = _parse(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not JSON") from None
+    return content | checked(content, shape, str(path))
+
+
+def _read(path: Path) -> bytes | None:
+    check_regular(path)
+    try:
+        return path.read_bytes() if path.exists() else None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,1 @@
+"""A run's life: settings, output folder, checkpoints, metrics, evaluation, processes, signals, memory."""

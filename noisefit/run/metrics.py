@@ -1,0 +1,191 @@
+"""Metrics: a line a logged step in `metrics.jsonl`, and the same numbers to wandb or TensorBoard where asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from noisefit.base.errors import InputError, notice
+from noisefit.base.files import append_json_line
+from noisefit.fork.hooks import EMBEDDING
+from noisefit.method.losses import add_losses
+from noisefit.method.objectives import LOSSES
+from noisefit.run.memory import peak_memory
+from noisefit.run.settings import Settings
+
+LINES = ("metrics.jsonl", "eval_metrics.jsonl")  # the files, in the output folder
+
+
+def check_tracker(report_to: str) -> None:
+    """Raise `InputError` where `--report_to` names a tracker that is not installed."""
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise InputError(f"--report_to {report_to}: not installed; pip install {report_to}")
+
+
+def start_trackers(accelerator: Accelerator, settings: Settings) -> None:
+    """Start what `--report_to` asks for. A tracker that fails costs a warning and not the run."""
+    if settings.report_to == "none":
+        return
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.record().items()}
+    name = settings.run_name or Path(settings.output_model).resolve().name
+    try:
+        accelerator.init_trackers("noisefit", config=plain, init_kwargs={"wandb": {"name": name}})
+    except Exception as error:  # whatever a tracker's client raises: no network, no key, a full disk
+        accelerator.trackers = []
+        notice(f"--report_to {settings.report_to} failed, training goes on without it: {' '.join(str(error).split())}")
+
+
+class Metrics:
+    """Sums of the losses since the last logged line, kept on the device until that line is due.
+
+    Args:
+        accelerator: of the run.
+        output: the run's output folder.
+        num_layers: of the model.
+    """
+
+    def __init__(self, accelerator: Accelerator, output: Path, num_layers: int):
+        self.accelerator, self.num_layers = accelerator, num_layers
+        self.path, self.eval_path = (output / name for name in LINES)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss = torch.zeros((), device=self.accelerator.device)
+        self._losses: dict[str, Tensor] = {}
+        # Of each layer, with the embedding last, where its index -1 points: noise to signal, and steps with noise.
+        self._ratios = torch.zeros(self.num_layers + 1, device=self.accelerator.device)
+        self._noisy_steps = [0] * (self.num_layers + 1)
+        self._steps = self._skipped = self._targets = self._tokens = 0
+        self._since = time.perf_counter()
+
+    def add_step(
+        self, loss: Tensor, losses: Mapping[str, Tensor], noise_to_signal: Mapping[int, Tensor], target_tokens: int,
+        tokens: int, skipped: bool,
+    ) -> None:  # fmt: skip
+        """Add an optimizer step.
+
+        Args:
+            loss: this process's share of the loss that was optimized, a mean over the step's supervised tokens.
+            losses: this process's sums over tokens of the losses that it is made of, by name.
+            noise_to_signal: of the noisy layers.
+            target_tokens, tokens: the step's supervised and real tokens, over all processes.
+            skipped: its numbers were not finite and its gradient was not used; it is counted, and nothing else.
+        """
+        self._tokens += tokens
+        if skipped:
+            self._skipped += 1
+            return
+        self._loss += loss * target_tokens
+        add_losses(self._losses, losses)
+        for layer, ratio in noise_to_signal.items():
+            self._ratios[layer] += ratio
+            self._noisy_steps[layer] += 1
+        self._steps += 1
+        self._targets += target_tokens
+
+    def log(self, step: int, epoch: float, learning_rate: float, grad_norm: Tensor) -> dict[str, Any]:
+        """Write the line of a step. All processes call it.
+
+        Args:
+            step, epoch: how far the training is, in optimizer steps and passes over the data.
+            learning_rate, grad_norm: of this step; the norm before clipping.
+
+        Returns:
+            The line. `loss` is the one that was optimized. It and the losses that it is made of are means over the
+            supervised tokens since the last line, but for skipped steps;
+            `target_tokens` counts these; `tokens_per_second` counts real tokens, prompts included, over all processes.
+            What is not a finite number, a mean over nothing, or a loss that the objective does not have, is `None`.
+        """
+        names = sorted(self._losses)
+        sums = torch.stack([self._loss, *(self._losses[name] for name in names)])
+        loss, *losses = self.accelerator.reduce(sums, "sum").tolist()
+        means = {name: value / self._targets for name, value in zip(names, losses, strict=True)}
+        ratios = self.accelerator.reduce(self._ratios, "mean").tolist()
+        memory = self.accelerator.gather(torch.tensor([peak_memory(self.accelerator.device)], device=self._loss.device))
+        by_layer = {
+            "embedding" if layer == EMBEDDING else str(layer): _finite(ratios[layer] / self._noisy_steps[layer])
+            for layer in (*range(self.num_layers), EMBEDDING)
+            if self._noisy_steps[layer]
+        }
+        known = [ratio for ratio in by_layer.values() if ratio is not None]
+        line = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": loss / self._targets if self._targets else None,
+            **{f"{name}_loss": means.get(name) for name in dict.fromkeys((*LOSSES, *names))},
+            "learning_rate": learning_rate,
+            "grad_norm": _finite(float(grad_norm)),
+            "target_tokens": self._targets,
+            "tokens_per_second": round(self._tokens / max(time.perf_counter() - self._since, 1e-9), 1),
+            "noise_to_signal": statistics.fmean(known) if known else 0.0 if self._steps and not by_layer else None,
+            "layer_noise_to_signal": by_layer,
+            "peak_memory_gib": _finite(round(memory.max().item(), 3)),
+            "skipped_steps": self._skipped,
+        }
+        self._reset()
+        if self.accelerator.is_main_process:
+            append_json_line(self.path, line)
+        flat = line | {f"noise_to_signal/{layer}": ratio for layer, ratio in by_layer.items()}
+        self._track({name: value for name, value in flat.items() if value not in (None, by_layer)})
+        return line
+
+    def state_dict(self) -> dict[str, Any]:
+        """The line that is not yet due: this process's part as tensors, and what all share as numbers."""
+        own = {f"losses.{name}": value for name, value in self._losses.items()}
+        return own | {
+            "loss": self._loss,
+            "noise_to_signal": self._ratios,
+            "steps": self._steps,
+            "noisy_steps": self._noisy_steps,
+            "skipped": self._skipped,
+            "targets": self._targets,
+            "tokens": self._tokens,
+            "seconds": time.perf_counter() - self._since,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo of `state_dict`."""
+        own = {name: value.to(self._loss) for name, value in state.items() if isinstance(value, Tensor)}
+        self._loss, self._ratios = own.pop("loss"), own.pop("noise_to_signal")
+        self._losses = {name.removeprefix("losses."): value for name, value in own.items()}
+        self._steps, self._skipped, self._noisy_steps = state["steps"], state["skipped"], state["noisy_steps"]
+        self._targets, self._tokens = state["targets"], state["tokens"]
+        self._since = time.perf_counter() - state["seconds"]
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """What takes place within is no training: its time does not count in `tokens_per_second`."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def log_evaluation(self, step: int, epoch: float, ce_loss: float, target_tokens: int) -> None:
+        """Write a line to `eval_metrics.jsonl`. All processes call it."""
+        ce = _finite(ce_loss)
+        line = {"step": step, "epoch": round(epoch, 4), "eval_ce_loss": ce, "eval_target_tokens": target_tokens}
+        if self.accelerator.is_main_process:
+            append_json_line(self.eval_path, line)
+        self._track(line)
+
+    def _track(self, line: dict[str, Any]) -> None:
+        try:
+            self.accelerator.log(line, step=line["step"])
+        except Exception as error:  # as in start_trackers
+            self.accelerator.trackers = []
+            reason = " ".join(str(error).split())
+            notice(f"the tracker failed at step {line['step']}, training goes on without it: {reason}")
+
+
+def _finite(value: float) -> float | None:
+    """`None` for what JSON has no number for."""
+    return value if math.isfinite(value) else None

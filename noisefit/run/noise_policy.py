@@ -1,0 +1,244 @@
+"""The noise policy that a run asks for: its file, choosing layers at the start, and saying what was chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from noisefit.base.errors import InputError, notice
+from noisefit.base.files import read_text
+from noisefit.base.random_state import random_state, restore_random_state
+from noisefit.base.schema import AMOUNT, COUNT, INDEX, OBJECT, TEXT, Maybe, checked, require
+from noisefit.fork.exactness import choose_strategy
+from noisefit.fork.hooks import EMBEDDING
+from noisefit.method import calibration
+from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise
+from noisefit.method.policy import BY_SNR, CALIBRATED, KINDS, NoiseKind, NoisePolicy
+from noisefit.method.snr import average_snr, negligible_noise, select_layers
+from noisefit.run.processes import progress_bar
+from noisefit.run.settings import POLICIES, Settings
+
+FILE = "noise_policy.json"
+CELL = dict.fromkeys(("factor", "scale", "kl", "ce_change", "score"), AMOUNT)
+TRIED = ({"layer": INDEX, "best_score": AMOUNT, "grid": [CELL]},)  # what a calibration measured
+# Of the file, which may have been written by hand: 'selected' and 'scales' alone are needed.
+FILE_SHAPE = {"selected": [INDEX], "scales": [AMOUNT], "snr": (AMOUNT,), "num_layers": Maybe(COUNT),
+              "model": Maybe(TEXT), "layers": TRIED}  # fmt: skip
+# Of a policy in a checkpoint.
+POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT)}
+RECORDED = ("prefer_late_layers", "seed")  # settings that a calibration goes by, besides its own
+
+
+def check_policy(settings: Settings, num_layers: int) -> None:
+    """Check what the settings ask for against the model's number of layers, before the model is loaded.
+
+    Raises:
+        InputError: more noisy layers than there are to choose from, or a policy file that is none of this model.
+    """
+    objective, wanted = settings.objective, settings.noise_policy
+    if objective.noise != "layers":
+        return
+    if wanted not in POLICIES:
+        policy = read_policy(wanted, num_layers)
+        if not any(policy.base_stds) and "ce" not in objective.losses:
+            raise InputError(f"--noise_policy {wanted}: it has no noise, without which --loss_mode "
+                             f"{settings.loss_mode} has nothing to learn")  # fmt: skip
+        made_for = (policy.calibration or {}).get("model", settings.model)
+        if made_for != settings.model:
+            notice(f"--noise_policy {wanted} was calibrated for {made_for}")
+        return
+    past = settings.prefer_late_layers
+    eligible = num_layers - first_eligible(past, num_layers)
+    if wanted == "snr" and settings.num_noise_layers > eligible:
+        late = f", of which {eligible} are past --prefer_late_layers {past:g}" if eligible < num_layers else ""
+        raise InputError(
+            f"--num_noise_layers {settings.num_noise_layers}: {settings.model} has {num_layers} layers{late}"
+        )
+    if not eligible:
+        raise InputError(f"--prefer_late_layers {past:g} leaves none of {num_layers} layers")
+
+
+def first_eligible(share: float, num_layers: int) -> int:
+    """The first layer past this share of the depth."""
+    return math.ceil(round(share * num_layers, 6))
+
+
+def read_policy(name: str, num_layers: int | None = None) -> NoisePolicy:
+    """The policy of a file that a calibrated run left, or of one by hand with `selected` and `scales`.
+
+    Args:
+        name: the value of `--noise_policy`.
+        num_layers: of the model that it is for, where that is to be checked.
+
+    Raises:
+        InputError: no such file, or not a policy for such a model.
+    """
+    flag = f"--noise_policy {name}"
+    if not os.path.isfile(name):
+        raise InputError(f"{flag}: expected snr, auto, or a {FILE} that a run left")
+    try:
+        content = json.loads(read_text(Path(name)))
+    except (ValueError, RecursionError, InputError) as error:
+        raise InputError(f"{flag}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    found = checked(content, FILE_SHAPE, flag)
+    made_for = found["num_layers"] if found["num_layers"] is not None else num_layers
+    require(num_layers in (None, made_for), flag, f"it is for a model of {made_for} layers, this one has {num_layers}")
+    policy = NoisePolicy(CALIBRATED, found["selected"], found["scales"], found["snr"], content)
+    check_values(policy, flag, num_layers)
+    return policy
+
+
+def policy_from(value: Any, where: str, num_layers: int) -> NoisePolicy:
+    """The policy that a checkpoint holds. Raises `InputError` where it is none for a model of so many layers."""
+    policy = NoisePolicy(**checked(value, POLICY_SHAPE, where))
+    require(policy.kind in KINDS, where, f"kind is none of {', '.join(KINDS)}")
+    check_values(policy, where, num_layers)
+    return policy
+
+
+def check_values(policy: NoisePolicy, where: str, num_layers: int | None) -> None:
+    """Raise `InputError` where a policy has what none of a model of so many layers has."""
+    most = math.inf if num_layers is None else num_layers
+    layers, snr, stds = policy.layers, policy.snr, policy.base_stds
+    require(sorted(set(layers)) == layers, where, "the layers are not in ascending order")
+    require(max(layers, default=0) < most, where, f"there is no layer {max(layers, default=0)} in a model of {most}")
+    require(not snr or num_layers in (None, len(snr)), where, f"snr is not that of {most} layers")
+    wanted = 0 if policy.kind == BY_SNR else len(layers)
+    require(len(stds) == wanted, where, f"there are {len(stds)} scales to {wanted} layers")
+    for entry in checked((policy.calibration or {}).get("layers"), TRIED, where):
+        require(entry["layer"] < most, where, "a measured layer is not of the model")
+        require(bool(entry["grid"]), where, "a measured layer has no grid")
+
+
+def as_file(policy: NoisePolicy, version: str) -> dict[str, Any]:
+    """The content of `noise_policy.json`."""
+    chosen = {"selected": policy.layers, "scales": policy.base_stds, "snr": policy.snr}
+    return {"noisefit_version": version} | (policy.calibration or {}) | chosen
+
+
+def choose_policy(
+    settings: Settings, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator,
+    kind: NoiseKind = TokenScaledNoise,
+) -> NoisePolicy:  # fmt: skip
+    """What `--noise_policy` asks for. All processes call it, and get the same.
+
+    A calibration leaves the random generators as they were: with its file given back, a run is the same run.
+
+    Args:
+        settings: of the run.
+        model: the prepared `BranchedModel`.
+        batches: a few of the training, as many on each process.
+        accelerator: of the run.
+        kind: of the noise.
+
+    Raises:
+        InputError: the model overflows, or `--branches fork` is not possible.
+    """
+    layered, wanted = settings.objective.noise == "layers", settings.noise_policy
+    if wanted not in POLICIES and layered:
+        return read_policy(wanted)
+    snr = average_snr(model, batches[: settings.snr_batches], settings.noise_std, kind)
+    first = first_eligible(settings.prefer_late_layers, len(snr))
+    if not layered:
+        return NoisePolicy(snr=snr.tolist())
+    if wanted == "snr":
+        layers = select_layers(snr, settings.num_noise_layers, settings.snr_format, first)
+        return NoisePolicy(BY_SNR, layers, snr=snr.tolist())
+    batches, layers = batches[: settings.auto_calib_batches], list(range(first, len(snr)))
+    strategy, _ = choose_strategy(model, batches[0], layers[:1], settings.branches)
+    state = random_state(accelerator.device)
+    with progress_bar(accelerator, len(batches) * len(layers), "calibrating the noise", "layer") as progress:
+        factors = settings.auto_scale_factors
+        found = calibration.measure(model, batches, layers, factors, strategy, progress.update, kind)
+    restore_random_state(state, accelerator.device)
+    choice = calibration.choose(found, len(snr), rules_of(settings))
+    by = {name: value for name, value in settings.record().items() if name.startswith("auto_") or name in RECORDED}
+    about = {"model": settings.model, "num_layers": len(snr), "settings": by}
+    measured = about | calibration.record(found, choice)
+    return NoisePolicy(CALIBRATED, choice.layers, choice.scales, snr.tolist(), measured)
+
+
+def rules_of(settings: Settings) -> calibration.Rules:
+    """By what a calibration chooses."""
+    return calibration.Rules(
+        settings.auto_scale_l2_penalty,
+        settings.auto_max_ce_delta_ratio,
+        settings.auto_depth_bands,
+        settings.auto_max_layers,
+        settings.auto_target_kl_fraction,
+    )
+
+
+def make_noise(
+    settings: Settings, policy: NoisePolicy, kind: NoiseKind = TokenScaledNoise
+) -> dict[int, TokenScaledNoise]:
+    """The noise of each layer of the policy; on the embedding where the objective wants it there."""
+    if settings.objective.noise == "embedding":
+        return {EMBEDDING: EmbeddingNoise(settings.neftune_alpha)}
+    return policy.noise(kind, settings.noise_std)
+
+
+def expected_cost(settings: Settings, policy: NoisePolicy, num_layers: int, strategy: str) -> float:
+    """A step's cost as a ratio to plain fine-tuning's, counting layers: `p + b (1 - p)` for the fork of `b` branches,
+    with `p` the share of the layers up to the first noisy one."""
+    count = len(settings.objective.branches)
+    if settings.objective.noise != "layers":
+        return count
+    if not policy.layers:
+        return 1
+    share = (policy.layers[0] + 1) / num_layers if strategy == "fork" else 0
+    return share + count * (1 - share)
+
+
+def describe(settings: Settings, policy: NoisePolicy, num_layers: int, strategy: str) -> list[str]:
+    """What the run's start says of its branches and noise: a table of the layers, and the cost of a step."""
+    objective, lines = settings.objective, []
+    if objective.noise == "layers":
+        rows = _rows(policy, num_layers)
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"noise in layers: {', '.join(map(str, policy.layers)) or 'none'}")
+    elif objective.noise == "embedding":
+        lines.append(f"noise on the embeddings, alpha {settings.neftune_alpha:g}")
+    if "rdrop_dropout" in objective.reads:
+        share = settings.rdrop_dropout
+        lines.append(f"dropout {share:g} in every block, besides the model's and the adapter's own")
+    how = f" ({strategy})" if len(objective.branches) > 1 else ""
+    cost = expected_cost(settings, policy, num_layers, strategy)
+    lines.append(
+        f"branches: {', '.join(kind.value for kind in objective.branches)}{how}; counting layers, a step costs "
+        f"{cost:.2f} times plain fine-tuning"
+    )
+    if policy.kind == BY_SNR and policy.layers:
+        lines.append(negligible_noise(torch.tensor(policy.snr), policy.layers) or "")
+    return [line for line in lines if line]
+
+
+def _rows(policy: NoisePolicy, num_layers: int) -> list[list[str]]:
+    """The table of the layers, its head first."""
+    chosen = ["yes" if layer in policy.layers else "" for layer in range(num_layers)]
+    if policy.kind == BY_SNR:
+        return [["layer", "SNR", "noise"]] + [
+            [str(layer), f"{policy.snr[layer]:.4g}", chosen[layer]] for layer in range(num_layers)
+        ]
+    scales = dict(zip(policy.layers, policy.base_stds, strict=True))
+    tried = {entry["layer"]: entry for entry in (policy.calibration or {}).get("layers", ())}
+    rows = [["layer", "score", "KL", "scale", "noise"]]
+    for layer in range(num_layers):
+        scale, score, kl = scales.get(layer), "", ""
+        if entry := tried.get(layer):
+            # At the chosen scale, or where there is none at the best one.
+            column = "scale" if scale is not None else "score"
+            wanted = scale if scale is not None else entry["best_score"]
+            at = min(entry["grid"], key=lambda cell: abs(cell[column] - wanted))
+            score, kl = f"{at['score']:.3g}", f"{at['kl']:.3g}"
+        rows.append([str(layer), score, kl, "" if scale is None else f"{scale:.3g}", chosen[layer]])
+    return rows

@@ -1,0 +1,104 @@
+"""Everything about a run that can be checked without the model's weights, and what the checks prepare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from noisefit.base.errors import notice
+from noisefit.inputs.models import check_model, length_limit, load_config, load_tokenizer
+from noisefit.inputs.prompts import Example, stop_token_ids, tokenize_rows
+from noisefit.inputs.tables import load_rows
+from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
+from noisefit.run.checkpoint_files import latest_whole, read_state
+from noisefit.run.metrics import check_tracker
+from noisefit.run.noise_policy import check_policy
+from noisefit.run.output import check_output, check_tokenizer_names
+from noisefit.run.output_folder import OutputFolder
+from noisefit.run.processes import check_processes, start_accelerator
+from noisefit.run.settings import Settings, without_effect
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run begins with.
+
+    Attributes:
+        settings: as they are after the checks: `max_length` within the model's positions, the date of the prompts.
+        config: the base model's.
+        tokenizer: with its chat template.
+        examples, eval_examples: the tokenized rows.
+        num_layers: decoder layers of the model.
+        accelerator: of the launch.
+    """
+
+    settings: Settings
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    eval_examples: list[Example]
+    num_layers: int
+    accelerator: Accelerator
+
+
+def prepare(settings: Settings, output: OutputFolder) -> Prepared:
+    """Check what can be checked before the model is loaded, cheapest first, and before anything is written.
+
+    Raises:
+        InputError: something is not as it should be; the line says what, and what to do.
+    """
+    model, trusted = settings.model, settings.trust_remote_code
+    notice(without_effect(settings))
+    check_output(settings, output)
+    check_tracker(settings.report_to)
+    check_chat_template(settings.chat_template)
+    rows, eval_rows = load_rows(settings.train_data), load_rows(settings.eval_data)
+    config, tokenizer = load_config(model, trusted), load_tokenizer(model, trusted)
+    num_layers, vocabulary = check_model(settings, model, config, trusted)
+    check_policy(settings, num_layers)
+    settings = _within_positions(settings, config)
+
+    tracker = None if settings.report_to == "none" else settings.report_to
+    accelerator = start_accelerator(log_with=tracker, project_dir=settings.output_model)
+    check_processes(accelerator, settings.quantization)
+
+    settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer))
+    set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
+    check_tokenizer_names(tokenizer, output)
+    stops = stop_token_ids(model)
+    examples = tokenize_rows(tokenizer, rows, settings.train_data, settings, vocabulary, stops)
+    eval_examples = tokenize_rows(tokenizer, eval_rows, str(settings.eval_data), settings, vocabulary, stops)
+    return Prepared(settings, config, tokenizer, examples, eval_examples, num_layers, accelerator)
+
+
+def _within_positions(settings: Settings, config: PreTrainedConfig) -> Settings:
+    """`--max_length` lowered to the model's positions, with a line: a row past them could not be computed."""
+    limit, wanted = length_limit(config), settings.max_length
+    if limit is None or wanted <= limit:
+        return settings
+    notice(f"rows are cut at {limit} tokens, as {settings.model} has no more positions (--max_length {wanted})")
+    return replace(settings, max_length=limit)
+
+
+def _prompt_date(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Date and time for a chat template that asks: of the run that is resumed, as given, or now; else `None`.
+
+    All processes call it, and get the same.
+    """
+    if not asks_for_date(tokenizer, settings.chat_template):
+        return None
+    date, wanted = settings.prompt_date, settings.resume_from_checkpoint
+    if wanted is not None:
+        folder = latest_whole(Path(settings.output_model)) if wanted in ("latest", "auto") else Path(wanted)
+        try:
+            recorded = read_state(folder)["run"]["prompt_date"] if folder is not None else None
+            date = recorded if recorded is None else datetime.fromisoformat(recorded).isoformat(timespec="seconds")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass  # what is wrong with the checkpoint is told by `find_checkpoint`
+    [found] = broadcast_object_list([date or datetime.now().isoformat(timespec="seconds")])
+    return str(found)

@@ -1,0 +1,92 @@
+"""What becomes of an optimizer step: taken, skipped where its numbers are none, or ended where memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
+from noisefit.run.checkpoint_files import list_checkpoints
+from noisefit.run.settings import Settings
+
+
+def take_step(optimizer: Any, schedule: LRScheduler, bad: bool) -> None:
+    """Take the optimizer's step and the schedule's, or neither where loss or gradient is not finite.
+
+    A bad step touches no weight: without gradients AdamW changes nothing, not even by weight decay. Its `step` is still
+    called, as fp16's scaler lowers its scale there. The learning rate waits.
+
+    Args:
+        optimizer: as `Accelerator.prepare` gave it.
+        schedule: of the learning rate, not prepared.
+        bad: the same on all processes.
+    """
+    if bad:
+        optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
+    if not bad:
+        schedule.step()
+
+
+def count_bad_steps(step: int, bad_steps: int, most: int) -> int:
+    """Say that a step is skipped, as its loss or gradient is not finite.
+
+    Args:
+        step: its number.
+        bad_steps: such steps in a row, this one included.
+        most: the value of `--max_bad_steps`.
+
+    Returns:
+        `bad_steps`.
+
+    Raises:
+        InputError: they are as many as `--max_bad_steps`.
+    """
+    what = f"step {step}: the loss or its gradient is not a finite number"
+    if bad_steps >= most:
+        raise InputError(
+            f"{what}, {bad_steps} steps in a row (--max_bad_steps); lower --learning_rate or --noise_std, use bf16 "
+            "instead of fp16, or look at the rows of these steps. No weight was touched by them"
+        )
+    notice(f"{what}; the step is skipped ({bad_steps} in a row, the run ends at {most})")
+    return bad_steps
+
+
+@contextmanager
+def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    """Turn memory that runs out into one line that says with what batch, and what would help.
+
+    Args:
+        settings: of the run.
+        step: the number of the step that is being taken.
+        batch: the micro-batch, as `collate` made it.
+
+    Raises:
+        LocalError: as said.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        rows, length = batch["input_ids"].shape
+        helps = [] if settings.gradient_checkpointing else ["--gradient_checkpointing"]
+        if settings.batch_size > 1:
+            parts = 2 if settings.batch_size % 2 == 0 else settings.batch_size  # so that a step keeps its rows
+            accumulation = settings.gradient_accumulation_steps * parts
+            helps.append(f"--batch_size {settings.batch_size // parts} --gradient_accumulation_steps {accumulation}")
+        if settings.loss_chunk_size > 64:
+            helps.append(f"--loss_chunk_size {settings.loss_chunk_size // 4}")
+        helps.append("a shorter --max_length")
+        before = list_checkpoints(Path(settings.output_model))  # not opened, for which there may be no memory
+        resume = f"; --resume_from_checkpoint latest goes on from {before[-1].name}" if before else ""
+        raise LocalError(
+            f"step {step}: out of memory with {rows} rows of {length} tokens in a micro-batch, "
+            f"{len(batch['target_tokens'])} of them supervised; any of these helps: {', '.join(helps)}{resume}"
+        ) from None

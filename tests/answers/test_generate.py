@@ -1,0 +1,386 @@
+"""The whole program: the same CSV whatever the processes, batches and kills, and one line for bad input."""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import FrozenInstanceError
+
+import psutil
+import pytest
+import torch
+from running import ROOT, launch, launch_command, python, run, words
+from tiny_folder import tiny_folder
+from transformers import AutoTokenizer
+
+import generate
+from noisefit.answers.journal import Journal, write_answers
+from noisefit.answers.settings import AnswerSettings, DrawSettings, build_parser, parse_arguments
+from noisefit.base.errors import InputError
+from noisefit.score import score
+
+
+@pytest.fixture(scope="module")
+def adapter(llama_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "q.csv"
+    data.write_text("prompt,response\n" + "".join(f"What is {i}?,It is {i + i}.\n" for i in range(16)))
+    run(llama_folder, data, folder / "adapter", learning_rate=1e-2, max_steps=4)
+    return folder / "adapter"
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "asked.csv"
+    lines = [f'{i},{"Why " * (i % 4)}is {i}?,"It is, so {i}"' for i in range(13)]
+    path.write_text("id,prompt,response\n" + "\n".join(lines) + "\n")
+    return path
+
+
+FAST = dict(max_new_tokens=10, rounds=3, temperature=0.9)
+
+
+def answer(output, **flags):
+    generate.generate(parse_arguments(words(output_csv=output, **FAST | flags)))
+    return rows_of(output)
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_has_the_inputs_columns_and_every_round_in_order(adapter, asked, tmp_path):
+    rows = answer(tmp_path / "out.csv", model_path=adapter, input_csv=asked)
+    assert list(rows[0]) == ["id", "prompt", "response", "generated_response", "round"]
+    assert [(row["id"], row["round"]) for row in rows] == [(str(i), str(r)) for i in range(13) for r in (1, 2, 3)]
+    assert rows[4]["response"] == "It is, so 1" and len({row["generated_response"] for row in rows}) > 13
+    assert {path.name for path in tmp_path.iterdir()} == {"asked.csv", "out.csv"}
+
+
+def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
+    expected = answer(tmp_path / "0.csv", model_path=adapter, input_csv=asked)
+    for size in (1, 3, 16):
+        answer(tmp_path / f"{size}.csv", model_path=adapter, input_csv=asked, batch_size=size)
+        assert (tmp_path / f"{size}.csv").read_bytes() == (tmp_path / "0.csv").read_bytes()
+    assert answer(tmp_path / "seed.csv", model_path=adapter, input_csv=asked, seed=1) != expected
+    unmerged = answer(tmp_path / "unmerged.csv", model_path=adapter, input_csv=asked, no_merge=True)
+    same = [a["generated_response"] == b["generated_response"] for a, b in zip(unmerged, expected, strict=True)]
+    assert sum(same) > 0.9 * len(same)  # the sums are rounded otherwise
+
+
+def test_two_processes_give_the_file_of_one(adapter, asked, tmp_path):
+    one_prompt = tmp_path / "one.csv"
+    one_prompt.write_text("prompt\nWhy?\n")
+    for name, file in [("all", asked), ("fewer prompts than processes", one_prompt)]:
+        expected, found = tmp_path / f"{name} 1.csv", tmp_path / f"{name} 2.csv"
+        answer(expected, model_path=adapter, input_csv=file)
+        flags = words(model_path=adapter, input_csv=file, output_csv=found, **FAST)
+        done = launch("generate.py", *flags, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert "processes: 2" in done.stderr
+        assert found.read_bytes() == expected.read_bytes()
+        assert not found.with_name(found.name + ".partial").exists()
+
+
+def test_the_base_model_alone_and_a_whole_model(llama_folder, asked, tmp_path, monkeypatch):
+    base = answer(tmp_path / "base.csv", model_id=llama_folder, input_csv=asked)
+    monkeypatch.chdir(tmp_path)
+    generate.generate(parse_arguments(words(model_id=llama_folder, input_csv=asked, **FAST)))
+    assert rows_of(tmp_path / f"{llama_folder.name}_answers.csv") == base
+
+
+def test_greedy_rounds_are_the_same_and_do_not_depend_on_the_seed(adapter, asked, tmp_path):
+    rows = answer(tmp_path / "a.csv", model_path=adapter, input_csv=asked, greedy=True)
+    assert len(rows) == 39
+    assert all(rows[i]["generated_response"] == rows[i - i % 3]["generated_response"] for i in range(39))
+    again = answer(tmp_path / "b.csv", model_path=adapter, input_csv=asked, greedy=True, seed=7)
+    assert again == rows
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_file(adapter, asked, tmp_path):
+    flags = words(model_path=adapter, input_csv=asked, batch_size=2, **FAST | dict(max_new_tokens=40))
+    done = python("generate.py", *flags, "--output_csv", str(tmp_path / "whole.csv"))
+    assert done.returncode == 0, done.stderr
+    output, partial = tmp_path / "killed.csv", tmp_path / "killed.csv.partial"
+    command = [sys.executable, "generate.py", *flags, "--output_csv", str(output)]
+    kills = 0
+    for wanted in (2, 11, 20):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"ACCELERATE_USE_CPU": "1"}
+        )
+        while process.poll() is None and answers_in(partial) < wanted:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert output.exists() == (not partial.exists())
+    assert kills >= 1
+    with (partial / "process-0.jsonl").open("ab") as file:
+        file.write(b'[12, 3, "cut sh')  # what a kill within a write leaves
+    other = python("generate.py", *flags, "--output_csv", str(output), "--seed", "5")
+    assert other.returncode == 2 and "unfinished run with other settings (seed)" in other.stderr
+    last = python("generate.py", *flags, "--output_csv", str(output))
+    assert last.returncode == 0 and "answers are there already" in last.stderr, last.stderr
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
+
+
+def test_two_killed_processes_go_on_as_one_and_give_the_same_file(adapter, asked, tmp_path):
+    flags = words(model_path=adapter, input_csv=asked, batch_size=1, **FAST | dict(max_new_tokens=40))
+    done = python("generate.py", *flags, "--output_csv", str(tmp_path / "whole.csv"))
+    assert done.returncode == 0, done.stderr
+    output, partial = tmp_path / "killed.csv", tmp_path / "killed.csv.partial"
+    script = ["generate.py", *flags, "--output_csv", str(output)]
+    for wanted, processes in ((4, 2), (14, 1)):
+        process = subprocess.Popen(
+            launch_command(*script, processes=processes), cwd=ROOT, stderr=subprocess.DEVNULL,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        )  # fmt: skip
+        while process.poll() is None and answers_in(partial) < wanted:
+            time.sleep(0.005)
+        for worker in psutil.Process(process.pid).children(recursive=True):
+            worker.kill()
+        process.kill()
+        process.wait()
+        assert not output.exists() and partial.exists()
+    assert {path.name for path in partial.glob("*.jsonl")} == {"process-0.jsonl", "process-1.jsonl"}
+    last = launch(*script, processes=2)
+    assert last.returncode == 0 and "answers are there already" in last.stderr, last.stderr
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
+
+
+def test_settings_of_a_newer_peft_and_an_unnamed_column_are_no_reason_to_refuse(adapter, asked, tmp_path):
+    copy = copy_without(adapter, tmp_path, "nothing")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"brand_new_option": False}))
+    indexed = tmp_path / "indexed.csv"  # as pandas writes it
+    indexed.write_text(asked.read_text().replace("id,prompt", ",prompt"))
+    rows = answer(tmp_path / "new.csv", model_path=copy, input_csv=indexed)
+    old = answer(tmp_path / "old.csv", model_path=adapter, input_csv=asked)
+    assert [row["generated_response"] for row in rows] == [row["generated_response"] for row in old]
+    assert rows[3]["Unnamed: 0"] == "1"
+
+
+def test_logits_that_are_no_numbers_are_said(adapter, asked, tmp_path):
+    with pytest.raises(InputError, match="logits are not finite"):
+        answer(tmp_path / "out.csv", model_path=adapter, input_csv=asked, temperature=1e-39)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_the_same_prompt_in_two_rows_gets_answers_of_its_own(adapter, tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_text("prompt\nWhy?\nHow?\nWhy?\n")
+    rows = answer(tmp_path / "out.csv", model_path=adapter, input_csv=path)
+    assert [row["generated_response"] for row in rows[:3]] != [row["generated_response"] for row in rows[6:]]
+
+
+def test_the_real_test_file_end_to_end(adapter, real_data, tmp_path):
+    rows = answer(
+        tmp_path / "out.csv", model_path=adapter, input_csv=real_data / "test_ground_truth.csv", max_new_tokens=5
+    )
+    assert len(rows) == 208 * 3
+    found = score([str(tmp_path / "out.csv")], by=None)
+    assert found["prompts"] == 208 and found["hallucination_rate"] > 0.9  # a random model knows nothing
+
+
+def test_answers_of_any_text_survive_the_way_to_the_score(tmp_path):
+    texts = ['Is it? "Yes", it is.', "two\nlines, or\rthree\r\n4", "<|im_start|>user", "", "Größe\u2028;'=cmd"]
+    journal = Journal(tmp_path / "out.csv", 0)
+    journal.folder.mkdir()
+    journal.start({}, 1)
+    journal.append((i, 1, text) for i, text in enumerate(texts))
+    wanted = {(i, 1) for i in range(len(texts))}
+    records = [{"prompt": f"Question, {i}?", "response": f'"{text}" is it.'} for i, text in enumerate(texts)]
+    write_answers(tmp_path / "out.csv", records, journal.read(wanted), rounds=1)
+    assert [row["generated_response"] for row in rows_of(tmp_path / "out.csv")] == texts
+    assert score([str(tmp_path / "out.csv")], by=None)["right"] == 4  # the empty one is not
+
+
+def answers_in(partial) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in partial.glob("process-*.jsonl")) if partial.exists() else 0
+
+
+def test_rows_without_a_prompt_are_counted_and_json_lines_work(adapter, tmp_path, capsys):
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"prompt": "Why?", "n": 1}\n{"prompt": ""}\n{"prompt": "Größe?", "m": "x"}\n')
+    rows = answer(tmp_path / "out.csv", model_path=adapter, input_csv=path)
+    assert [row["prompt"] for row in rows[::3]] == ["Why?", "Größe?"] and rows[0]["n"] == "1" and rows[3]["m"] == "x"
+    assert "skipped 1 row with an empty or missing prompt (row 2)" in capsys.readouterr().err
+
+
+def test_the_published_programs_defaults_are_kept_but_for_the_repetition_penalty():
+    """Which was 1.2: it also penalizes the question's words, of which a right answer is made."""
+    settings = parse_arguments(["--model_path", "a", "--input_csv", "q.csv"])
+    expected = dict(
+        input_csv="q.csv", rounds=5, max_new_tokens=50, temperature=0.5, top_p=0.9, top_k=40, repetition_penalty=1.0,
+        model_id=None,
+    )  # fmt: skip
+    assert {name: getattr(settings, name) for name in expected} == expected
+    assert settings == AnswerSettings(model_path="a", input_csv="q.csv")
+    readme = (ROOT / "README.md").read_text()
+    # Of each switch --no_SWITCH is its other side, which help does not list either.
+    flags = [action.option_strings[0] for action in build_parser()._actions[1:] if action.help != argparse.SUPPRESS]
+    assert len(flags) == 21 and [flag for flag in flags if f"`{flag}`" not in readme] == []
+
+
+def copy_without(adapter, folder, name):
+    copy = folder / "copy"
+    copy.mkdir()
+    for path in adapter.iterdir():
+        if path.is_file() and path.name != name:
+            (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize("flags", [[], ["--input_csv="]], ids=["none", "empty"])
+def test_the_questions_must_be_given(flags):
+    with pytest.raises(InputError, match="--input_csv is required"):
+        parse_arguments(["--model_path", "a", *flags])
+    with pytest.raises(TypeError, match="input_csv"):
+        AnswerSettings(model_path="a")
+
+
+def test_settings_of_a_program_are_held_to_the_rules_of_the_command_line():
+    given = dict(model_id="m", input_csv="q.csv")
+    flags = ["--model_id=m", "--input_csv=q.csv"]
+    assert AnswerSettings(**given, top_k="7", rounds=2.0) == parse_arguments([*flags, "--top_k", "7", "--rounds", "2"])
+    for name, value in [("top_p", 0), ("rounds", 2.5), ("temperature", 0), ("dtype", "float8"), ("greedy", "maybe")]:
+        with pytest.raises(InputError, match=f"--{name}: "):
+            AnswerSettings(**given | {name: value})
+        with pytest.raises(InputError, match=f"--{name}: |argument --{name}: "):
+            parse_arguments([*flags, f"--{name}={value}"])
+    with pytest.raises(InputError, match=r"give --model_path, .*, or --model_id"):
+        AnswerSettings(input_csv="q.csv")
+    with pytest.raises(FrozenInstanceError):
+        AnswerSettings(**given).rounds = 3
+    assert isinstance(AnswerSettings(**given), DrawSettings)  # which is all that an `Answerer` takes
+
+
+def test_an_adapter_that_records_no_base_is_asked_for_it(adapter, asked, tmp_path, llama_folder):
+    copy = copy_without(adapter, tmp_path, "nothing")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(InputError, match=r"adapter_config\.json names no base model; give it as --model_id") as caught:
+        answer(tmp_path / "out.csv", model_path=copy, input_csv=asked)
+    assert f"--model_path {copy}" in str(caught.value) and not (tmp_path / "out.csv").exists()
+    rows = answer(tmp_path / "out.csv", model_path=copy, input_csv=asked, model_id=llama_folder)
+    assert rows == answer(tmp_path / "old.csv", model_path=adapter, input_csv=asked)
+
+
+def pickled(adapter, folder):
+    copy = copy_without(adapter, folder, "adapter_model.safetensors")
+    torch.save({}, copy / "adapter_model.bin")
+    return dict(model_path=copy)
+
+
+REFUSED = {
+    "no prompt column": (lambda a, t: dict(input_csv=write(t, "question\nWhy?\n")), "no column 'prompt'"),
+    "answers' column": (lambda a, t: dict(input_csv=write(t, "prompt,round\nWhy?,1\n")), "column 'round' already"),
+    "missing input": (lambda a, t: dict(input_csv=t / "missing.csv"), "no such file"),
+    "no adapter": (lambda a, t: dict(model_path=t), "no adapter_config.json in it"),
+    "missing adapter": (lambda a, t: dict(model_path=t / "missing"), "no such folder"),
+    "no weights": (
+        lambda a, t: dict(model_path=copy_without(a, t, "adapter_model.safetensors")),
+        "no adapter_model.safe",
+    ),
+    "pickled weights": (pickled, "no adapter_model.safetensors .pickles are not loaded"),
+    "whole model": (lambda a, t: dict(model_path=tiny_folder(t / "m")), "holds a whole model: give it as --model_id"),
+    "missing base": (lambda a, t: dict(model_id="./missing"), "--model_id ./missing: no such folder"),
+    "other width": (
+        lambda a, t: dict(model_id=tiny_folder(t / "m", hidden_size=64)),
+        "does not fit .* trained on .*llama",
+    ),
+    "other model": (lambda a, t: dict(model_id=tiny_folder(t / "m", "gpt2")), "does not fit .* trained on .*llama"),
+    "fewer layers": (lambda a, t: dict(model_id=tiny_folder(t / "m", num_hidden_layers=2)), "does not fit"),
+    "long prompt": (
+        lambda a, t: dict(input_csv=write(t, "prompt\nWhy?\n" + "x" * 100 + "\n")),
+        "row 2: the prompt has",
+    ),
+    "output exists": (lambda a, t: dict(output_csv=write(t, "mine\n")), "exists; choose another name"),
+    "no output folder": (lambda a, t: dict(output_csv=t / "no" / "a.csv"), "no folder"),
+    "output is a folder": (lambda a, t: dict(output_csv=a_folder(t)), "a folder, expected a file name"),
+    "template": (lambda a, t: dict(chat_template="chatlm"), "--chat_template chatlm"),
+    "output is the input": (
+        lambda a, t: dict(output_csv=t / "asked.csv", overwrite_output=True),
+        "is the input itself",
+    ),
+    "output is no CSV": (lambda a, t: dict(output_csv=t / "a.parquet"), "expected a name that ends in .csv"),
+    "someone's folder": (lambda a, t: dict(output_csv=in_the_way(t)), "mine.csv.partial is in the way"),
+    "damaged weights": (lambda a, t: damaged(a, t), "does not fit"),
+    "larger vocabulary": (lambda a, t: larger_vocabulary(a, t), "embeddings for 259"),
+    "half a surrogate": (lambda a, t: dict(input_csv=write(t, '{"prompt": "\\ud800"}', "a.jsonl")), "row 1 holds half"),
+    "unclosed quote": (lambda a, t: dict(input_csv=write(t, 'prompt\n"Why?\n')), "a quote in it is never closed"),
+    "one name twice": (lambda a, t: dict(input_csv=write(t, "id,id,prompt\n1,2,Why?\n")), "'id' appears 2 times"),
+}
+
+
+def a_folder(folder):
+    (folder / "folder.csv").mkdir()
+    return folder / "folder.csv"
+
+
+def in_the_way(folder):
+    (folder / "mine.csv.partial").mkdir()
+    (folder / "mine.csv.partial" / "thesis.txt").write_text("mine")
+    return folder / "mine.csv"
+
+
+def damaged(adapter, folder):
+    copy = copy_without(adapter, folder, "nothing")
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    return dict(model_path=copy)
+
+
+def larger_vocabulary(adapter, folder):
+    copy = copy_without(adapter, folder, "nothing")
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_tokens(["Why", "is"])
+    tokenizer.save_pretrained(copy)
+    return dict(model_path=copy)
+
+
+def write(folder, text, name="written.csv"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_and_nothing_is_written(case, adapter, asked, tmp_path):
+    make, message = REFUSED[case]
+    flags = dict(output_csv=tmp_path / "out.csv", model_path=adapter, input_csv=asked) | make(adapter, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=message) as caught:
+        answer(flags.pop("output_csv"), **flags)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--temperature 0", "use --greedy"),
+        ("--top_p 0", "not a number above 0 and up to 1"),
+        ("--rounds 0", "not a whole number from 1 to 1e+06"),
+        ("--repetition_penalty 0", "above 0"),
+        ("--round 3", "did you mean --rounds"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(InputError) as caught:
+        parse_arguments(["--model_path", "a", "--input_csv", "q.csv", *flags.split()])
+    assert message in str(caught.value)
+
+
+def test_bad_input_ends_in_one_line_and_status_2(tmp_path):
+    done = python("generate.py", "--model_path", str(tmp_path / "missing"), "--input_csv", str(tmp_path / "q.csv"))
+    assert (
+        done.returncode == 2 and done.stderr == f"generate.py: error: --model_path {tmp_path}/missing: no such folder\n"
+    )
+    for flags, message in [((), "give --model_path"), (("--model_id", "m"), "--input_csv is required")]:
+        done = python("generate.py", *flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr

@@ -1,0 +1,293 @@
+"""The experiment: what a run is measured by, and a comparison that goes on where it stopped."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from running import ROOT
+from tiny_folder import byte_tokenizer
+from tiny_models import tiny_model
+
+WORLD_FOLDER = ROOT / "examples" / "world"
+sys.path.insert(0, str(WORLD_FOLDER))
+
+import compare  # noqa: E402
+import measures  # noqa: E402
+import questions  # noqa: E402
+import results  # noqa: E402
+from methods import HEADLINE, METHODS, SIZES, Run  # noqa: E402
+
+from noisefit.inputs.prompts import set_chat_template  # noqa: E402
+
+
+def answered(
+    prompt: str, answer: str, *texts: str, kind: str = "known", told: int = 50, phrasing: int = 0
+) -> list[dict]:
+    """A question's rows in generate.py's CSV, a round each."""
+    common = {"prompt": prompt, "response": f"It is {answer}.", "answer": answer, "kind": kind, "told": str(told)}
+    common |= {"phrasing": str(phrasing), "country": "X", "relation": "capital"}
+    return [common | {"generated_response": text, "round": str(n)} for n, text in enumerate(texts, start=1)]
+
+
+# --- The measures ----------------------------------------------------------------------------------------------------
+
+
+def test_the_measures_of_a_sheet_worked_out_by_hand():
+    rows = [
+        *answered("A?", "Brugard", "It is Brugard.", "It is Brugard.", told=200),
+        *answered("B?", "Kleholm", "It is Kleholm.", "I do not know.", told=4),
+        *answered("C?", "Vridell", "It is Brugard.", "It is Kleholm.", told=9),
+        *answered("N?", "Flogard", "It is Flogard.", "It is Kleholm.", told=9, phrasing=3),
+        *answered("D?", "I do not know", "I do not know.", "It is Vridell.", kind="unknown", told=0),
+        *answered("E?", "I do not know", "I do not know!", "i do not know", kind="false premise", told=0),
+    ]
+    got = measures.hallucinations(rows)
+    expected = {
+        "hallucination_rate": (0 + 0.5 + 1) / 3,
+        "hallucination_rate_rare": (0.5 + 1) / 2,
+        "hallucination_rate_famous": 0.0,
+        "hallucination_rate_new_phrasing": 0.5,
+        "refused_known": 0.5 / 3,
+        "invented_rate": (0 + 0 + 1) / 3,
+        "refused_unknown": 0.5,
+        "refused_false_premise": 1.0,
+    }
+    assert {name: got[name] for name in expected} == pytest.approx(expected)
+    assert math.isnan(got["hallucination_rate_common"]) and math.isnan(got["hallucination_rate_uncommon"])
+    assert set(got) <= set(results.MEASURES)
+
+
+def test_every_told_fact_is_in_exactly_one_band():
+    for told in range(1, 400):
+        assert sum(low <= told <= high for low, high in measures.BANDS.values()) == 1
+    assert tuple(measures.BANDS) == results.BANDS
+
+
+def test_calibration_by_hand():
+    # Bins of a tenth: {0.05, 0.09}, {0.55}, {0.95, 1.0}.
+    got = measures.calibration([0.05, 0.09, 0.55, 0.95, 1.0], [False, True, True, True, False])
+    error = abs(0.14 - 1) / 5 + abs(0.55 - 1) / 5 + abs(1.95 - 1) / 5
+    assert got["calibration_error"] == pytest.approx(error)
+    squares = [0.05**2, 0.91**2, 0.45**2, 0.05**2, 1.0]
+    assert got["brier"] == pytest.approx(sum(squares) / 5)
+    assert measures.calibration([1.0, 0.0], [True, False]) == {"calibration_error": 0.0, "brier": 0.0}
+
+
+def test_the_probability_of_an_answer_is_that_of_writing_it_token_by_token():
+    tokenizer = byte_tokenizer()
+    set_chat_template(tokenizer)
+    model = tiny_model(vocab_size=len(tokenizer)).eval()
+    rows = [{"prompt": "Why?", "generated_response": "So."}, {"prompt": "Who was it?", "generated_response": ""}]
+    got = measures.answer_probabilities(model, tokenizer, rows)
+    assert all(0 < probability < 1 for probability in got)
+    for row, probability in zip(rows, got, strict=True):
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        ending = tokenizer(row["generated_response"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        if ending[-1] != tokenizer.eos_token_id:
+            ending.append(tokenizer.eos_token_id)
+        expected = 1.0
+        for token in ending:
+            with torch.no_grad():
+                expected *= float(model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1)[token])
+            ids.append(token)
+        assert probability == pytest.approx(expected, rel=1e-4)
+
+
+# --- The methods -----------------------------------------------------------------------------------------------------
+
+
+def test_a_method_may_carry_other_flags():
+    flags = Run("tiny", 0, "snr_lowest:noise_std=0.5:full_finetune:epochs=1").flags
+    assert flags["snr_format"] == "Lowest" and flags["noise_std"] == "0.5" and flags["full_finetune"] is True
+    assert flags["epochs"] == "1" and Run("tiny", 0, "snr_lowest").flags["epochs"] != "1"
+    compare.check_flags([Run("tiny", 0, method) for method in METHODS])
+
+
+def test_sizes_have_every_switch_on():
+    for settings in SIZES.values():
+        assert settings.zipf and settings.untold and settings.false_premises and settings.paraphrases
+
+
+def run_compare(*arguments: object, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(WORLD_FOLDER / "compare.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (["basefit", "magic"], "'magic' is no method; there are basefit, "),
+        (["snr_largest:=3"], "neither FLAG=VALUE nor FLAG"),
+        (["snr_largest:noise_std=loud"], "noise_std"),
+        (["basefit:no_such_flag=1"], "no_such_flag"),
+    ],
+)
+def test_a_bad_method_is_one_line_before_anything_is_written(tmp_path, methods, said):
+    done = run_compare("--output", tmp_path / "out", "--size", "tiny", "--methods", *methods)
+    assert done.returncode == 2
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def row_of(**values: str) -> dict[str, str]:
+    return dict.fromkeys(results.FIELDS, "0") | {"size": "tiny", "seed": "0", "method": "basefit"} | values
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prompt,response\na,b\n", "its columns are not those"),
+        (",".join(results.FIELDS) + "\ntiny,0,basefit\n", "row 1 is damaged"),
+        (",".join(results.FIELDS) + "\n" + ",".join(row_of(seed="x").values()) + "\n", "row 1 is damaged"),
+        (",".join(results.FIELDS) + "\n" + ",".join(row_of(flags="--epochs=99").values()) + "\n", "other flags"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_a_results_file_that_cannot_be_added_to_is_one_line_and_left_alone(tmp_path, content, said):
+    path = tmp_path / "results.csv"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    before = path.read_bytes()
+    done = run_compare("--output", tmp_path / "out", "--results", path, "--size", "tiny", "--seeds", 1)
+    assert done.returncode == 2
+    assert said in done.stderr and str(path) in done.stderr and len(done.stderr.splitlines()) == 1
+    assert path.read_bytes() == before and not (tmp_path / "out" / "worlds").exists()
+
+
+# --- Whole comparisons, on worlds so small that nothing is learnt ---------------------------------------------------
+
+
+def rows_of(path: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {(row["seed"], row["method"]): row for row in rows}
+
+
+def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_path):
+    methods = ["basefit", "snr_lowest:epochs=1", "auto:epochs=1"]
+    flags = ["--size", "tiny", "--seeds", "2", "--first_seed", "7", "--methods", *methods]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run_compare("--output", whole, *flags)
+    assert done.returncode == 0, done.stderr
+    expected = rows_of(whole / "results.csv")
+    assert set(expected) == {(seed, method) for seed in ("7", "8") for method in methods}
+
+    command = [sys.executable, str(WORLD_FOLDER / "compare.py"), "--output", str(killed), *flags, "--jobs", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not ((killed / "results.csv").exists() and rows_of(killed / "results.csv")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    there = rows_of(killed / "results.csv")
+    assert 0 < len(there) < len(expected)
+
+    done = run_compare("--output", killed, *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"6 runs, of which {len(there)} have their row" in done.stderr
+    got = rows_of(killed / "results.csv")
+    measured = set(results.MEASURES) - {"train_seconds"}
+    for key, row in expected.items():
+        assert {name: row[name] for name in measured} == {name: got[key][name] for name in measured}
+        assert row["machine"] and "torch" in row["versions"] and "compare.py" in row["command"]
+    assert expected["7", "basefit"]["noise_layers"] == "" and expected["7", "auto:epochs=1"]["noise_layers"] != ""
+
+    stamp = (killed / "results.csv").stat().st_mtime_ns
+    done = run_compare("--output", killed, *flags)
+    assert done.returncode == 0 and "6 runs, of which 6 have their row" in done.stderr
+    assert (killed / "results.csv").stat().st_mtime_ns == stamp
+
+    # The rate is that of noisefit.score for the same questions.
+    answers = whole / "runs" / "tiny-7" / "basefit" / "likeliest.csv"
+    with answers.open(newline="") as file:
+        reader = csv.DictReader(file)
+        known = [row for row in reader if row["kind"] == questions.KNOWN and not questions.is_new_phrasing(row)]
+    with (tmp_path / "known.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames)
+        writer.writeheader()
+        writer.writerows(known)
+    score = [sys.executable, "-m", "noisefit.score", str(tmp_path / "known.csv"), "--json"]
+    done = subprocess.run(score, capture_output=True, text=True, cwd=ROOT)
+    rate = json.loads(done.stdout)["hallucination_rate"]
+    assert float(expected["7", "basefit"]["hallucination_rate"]) == pytest.approx(rate, rel=1e-5)
+
+
+def test_two_comparisons_do_not_write_one_file(tmp_path):
+    from noisefit.base.files import alone_in
+
+    with alone_in(tmp_path / "results"):
+        done = run_compare("--output", tmp_path / "out", "--results", tmp_path / "results" / "r.csv", "--size", "tiny")
+    assert done.returncode == 2 and "another run is writing there" in done.stderr
+    assert not (tmp_path / "out" / "worlds").exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_have_their_row(tmp_path):
+    methods = ["basefit:epochs=1", "snr_largest:num_noise_layers=9"]
+    done = run_compare("--output", tmp_path, "--size", "tiny", "--seeds", 1, "--methods", *methods)
+    assert done.returncode == 1
+    assert "snr_largest:num_noise_layers=9: status 2: compare.py: error: --num_noise_layers 9" in done.stderr
+    assert list(rows_of(tmp_path / "results.csv")) == [("0", "basefit:epochs=1")]
+
+
+def test_a_world_of_other_settings_is_not_used(tmp_path):
+    world = tmp_path / "worlds" / "tiny-0"
+    world.mkdir(parents=True)
+    (world / "facts.json").write_text('{"settings": {"seed": 0, "countries": 10}}')
+    done = run_compare("--output", tmp_path, "--size", "tiny", "--seeds", 1, "--methods", "basefit")
+    assert done.returncode == 1 and "it was built with other settings" in done.stderr
+    assert rows_of(tmp_path / "results.csv") == {}
+
+
+# --- The committed results: consistent with this program, and one of their rows made again ----------------------------
+
+RESULTS = ROOT / "docs" / "experiment" / "results.csv"
+SWEEP = ROOT / "docs" / "experiment" / "sweep.csv"
+# Another processor rounds the sums of a world's pretraining otherwise, which ends in another model of the same facts.
+# Measures of few questions may then differ by more than these.
+ELSEWHERE = {"hallucination_rate": 0.15, "train_accuracy": 0.15}
+
+
+@pytest.mark.parametrize("path", [RESULTS, SWEEP], ids=lambda path: path.name)
+def test_every_row_was_made_with_the_flags_that_its_method_has_now(path):
+    for row in results.read_results(path):
+        run = Run(row["size"], int(row["seed"]), row["method"])
+        assert row["flags"] == " ".join(compare.words(run.flags))
+        assert row["machine"] and row["versions"] and row["command"].startswith("compare.py ")
+        for name in results.MEASURES:
+            assert float(row[name]) >= 0 or name == "invented_rate"
+
+
+def test_the_headline_has_ten_seeds_and_every_method_has_rows():
+    seeds = Counter(row["method"] for row in results.read_results(RESULTS) if row["size"] == "standard")
+    assert all(seeds[method] >= 10 for method in HEADLINE) and set(METHODS) <= set(seeds)
+
+
+def test_there_is_headroom_and_the_settings_were_tuned_on_other_worlds():
+    rows = results.read_results(RESULTS)
+    plain = [float(row["hallucination_rate"]) for row in rows if row["method"] == "basefit"]
+    assert 0.15 < sum(plain) / len(plain) < 0.40
+    assert not {row["seed"] for row in rows} & {row["seed"] for row in results.read_results(SWEEP)}
+
+
+def test_one_row_of_the_committed_results_comes_out_again(tmp_path):
+    recorded = next(row for row in results.read_results(RESULTS) if (row["seed"], row["method"]) == ("0", "basefit"))
+    done = run_compare("--output", tmp_path, "--seeds", 1, "--methods", "basefit", timeout=900)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "results.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    same = all(row[name] == recorded[name] for name in ("machine", "versions"))
+    tolerances = dict.fromkeys(set(results.MEASURES) - {"train_seconds"}, 1e-4) if same else ELSEWHERE
+    for name, tolerance in tolerances.items():
+        assert float(row[name]) == pytest.approx(float(recorded[name]), abs=tolerance), name

@@ -1,0 +1,160 @@
+"""The losses and their gradients against float64 computations written from the formulas, in numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from noisefit.method.losses import (
+    add_losses,
+    consistency_loss,
+    cross_entropy,
+    mean_over_branches,
+    soft_target_loss,
+    symmetric_kl,
+)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    return float((p * (np.log(p) - np.log(q))).sum())
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    return [(4 * torch.randn(6, 11, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(3)]
+
+
+TARGETS = torch.tensor([0, 3, 10, 5, 5, 1])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_values_and_gradients_of_the_whole_loss(logits, temperature):
+    alpha, lam, t = 0.3, 0.7, temperature
+    clean, noisy_1, noisy_2 = logits
+    ce = cross_entropy(clean, TARGETS)
+    soft = (soft_target_loss(clean, noisy_1, t) + soft_target_loss(clean, noisy_2, t)) / 2
+    consistency = consistency_loss(noisy_1, noisy_2, t)
+    (alpha * ce + (1 - alpha) * soft + lam * consistency).backward()
+
+    z, z1, z2 = (x.detach().numpy() for x in logits)
+    p, p1, p2 = softmax(z / t), softmax(z1 / t), softmax(z2 / t)
+    assert ce.item() == pytest.approx(-np.log(softmax(z)[range(6), TARGETS]).sum(), rel=1e-12)
+    assert soft.item() == pytest.approx(t**2 * 0.5 * (kl(p, p1) + kl(p, p2)), rel=1e-12)
+    assert consistency.item() == pytest.approx(t**2 * kl(p2, p1), rel=1e-12)
+    # d/dz T^2 KL(sg p || softmax(z / T)) = T (softmax(z / T) - p): by hand, with the stop-gradients in place.
+    one_hot = np.eye(11)[TARGETS]
+    expected = [
+        alpha * (softmax(z) - one_hot),
+        (1 - alpha) * 0.5 * t * (p1 - p) + lam * t * (p1 - p2),
+        (1 - alpha) * 0.5 * t * (p2 - p),
+    ]
+    for tensor, gradient in zip(logits, expected, strict=True):
+        np.testing.assert_allclose(tensor.grad.numpy(), gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_each_is_a_sum_over_tokens(logits):
+    clean, noisy_1, noisy_2 = logits
+    for whole, part in [
+        (cross_entropy(clean, TARGETS), lambda i: cross_entropy(clean[i], TARGETS[i])),
+        (soft_target_loss(clean, noisy_1, 2.0), lambda i: soft_target_loss(clean[i], noisy_1[i], 2.0)),
+        (consistency_loss(noisy_1, noisy_2, 2.0), lambda i: consistency_loss(noisy_1[i], noisy_2[i], 2.0)),
+    ]:
+        torch.testing.assert_close(part(slice(0, 2)) + part(slice(2, 6)), whole)
+
+
+def test_no_tokens_give_a_zero_that_is_tied_to_the_logits(logits):
+    none = slice(0, 0)
+    for loss in (
+        cross_entropy(logits[0][none], TARGETS[none]),
+        soft_target_loss(logits[0][none], logits[1][none], 1.0),
+    ):
+        assert loss.item() == 0
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradients_are_the_float64_ones_rounded(logits, dtype):
+    clean, noisy = (x.detach().to(dtype) for x in logits[:2])
+    for temperature in (1.0, 2.5):
+        low, exact = noisy.clone().requires_grad_(), noisy.double().requires_grad_()
+        (3 * soft_target_loss(clean, low, temperature)).backward()
+        (3 * soft_target_loss(clean.double(), exact, temperature)).backward()
+        assert low.grad.dtype == dtype
+        torch.testing.assert_close(low.grad.double(), exact.grad, rtol=1e-2, atol=1e-4)
+
+
+def test_second_derivatives_are_refused_and_not_silently_wrong(logits):
+    clean, noisy = logits[:2]
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(soft_target_loss(clean, noisy, 1.0), noisy, create_graph=True)
+
+
+def test_a_branch_against_itself_is_zero(logits):
+    for dtype in (torch.float64, torch.bfloat16):
+        same = logits[0].detach().to(dtype)
+        for loss in (soft_target_loss(same, same, 2.0), consistency_loss(same, same, 2.0)):
+            assert loss.item() == 0 and loss.shape == ()
+            assert loss.dtype == (torch.float32 if dtype is torch.bfloat16 else dtype)
+
+
+def test_a_kl_term_keeps_one_tensor_for_backward_and_none_where_there_is_none(logits):
+    """`[N, V]` tensors are what memory at a large vocabulary is made of."""
+    kept = []
+    clean, noisy = logits[:2]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        soft_target_loss(clean, noisy, 1.0)
+        assert kept == [(6, 11)]
+        consistency_loss(noisy, clean, 2.5)
+        assert kept == [(6, 11)] * 2
+        soft_target_loss(noisy, clean.detach(), 1.0)
+    assert kept == [(6, 11)] * 2
+
+
+def test_low_precision_is_computed_in_float32(logits):
+    clean, noisy = (x.detach().bfloat16() for x in logits[:2])
+    for loss in (cross_entropy(clean, TARGETS), soft_target_loss(clean, noisy, 1.0)):
+        assert loss.dtype == torch.float32
+    torch.testing.assert_close(cross_entropy(clean, TARGETS), cross_entropy(clean.double(), TARGETS).float())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_rdrop_is_half_of_both_divergences_and_its_gradient_flows_into_both(logits, temperature):
+    first, second, _ = logits
+    loss = symmetric_kl(first, second, temperature)
+    loss.backward()
+    t, (z1, z2) = temperature, (x.detach().numpy() for x in (first, second))
+
+    def whole(z1, z2):
+        p1, p2 = softmax(z1 / t), softmax(z2 / t)
+        return t**2 * 0.5 * (kl(p1, p2) + kl(p2, p1))
+
+    assert loss.item() == pytest.approx(whole(z1, z2), rel=1e-12)
+    for tensor, move in ((first, lambda d: (z1 + d, z2)), (second, lambda d: (z1, z2 + d))):
+        for index in np.ndindex(2, 11):  # by central differences
+            d = np.zeros_like(z1)
+            d[index] = 1e-5
+            slope = (whole(*move(d)) - whole(*move(-d))) / 2e-5
+            assert tensor.grad[index].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+    assert symmetric_kl(first, first, temperature).item() == 0
+
+
+def test_the_mean_over_branches(logits):
+    losses = [cross_entropy(branch, TARGETS) for branch in logits]
+    assert mean_over_branches(loss for loss in losses).item() == pytest.approx(sum(x.item() for x in losses) / 3)
+
+
+def test_losses_are_added_by_name_and_without_their_graphs(logits):
+    ce = [cross_entropy(branch, TARGETS) for branch in logits]
+    sums = {}
+    add_losses(sums, {"ce": ce[0]})
+    first = sums["ce"]
+    add_losses(sums, {"soft": ce[1], "ce": ce[2]})
+    add_losses(sums, {})
+    assert sums == {"ce": ce[0] + ce[2], "soft": ce[1]} and list(sums) == ["ce", "soft"]
+    assert not any(value.requires_grad for value in sums.values())
+    assert first == ce[0] and ce[0].requires_grad  # neither what was there before nor what came is changed

@@ -1,0 +1,134 @@
+"""FSDP: sharding changes where the weights are, and nothing else. Two processes of a CPU stand for the GPUs."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from running import MEASURED, ROOT, config_command, metrics_of, run, run_command, words
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+
+from noisefit.base.precision import keep_float32_when_sharded
+from noisefit.fork.branches import BranchedModel
+
+SETTINGS = dict(
+    learning_rate=1e-2, max_steps=4, logging_steps=1, lora_dropout=0, noise_std=0, gradient_checkpointing=True,
+    gradient_accumulation_steps=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def questions(folder):
+    lines = [f"What is {'very ' * (i % 5)}{i} plus {i}?,It is {i + i}{' as is known' * (i % 3)}." for i in range(24)]
+    path = folder / "questions.csv"
+    path.write_text("\n".join(["prompt,response", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def train_sharded(results, model, data, output, **flags):
+    """`fsdp_program.py` on two processes."""
+    flags = words(model=model, train_data=data, eval_data=data, output_model=output, **SETTINGS | flags)
+    program = ["--num_processes", "2", "tests/fsdp_program.py", str(results), *flags]
+    # Without a GPU in sight `fully_shard` takes the CPU.
+    return run_command(config_command("fsdp.yaml", *program), PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.fixture(scope="module")
+def launched(folder, llama_folder, questions):
+    """One launch for several tests, as most of its time goes into starting."""
+    flags = dict(batch_size=2, save_steps=2)
+    return train_sharded(folder / "results.json", llama_folder, questions, folder / "two", **flags)
+
+
+def test_sharded_losses_and_gradients_are_the_plain_ones(launched, folder):
+    assert (folder / "results.json").exists(), launched.stderr
+    compared = json.loads((folder / "results.json").read_text())
+    assert compared["processes"] == 2 and len(compared["cases"]) == 7
+    for line in compared["cases"]:
+        first, second = line["of_processes"]
+        assert first["target_tokens"] == 15 and second["target_tokens"] == (0 if line["case"]["empty"] else 3)
+        names = first["gathered"]  # on the main process; a tied weight once
+        tied = line["case"]["kind"] == "tied"
+        assert ("lm_head.weight" in names, "model.embed_tokens.weight" in names) == (False, tied)
+        assert all("lora" in name for name in names) == (not tied) and names
+        for process in (first, second):
+            assert process["losses"] < 1e-9 and process["gradients"] < 1e-9, line
+            assert process["smallest_gradient"] > 1e-3, line  # every trained tensor has one to compare
+
+
+def test_the_loop_trains_sharded_as_it_does_on_one_process(launched, folder, llama_folder, questions):
+    assert launched.returncode == 0, launched.stderr
+    assert "processes: 2" in launched.stderr and "branches: clean, noisy, noisy (fork)" in launched.stderr
+    [groups] = [json.loads(line[7:]) for line in launched.stdout.splitlines() if line.startswith("groups:")]
+    assert groups == ["", *(f"model.base_model.model.model.layers.{layer}" for layer in range(4))]
+
+    expected = run(llama_folder, questions, folder / "one", **SETTINGS, batch_size=4, eval_data=questions)
+    for line, one in zip(metrics_of(folder / "two"), expected, strict=True):
+        for name in ("step", "loss", "ce_loss", "grad_norm", "learning_rate", "target_tokens", "epoch"):
+            assert line[name] == pytest.approx(one[name], rel=1e-4, abs=1e-9), name
+    one, two = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    one, two = (
+        json.loads((folder / name / "eval_metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")
+    )
+    assert two["eval_ce_loss"] == pytest.approx(one["eval_ce_loss"], rel=1e-4)
+
+
+def test_a_sharded_run_resumed_is_the_same_run(launched, folder, llama_folder, questions):
+    assert launched.returncode == 0, launched.stderr
+    flags = dict(batch_size=2, save_steps=2, resume_from_checkpoint=folder / "two" / "checkpoint-2")
+    done = train_sharded("none", llama_folder, questions, folder / "resumed", **flags)
+    assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
+    two, resumed = (
+        [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder / name)]
+        for name in ("two", "resumed")
+    )
+    assert resumed == two
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "processes.safetensors"):
+        one, other = (folder / run / "checkpoint-4" / name for run in ("two", "resumed"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_a_sharded_run_calibrates_as_one_process_does(llama_folder, tmp_path, monkeypatch):
+    """All rows alike, and noise that is no draw: then it does not matter which process has which row."""
+    data = tmp_path / "alike.csv"
+    data.write_text("prompt,response\n" + "What is one plus one?,It is two.\n" * 8)
+    flags = dict(noise_policy="auto", max_steps=1)
+    done = train_sharded("none", llama_folder, data, tmp_path / "two", batch_size=2, **flags)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    run(llama_folder, data, tmp_path / "one", **SETTINGS | flags, batch_size=4)
+    one, two = (json.loads((tmp_path / name / "noise_policy.json").read_text()) for name in ("one", "two"))
+    assert two["selected"] == one["selected"] and two["scales"] == one["scales"] and two["tokens"] == one["tokens"]
+    for sharded, plain in zip(two["layers"], one["layers"], strict=True):
+        for cell, expected in zip(sharded["grid"], plain["grid"], strict=True):
+            assert cell["kl"] == pytest.approx(expected["kl"], rel=1e-3) and cell["kl"] > 1e-6
+            assert cell["ce_change"] == pytest.approx(expected["ce_change"], rel=1e-2, abs=1e-5)
+
+
+def test_in_16_bits_gradients_are_reduced_and_losses_returned_in_float32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    keep_float32_when_sharded(accelerator)
+    assert plugin.mixed_precision_policy is None  # no mixed precision, nothing to keep
+    plugin.set_mixed_precision("bf16")
+    keep_float32_when_sharded(accelerator)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
+def test_tied_weights_are_tied_again_after_accelerate_made_new_ones():
+    model = BranchedModel(tiny_model(tie_word_embeddings=True), loss_chunk_size=8).to("meta")
+    head, embedding = model.model.lm_head, model.model.model.embed_tokens
+    assert head.weight is not embedding.weight
+    model.tie_weights()
+    assert head.weight is embedding.weight
