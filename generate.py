@@ -107,8 +107,8 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
     notice(f"{len(jobs)} prompts, {settings.rounds} answers each; processes: {accelerator.num_processes}")
     progress = progress_bar(accelerator, len(wanted), "answering", "answer")
     progress.update(len(done))
-    for answers in answer_all(answerer, mine, settings.batch_size):
-        journal.append(answers)
+    for batch in answer_all(answerer, mine, settings.batch_size):
+        journal.append(batch)
         if accelerator.is_main_process:
             progress.update(min(journal.count(), len(wanted)) - progress.n)  # of all processes
 

@@ -183,7 +183,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
 
                 step += 1
                 target_tokens = count_targets(rows)  # of the whole step: all its micro-batches, all processes
-                step_loss, step_losses = torch.zeros((), device=accelerator.device), {}
+                step_loss = torch.zeros((), device=accelerator.device)
+                step_losses: Losses = {}
                 batches = micro_batches(rows)
                 for batch in batches:
                     # Gradients are reduced over the processes once a step, with its last micro-batch.

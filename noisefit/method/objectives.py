@@ -8,22 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, Branch
 
 
-class WeightSettings(Protocol):
-    """The settings that weights are made of."""
-
-    @property
-    def hybrid_loss_alpha(self) -> float: ...
-
-    @property
-    def lambda_consistency(self) -> float: ...
-
-    @property
-    def rdrop_alpha(self) -> float: ...
+Weight = Callable[[Any], float]
+"""From a run's settings to the weight of a loss."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +30,11 @@ class Objective:
     """
 
     branches: tuple[Branch, ...]
-    losses: Mapping[str, Callable[[WeightSettings], float]]
+    losses: Mapping[str, Weight]
     reads: tuple[str, ...] = ()
     noise: str = "layers"
 
-    def weights(self, settings: WeightSettings) -> Weights:
+    def weights(self, settings: Any) -> Weights:
         """The weight of each loss."""
         return Weights({name: weight(settings) for name, weight in self.losses.items()})
 
@@ -55,12 +46,12 @@ class Weights(dict[str, float]):
         raise KeyError(f"no loss of the objective is called {name!r}, it has: {', '.join(self)}")
 
 
-def one(settings: WeightSettings) -> float:
+def one(settings: Any) -> float:
     """The weight of a loss that stands alone."""
     return 1.0
 
 
-ALPHA = {"ce": lambda s: s.hybrid_loss_alpha, "soft": lambda s: 1 - s.hybrid_loss_alpha}
+ALPHA: dict[str, Weight] = {"ce": lambda s: s.hybrid_loss_alpha, "soft": lambda s: 1 - s.hybrid_loss_alpha}
 
 OBJECTIVES = {
     # NoiseFiT (arXiv 2504.03302), section 3, and its parts.
