@@ -12,7 +12,6 @@ from typing import Any
 
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, Branch
 
-
 Weight = Callable[[Any], float]
 """From a run's settings to the weight of a loss."""
 
