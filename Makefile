@@ -16,7 +16,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(WORLD)/base.csv $(WORLD)/plain.csv $(WORLD)/noisefit.csv  ## build a small world, train on it, ask it what it was never asked
-	@$(BIN)/python -m noisefit.score $^ --by relation
+	@$(BIN)/python -m noisefit.score $^
 
 test: lint $(WORLD)/facts.json  ## lint, then run every test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -54,12 +55,12 @@ def one_at_a_time(answerer: Answerer, jobs: list[Job]) -> int:
     return made
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", type=int, default=208)
     parser.add_argument("--rounds", type=int, default=5, help="answers to each prompt")
     parser.add_argument("--share", type=float, default=0.1, help="share of the prompts that the loop is timed on")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = byte_tokenizer()
     set_chat_template(tokenizer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -117,10 +117,10 @@ def draw(
     figure.savefig(path)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--picture", metavar="FILE", help="draw memory against the chunk size (needs matplotlib)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     check_picture(parser, args.picture)
     chunked, full = curves(LLAMA_1B)
     print(f"memory for the head and the losses of three branches, in GiB: {LLAMA_1B.name}, all tokens supervised")

@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def draw(path: str, size: Size, costs: Costs, ways: dict[int, str], share: float
     figure.savefig(path)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="times that every way is timed")
     parser.add_argument(
@@ -153,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--supervised", type=int, help="supervised tokens a row; default: the size's own")
     parser.add_argument("--picture", metavar="FILE", help="draw cost against the first noisy layer (needs matplotlib)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error("--rounds: expected 1 or more")
     if args.supervised is not None and not 1 <= args.supervised < SIZES[args.size].length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -11,14 +12,16 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil  # accelerate needs it, so it is there
 from accelerate.state import AcceleratorState, GradientState
 
+import generate
 import train_loop
+from noisefit.answers.settings import parse_arguments as parse_answer_arguments
 from noisefit.base.errors import one_line_errors
 from noisefit.run.settings import parse_arguments
 
@@ -60,16 +63,23 @@ def start(
 
     `target` runs in its place, with the words of its command line.
     """
-    port = free_port()
     argv = words(model=model, train_data=data, output_model=output, **flags)
+    return start_program(target or train, argv, log or Path(f"{output}.log"), processes, environment)
+
+
+def start_program(
+    target: Callable[[list[str]], object], argv: list[str], log: Path, processes: int = 1,
+    environment: dict[str, str] | None = None,
+) -> list[BaseProcess]:  # fmt: skip
+    """Start a program on processes that meet as those of a launch do; what they say is added to `log`."""
+    port = free_port()
     started = []
     for rank in range(processes):
         own = {"ACCELERATE_USE_CPU": "true", "RANK": str(rank)} | (environment or {})
         if processes > 1:
             own |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
             own |= {"MASTER_PORT": port}
-        arguments = (target or train, argv, own, str(log or f"{output}.log"))
-        started.append(PROCESSES.Process(target=in_process, args=arguments))
+        started.append(PROCESSES.Process(target=in_process, args=(target, argv, own, str(log))))
         started[-1].start()
     return started
 
@@ -95,6 +105,24 @@ def in_process(target: Callable[..., object], argument: object, environment: dic
 def train(argv: list[str]) -> None:
     with one_line_errors("train_loop.py"):
         train_loop.train(parse_arguments(argv))
+
+
+def run_generate(argv: list[str]) -> None:
+    with one_line_errors("generate.py"):
+        generate.generate(parse_answer_arguments(argv))
+
+
+def call(main: Callable[[list[str]], object], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A program's `main` in this process, where a process of its own would do nothing but import for seconds."""
+    argv = [str(argument) for argument in arguments]
+    status: object = 0
+    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as told:
+        try:
+            with one_line_errors(main.__module__):
+                status = main(argv)
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(argv, status if isinstance(status, int) else 0, said.getvalue(), told.getvalue())
 
 
 def launch(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:

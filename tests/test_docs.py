@@ -1,6 +1,8 @@
 """The documents name tests, files and flags that exist."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from running import ROOT
@@ -9,16 +11,33 @@ from noisefit.run.settings import build_parser
 
 
 def test_each_test_that_a_promise_names_exists():
-    tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     text = (ROOT / "docs" / "reliability.md").read_text()
     names = set(re.findall(r"`(test_\w+)`", text))
     assert len(names) > 25
     assert [name for name in sorted(names) if f"def {name}(" not in tests] == []
-    assert [name for name in re.findall(r"`(test_\w+\.py)`", text) if not (ROOT / "tests" / name).exists()] == []
+    assert [name for name in re.findall(r"`([\w/]*test_\w+\.py)`", text) if not (ROOT / "tests" / name).exists()] == []
 
 
 def test_each_flag_that_the_documents_name_exists():
     flags = set(build_parser()._option_string_actions)
-    for path in (ROOT / "docs").glob("*.md"):
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for command in re.findall(r"train_loop\.py (--[^`]*?)(?:\"|```|\n\n)", path.read_text()):
             assert set(re.findall(r"(?<!\S)(--\w+)", command)) <= flags, (path, command)
+
+
+def test_the_page_of_flags_is_what_the_programs_have():
+    made = subprocess.run([sys.executable, ROOT / "docs" / "make_flags.py"], capture_output=True, text=True, check=True)
+    assert made.stdout == (ROOT / "docs" / "flags.md").read_text(), "python docs/make_flags.py > docs/flags.md"
+    flags = {flag for flag in re.findall(r"^\| `(--\w+)` \|", made.stdout, re.MULTILINE)}
+    assert {"--model", "--lambda_consistency", "--input_csv", "--rounds"} <= flags
+
+
+def test_each_file_that_the_documents_link_to_exists():
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), (path.name, link)
+        for name in re.findall(
+            r"`((?:noisefit|tests|examples|benchmarks|configs|docs)/[\w./]*\w/?)`", path.read_text()
+        ):
+            assert (ROOT / name).exists(), (path.name, name)

@@ -1,25 +1,21 @@
 """The whole program: the same CSV whatever the processes, batches and kills, and one line for bad input."""
 
-import argparse
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from running import ROOT, launch, launch_command, python, run, words
+from running import call, launch, python, run, run_generate, start_program, wait, words
 from tiny_folder import tiny_folder
 from transformers import AutoTokenizer
 
 import generate
 from noisefit.answers.journal import Journal, write_answers
-from noisefit.answers.settings import AnswerSettings, DrawSettings, build_parser, parse_arguments
+from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.base.errors import InputError
 from noisefit.score import score
 
@@ -102,53 +98,50 @@ def test_greedy_rounds_are_the_same_and_do_not_depend_on_the_seed(adapter, asked
     assert again == rows
 
 
+def answer_all_of_it(output: Path, processes: int = 1, **flags: object) -> tuple[list[int | None], str]:
+    """`generate.py` in processes of its own: their exit statuses, and what they said."""
+    log = output.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    return wait(start_program(run_generate, words(output_csv=output, **flags), log, processes)), log.read_text()
+
+
+def kill_when_there_are(wanted: int, output: Path, processes: int = 1, **flags: object) -> bool:
+    """Start it, and kill all its processes when so many answers are written; whether that came before the end."""
+    started = start_program(run_generate, words(output_csv=output, **flags), output.with_suffix(".log"), processes)
+    partial = output.with_name(output.name + ".partial")
+    while any(process.is_alive() for process in started) and answers_in(partial) < wanted:
+        time.sleep(0.005)
+    for process in started:
+        process.kill()
+    statuses = wait(started)
+    assert output.exists() == (not partial.exists())
+    return -signal.SIGKILL in statuses
+
+
 def test_a_killed_run_goes_on_and_gives_the_same_file(adapter, asked, tmp_path):
-    flags = words(model_path=adapter, input_csv=asked, batch_size=2, **FAST | dict(max_new_tokens=40))
-    done = python("generate.py", *flags, "--output_csv", str(tmp_path / "whole.csv"))
-    assert done.returncode == 0, done.stderr
+    flags = dict(model_path=adapter, input_csv=asked, batch_size=2, **FAST | dict(max_new_tokens=40))
+    assert answer_all_of_it(tmp_path / "whole.csv", **flags)[0] == [0]
     output, partial = tmp_path / "killed.csv", tmp_path / "killed.csv.partial"
-    command = [sys.executable, "generate.py", *flags, "--output_csv", str(output)]
-    kills = 0
-    for wanted in (2, 11, 20):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"ACCELERATE_USE_CPU": "1"}
-        )
-        while process.poll() is None and answers_in(partial) < wanted:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        assert output.exists() == (not partial.exists())
-    assert kills >= 1
+    assert any([kill_when_there_are(wanted, output, **flags) for wanted in (2, 11, 20)])
     with (partial / "process-0.jsonl").open("ab") as file:
         file.write(b'[12, 3, "cut sh')  # what a kill within a write leaves
-    other = python("generate.py", *flags, "--output_csv", str(output), "--seed", "5")
-    assert other.returncode == 2 and "unfinished run with other settings (seed)" in other.stderr
-    last = python("generate.py", *flags, "--output_csv", str(output))
-    assert last.returncode == 0 and "answers are there already" in last.stderr, last.stderr
+    status, said = answer_all_of_it(output, **flags | dict(seed=5))
+    assert status == [2] and "unfinished run with other settings (seed)" in said
+    status, said = answer_all_of_it(output, **flags)
+    assert status == [0] and "answers are there already" in said, said
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
 
 
 def test_two_killed_processes_go_on_as_one_and_give_the_same_file(adapter, asked, tmp_path):
-    flags = words(model_path=adapter, input_csv=asked, batch_size=1, **FAST | dict(max_new_tokens=40))
-    done = python("generate.py", *flags, "--output_csv", str(tmp_path / "whole.csv"))
-    assert done.returncode == 0, done.stderr
+    flags = dict(model_path=adapter, input_csv=asked, batch_size=1, **FAST | dict(max_new_tokens=40))
+    assert answer_all_of_it(tmp_path / "whole.csv", **flags)[0] == [0]
     output, partial = tmp_path / "killed.csv", tmp_path / "killed.csv.partial"
-    script = ["generate.py", *flags, "--output_csv", str(output)]
     for wanted, processes in ((4, 2), (14, 1)):
-        process = subprocess.Popen(
-            launch_command(*script, processes=processes), cwd=ROOT, stderr=subprocess.DEVNULL,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        )  # fmt: skip
-        while process.poll() is None and answers_in(partial) < wanted:
-            time.sleep(0.005)
-        for worker in psutil.Process(process.pid).children(recursive=True):
-            worker.kill()
-        process.kill()
-        process.wait()
+        assert kill_when_there_are(wanted, output, processes, **flags)
         assert not output.exists() and partial.exists()
     assert {path.name for path in partial.glob("*.jsonl")} == {"process-0.jsonl", "process-1.jsonl"}
-    last = launch(*script, processes=2)
-    assert last.returncode == 0 and "answers are there already" in last.stderr, last.stderr
+    status, said = answer_all_of_it(output, 2, **flags)
+    assert status == [0, 0] and "answers are there already" in said, said
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
 
 
@@ -220,10 +213,6 @@ def test_the_published_programs_defaults_are_kept_but_for_the_repetition_penalty
     )  # fmt: skip
     assert {name: getattr(settings, name) for name in expected} == expected
     assert settings == AnswerSettings(model_path="a", input_csv="q.csv")
-    readme = (ROOT / "README.md").read_text()
-    # Of each switch --no_SWITCH is its other side, which help does not list either.
-    flags = [action.option_strings[0] for action in build_parser()._actions[1:] if action.help != argparse.SUPPRESS]
-    assert len(flags) == 21 and [flag for flag in flags if f"`{flag}`" not in readme] == []
 
 
 def copy_without(adapter, folder, name):
@@ -378,9 +367,8 @@ def test_bad_flags(flags, message):
 
 def test_bad_input_ends_in_one_line_and_status_2(tmp_path):
     done = python("generate.py", "--model_path", str(tmp_path / "missing"), "--input_csv", str(tmp_path / "q.csv"))
-    assert (
-        done.returncode == 2 and done.stderr == f"generate.py: error: --model_path {tmp_path}/missing: no such folder\n"
-    )
+    assert done.returncode == 2
+    assert done.stderr == f"generate.py: error: --model_path {tmp_path}/missing: no such folder\n"
     for flags, message in [((), "give --model_path"), (("--model_id", "m"), "--input_csv is required")]:
-        done = python("generate.py", *flags)
+        done = call(lambda argv: generate.generate(parse_arguments(argv)), *flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr

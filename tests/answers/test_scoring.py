@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from running import python
+from running import call
 
 from noisefit.answers.scoring import (
     Prompt,
@@ -164,20 +164,17 @@ What is the capital of Peru?,The capital of Peru is Lima.,place,,2
 def test_the_command_line(tmp_path):
     (tmp_path / "a.csv").write_text(CSV)
     (tmp_path / "b.csv").write_text(CSV.replace("Mary Shelley.", "Jane Austen").replace("Lima,1", "Lima!,1"))
-    done = python("-m", "noisefit.score", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--by", "kind", "--json")
+    done = call(main, str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--by", "kind", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (
-        found["hallucination_rate"] == 0.5
-        and found["answers"] == 4
-        and found["prompts"] == found["right"] == found["wrong"] == 2
-    )
+    assert found["hallucination_rate"] == 0.5 and found["answers"] == 4
+    assert found["prompts"] == found["right"] == found["wrong"] == 2
     assert found["by"]["kind"]["book"]["hallucination_rate"] == 0.5
     assert found["others"][0]["hallucination_rate"] == 0.25
     assert found["others"][0]["compared_with_first"]["difference"] == -0.25
     (tmp_path / "c.csv").write_text(CSV.replace("kind", "answer").replace("place", "Li ma"))
-    assert json.loads(python("-m", "noisefit.score", str(tmp_path / "c.csv"), "--json").stdout)["right"] == 0
-    shown = python("-m", "noisefit.score", str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--by", "kind")
+    assert json.loads(call(main, str(tmp_path / "c.csv"), "--json").stdout)["right"] == 0
+    shown = call(main, str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--by", "kind")
     assert (
         "hallucination rate    50.0%" in shown.stdout and "kind book" in shown.stdout and "-25.0 points" in shown.stdout
     )

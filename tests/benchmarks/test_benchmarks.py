@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from running import ROOT, run_command
+from running import ROOT, call, run_command
 from torch.utils.flop_counter import FlopCounterMode
 
 from noisefit.method.noise import noise_scale, snr_base_std
@@ -12,6 +12,7 @@ from noisefit.method.noise import noise_scale, snr_base_std
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import step_cost  # noqa: E402
 import ways  # noqa: E402
 from loss_memory import loss_alone  # noqa: E402
 from peak_memory import PeakMemory  # noqa: E402
@@ -126,7 +127,7 @@ def test_the_floor_is_the_formula():
     "flags", [["--rounds", "0"], ["--supervised", "64"], ["--picture", "/nowhere/x.png"], ["--picture", "x.jpeg"]]
 )
 def test_bad_flags_of_step_cost_are_one_line(flags):
-    done = run_command([sys.executable, str(BENCHMARKS / "step_cost.py"), "--size", "tiny", *flags])
+    done = call(step_cost.main, "--size", "tiny", *flags)
     assert done.returncode == 2 and f"error: {flags[0]}: " in done.stderr
 
 

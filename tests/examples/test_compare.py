@@ -26,7 +26,7 @@ import questions  # noqa: E402
 import results  # noqa: E402
 from methods import HEADLINE, METHODS, SIZES, Run  # noqa: E402
 
-from noisefit.inputs.prompts import set_chat_template  # noqa: E402
+from noisefit.inputs.templates import set_chat_template  # noqa: E402
 
 
 def answered(

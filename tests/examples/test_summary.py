@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import ROOT
+from running import ROOT, call
 
 WORLD_FOLDER = ROOT / "examples" / "world"
 sys.path.insert(0, str(WORLD_FOLDER))
@@ -37,8 +37,7 @@ def write(path: Path, runs: dict[str, dict[int, float]], **others: object) -> Pa
 
 
 def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(WORLD_FOLDER / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return call({"summary.py": summary.main, "pictures.py": pictures.main}[name], *arguments)
 
 
 def summary_of(path: Path, *arguments: object) -> dict[tuple[str, str], dict[str, float]]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from running import call
 
 # The scripts of the example run from their own folder, which is no package.
 WORLD_FOLDER = Path(__file__).resolve().parents[2] / "examples" / "world"
@@ -180,8 +181,7 @@ def test_the_corpus_of_a_world_without_switches_is_what_it_was():
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(WORLD_FOLDER / "build.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return call(world_build.main, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -6,26 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from running import words
 from test_any_settings import HUGE, SHARES, changed
 from tiny_folder import byte_tokenizer, tiny_folder
 from transformers import AutoModelForCausalLM
 
-from noisefit.answers.generation import Answerer, Job, Sampling
+from noisefit.answers.generation import Answerer, Job
 from noisefit.answers.loading import context_length, find_base, load_answer_model, load_answer_tokenizer
-from noisefit.answers.settings import parse_arguments as parse_answer_arguments
+from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError
 from noisefit.fork.branches import BranchedModel
 from noisefit.inputs.model_checks import try_out
-from noisefit.inputs.models import check_model, limit_length, load_config, load_model, load_tokenizer
-from noisefit.inputs.prompts import prompt_ids, tokenize_rows
-from noisefit.inputs.tables import Row
+from noisefit.inputs.models import load_model
+from noisefit.inputs.prompts import prompt_ids
 from noisefit.inputs.templates import set_chat_template
-from noisefit.run.settings import parse_arguments
+from noisefit.run.output import open_output
+from noisefit.run.preparation import prepare
+from noisefit.run.settings import Settings
 
 SIZES = [0, -1, 1, 3, 10**9, 2**63, 1.5]
 VALUES = st.sampled_from([None, True, [], {}, "", "x", "llama", ["x"], {"x": 1}, *SIZES, *HUGE])
@@ -63,27 +62,25 @@ def edited(original: Path, name: str, where: list[float], value: object) -> Path
 
 def prepare_training(model: Path) -> None:
     """What `train_loop.py` does with a model's folder before its first step."""
-    args = parse_arguments(words(model=model, train_data="t.csv", max_length=64))
-    config, tokenizer = load_config(args), load_tokenizer(args)
-    set_chat_template(tokenizer, args.chat_template)
-    _, vocabulary = check_model(args, config)
-    limit_length(args, config)
-    tokenize_rows(args, tokenizer, [Row(1, "Why?", "So.")], "t.csv", vocabulary)
-    trained = BranchedModel(load_model(args, Accelerator(cpu=True)), 8)
+    data = model.parent / "t.csv"
+    data.write_text("prompt,response\nWhy?,So.\n")
+    settings = Settings(model=model, train_data=data, output_model=model.parent / "out", max_length=64)
+    with open_output(settings) as output:
+        prepared = prepare(settings, output)
+    trained = BranchedModel(load_model(settings, settings.model, prepared.accelerator), 8)
     ids = torch.tensor([[1, 2]])
-    try_out(trained, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "--model", args.model)
+    try_out(trained, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "--model", settings.model)
 
 
 def answer(adapter: Path, base: Path) -> None:
     """What `generate.py` does."""
-    args = parse_answer_arguments(words(model_path=adapter, model_id=base))
-    name = find_base(args)
-    tokenizer = load_answer_tokenizer(args, name)
+    settings = AnswerSettings(model_path=adapter, model_id=base, input_csv="q.csv", greedy=True, max_new_tokens=2)
+    name = find_base(settings)
+    tokenizer = load_answer_tokenizer(settings, name)
     set_chat_template(tokenizer)
-    context_length(args, name)
-    model = load_answer_model(args, name, torch.device("cpu"))
-    answerer = Answerer(model, tokenizer, Sampling(0, True, 2, 1.0, 1.0, 0, 1.0))
-    answerer.answer([Job(0, "Why?", prompt_ids(tokenizer, "Why?"), (1,))])
+    context_length(settings, name)
+    model = load_answer_model(settings, name, torch.device("cpu"))
+    Answerer(model, tokenizer, settings).answer([Job(0, "Why?", prompt_ids(tokenizer, "Why?"), (1,))])
 
 
 def refusing(run, *arguments: Path) -> None:

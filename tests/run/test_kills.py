@@ -10,17 +10,19 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from running import MEASURED, PROCESSES, in_process, metrics_of, start, wait, wait_until
+from running import MEASURED, PROCESSES, metrics_of, start, train, wait, wait_until
 from safetensors.torch import load_file
 
+import train_loop
 from noisefit.run.checkpoint_files import find_checkpoint, list_checkpoints
 from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.output import save_model
-from noisefit.run.output_folder import RECORD
+from noisefit.run.output_folder import RECORD, OutputFolder
 from noisefit.run.settings import Settings
 
 KILLS = int(os.environ.get("NOISEFIT_KILLS", "4"))
@@ -127,13 +129,36 @@ def test_a_second_signal_ends_it_at_once(llama_folder, questions, tmp_path):
 
 def test_interrupted_while_it_loads_it_says_so_in_a_line(llama_folder, questions, tmp_path):
     out = tmp_path / "out"
-    running = start(llama_folder, questions, out)
+    running = start(llama_folder, questions, out, epochs=10_000)
     wait_for(out, "rows are cut", running)  # said before the model is loaded
     os.kill(running[0].pid, signal.SIGINT)
     assert wait(running) == [-signal.SIGINT]
     said = Path(f"{out}.log").read_text()
     assert "Traceback" not in said and "interrupted" in said
     assert not out.exists()
+
+
+def interrupt_where_python_drops_it(argv: list[str]) -> None:
+    """Interrupt while the data is checked, within a destructor."""
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def prepare(*arguments: object) -> object:
+        Dropped()
+        return before(*arguments)
+
+    before, train_loop.prepare = train_loop.prepare, prepare
+    train(argv)
+
+
+def test_an_interrupt_that_python_drops_ends_it_before_the_first_step(llama_folder, questions, tmp_path):
+    out = tmp_path / "out"
+    running = start(llama_folder, questions, out, target=interrupt_where_python_drops_it)
+    assert wait(running) == [-signal.SIGINT]
+    said = Path(f"{out}.log").read_text()
+    assert "Exception ignored" in said and "interrupted" in said and not out.exists()
 
 
 # --- Killed at each single thing that saving a checkpoint does to the disk ------------------------------------------
@@ -143,23 +168,15 @@ POLICY = dict(kind="snr", layers=[0], base_stds=[], snr=[2.0, 1.0, 1.0, 1.0], ca
 VARIABLES = dict(seen_targets=9, bad_steps=0, policy=POLICY, strategy="fork", total_steps=9)
 
 
-def save_and_die(argument: tuple) -> None:
-    """Save a checkpoint beside an older one that then goes, and die at the n-th thing done to the disk."""
-    out, run, n = argument
-    saver = tiny_run(out, run)
-    die_at(n, out)
+def save_again(saver: Checkpoints) -> None:
+    """Save a checkpoint beside an older one that then goes."""
     saver.save(3, **VARIABLES)
-    os._exit(0)
 
 
-def finish_and_die(argument: tuple) -> None:
-    """Save the final model over another one, and die so."""
-    out, run, n = argument
-    saver = tiny_run(out, run)
+def finish(saver: Checkpoints) -> None:
+    """Save the final model over another one."""
     saver.model.requires_grad_(False).apply(lambda module: [p.add_(1) for p in module.parameters(recurse=False)])
-    die_at(n, out)
     save(saver, tokens=2)
-    os._exit(0)
 
 
 def save(saver: Checkpoints, tokens: int) -> None:
@@ -190,7 +207,6 @@ def tiny_run(out: Path, run: dict) -> Checkpoints:
 
     from noisefit.fork.branches import BranchedModel
     from noisefit.run.metrics import Metrics
-    from noisefit.run.output_folder import OutputFolder
 
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
@@ -212,26 +228,32 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checkpoint.json"}
 
 
-def die_in(act, out: Path, run: dict, n: int, before: Path) -> int | None:
+def die_in(act: Callable[[Checkpoints], None], saver: Checkpoints, n: int, before: Path) -> int:
     """The status of a process that dies at the n-th thing done to the disk, where `before` was."""
+    out = saver.output.path
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(before, out)
-    environment = {"ACCELERATE_USE_CPU": "true"}
-    child = PROCESSES.Process(target=in_process, args=(act, (out, run, n), environment, f"{out}.log"))
-    child.start()
-    [status] = wait([child])
-    assert status in (0, -signal.SIGKILL), Path(f"{out}.log").read_text()
-    return status
+    child = os.fork()  # with all that it needs: to import and build it again took most of this test's time
+    if child == 0:
+        try:
+            saver.output = OutputFolder(out)  # which reads its record
+            die_at(n, out)
+            act(saver)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_killed_at_each_act_of_the_final_save_a_new_adapter_has_all_that_belongs_to_it(tmp_path):
     old, out = tmp_path / "old", tmp_path / "out"
     old.mkdir()
     save(tiny_run(old, {}), tokens=1)
-    n, status, states = 0, None, set()
+    saver, n, status, states = tiny_run(out, {}), 0, None, set()
     while status != 0:
         n += 1
-        status = die_in(finish_and_die, out, {}, n, old)
+        status = die_in(finish, saver, n, old)
+        assert status in (0, -signal.SIGKILL), n
         new = (out / "adapter_model.safetensors").read_bytes() != (old / "adapter_model.safetensors").read_bytes()
         states.add(new)
         load_file(out / "adapter_model.safetensors")
@@ -255,10 +277,11 @@ def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp
     old.mkdir()
     (old / "metrics.jsonl").write_text('{"step": 1}\n')
     tiny_run(old, run).save(2, **VARIABLES)
-    n, seen, status = 0, set(), None
+    saver, n, seen, status = tiny_run(out, run), 0, set(), None
     while status != 0:
         n += 1
-        status = die_in(save_and_die, out, run, n, old)
+        status = die_in(save_again, saver, n, old)
+        assert status in (0, -signal.SIGKILL), n
         found = find_checkpoint("latest", out, run, total_steps=9)
         assert found is not None and found.name in ("checkpoint-2", "checkpoint-3"), n
         seen.add(found.name)
