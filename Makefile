@@ -22,7 +22,7 @@ test: lint $(WORLD)/facts.json  ## lint, then run every test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quick: lint  ## lint, then run the tests without launches, worlds and kills: under a minute on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" --ignore tests/examples
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from running import ROOT, metrics_of, run_command, words
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "editing.md").read_text()
 CHANGES = re.findall(r"## ([^\n]*)\n.*?```diff\n(.*?)```", PAGE, flags=re.DOTALL)
 FLAGS = dict(

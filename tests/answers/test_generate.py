@@ -58,6 +58,7 @@ def test_the_csv_has_the_inputs_columns_and_every_round_in_order(adapter, asked,
     assert {path.name for path in tmp_path.iterdir()} == {"asked.csv", "out.csv"}
 
 
+@pytest.mark.slow
 def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
     expected = answer(tmp_path / "0.csv", model_path=adapter, input_csv=asked)
     for size in (1, 3, 16):
@@ -69,6 +70,7 @@ def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
     assert sum(same) > 0.9 * len(same)  # the sums are rounded otherwise
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_file_of_one(adapter, asked, tmp_path):
     one_prompt = tmp_path / "one.csv"
     one_prompt.write_text("prompt\nWhy?\n")
@@ -118,6 +120,7 @@ def kill_when_there_are(wanted: int, output: Path, processes: int = 1, **flags: 
     return -signal.SIGKILL in statuses
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_file(adapter, asked, tmp_path):
     flags = dict(model_path=adapter, input_csv=asked, batch_size=2, **FAST | dict(max_new_tokens=40))
     assert answer_all_of_it(tmp_path / "whole.csv", **flags)[0] == [0]
@@ -132,6 +135,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(adapter, asked, tmp_path):
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
 
 
+@pytest.mark.slow
 def test_two_killed_processes_go_on_as_one_and_give_the_same_file(adapter, asked, tmp_path):
     flags = dict(model_path=adapter, input_csv=asked, batch_size=1, **FAST | dict(max_new_tokens=40))
     assert answer_all_of_it(tmp_path / "whole.csv", **flags)[0] == [0]
@@ -365,6 +369,7 @@ def test_bad_flags(flags, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line_and_status_2(tmp_path):
     done = python("generate.py", "--model_path", str(tmp_path / "missing"), "--input_csv", str(tmp_path / "q.csv"))
     assert done.returncode == 2

@@ -44,6 +44,7 @@ def answers_of(answerer: Answerer, batch_size: int, rounds=(1, 2, 3)) -> dict:
     return {(index, number): text for index, number, text in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt2", "bloom", "opt"])
 def test_any_batch_size_and_shared_prefill_or_not_give_the_same_answers(model_type):
     model = answerer(model_type)
@@ -97,6 +98,7 @@ def test_batched_greedy_answers_equal_those_of_plain_generate(model_type):
     assert max(len(model.tokenizer(text)["input_ids"]) for text in found.values()) >= 10  # some reach the limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [dict(temperature=1.6), dict(top_k=6), dict(top_p=0.6), dict(repetition_penalty=3.0)], ids=str
 )
@@ -188,6 +190,7 @@ class LittleMemory(Answerer):
         return super().answer(batch)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_batch_and_changes_no_answer():
     model = answerer()
     expected = answers_of(model, 7)

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch.nn.functional import one_hot
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -20,6 +21,7 @@ def chi_squared(counts: torch.Tensor, expected: torch.Tensor) -> float:
     return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
 
 
+@pytest.mark.slow
 def test_the_distribution_is_that_of_torch_multinomial():
     torch.manual_seed(0)
     logits, draws = torch.randn(30), 200_000

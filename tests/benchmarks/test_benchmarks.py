@@ -18,6 +18,8 @@ from loss_memory import loss_alone  # noqa: E402
 from peak_memory import PeakMemory  # noqa: E402
 from ways import SIZES, Steps  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TINY = SIZES["tiny"]
 
 

@@ -93,6 +93,7 @@ def test_measuring_the_snr_is_one_plain_pass_a_batch(model):
     assert rows_and_calls(model, lambda: layer_snr(model, batch, 0.1)) == (4 * LAYERS, LAYERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(32, 31), (40, 40, 40, 40), (60,) * 16], ids=len)
 def test_the_largest_logits_are_a_chunk_of_three_branches_whatever_the_batch(model, lengths):
     with Watch(model.parameters()) as watch:
@@ -156,6 +157,7 @@ def test_the_gradient_of_the_hidden_states_is_joined_once(model):
     assert watch.made[3, 40, 64] <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_noisy", [0, 2, LAYERS - 1])
 def test_the_fork_computes_its_floor_and_no_more(model, first_noisy):
     """In FLOPs: the share of the layers up to the first noisy one once, the others and the head three times."""

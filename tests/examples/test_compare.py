@@ -28,6 +28,8 @@ from methods import HEADLINE, METHODS, SIZES, Run  # noqa: E402
 
 from noisefit.inputs.templates import set_chat_template  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def answered(
     prompt: str, answer: str, *texts: str, kind: str = "known", told: int = 50, phrasing: int = 0

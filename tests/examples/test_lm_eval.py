@@ -9,6 +9,8 @@ import pytest
 import yaml
 from running import ROOT, launch, python, words
 
+pytestmark = pytest.mark.slow
+
 WORLD = ROOT / "build" / "world"
 TASKS = ROOT / "examples" / "world" / "harness"
 

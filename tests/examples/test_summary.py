@@ -19,6 +19,8 @@ import pictures  # noqa: E402
 import results  # noqa: E402
 import summary  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def write(path: Path, runs: dict[str, dict[int, float]], **others: object) -> Path:
     """A results file of these hallucination rates, by method and seed; all other measures are 0.5 or as given."""

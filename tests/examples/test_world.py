@@ -5,6 +5,8 @@ import json
 import pytest
 from running import ROOT, launch, python, words
 
+pytestmark = pytest.mark.slow
+
 WORLD = ROOT / "build" / "world"  # built by `make test`
 
 

@@ -22,6 +22,8 @@ import build as world_build  # noqa: E402
 import world  # noqa: E402
 from world import Settings  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 COUNTRIES = 20
 HARD = Settings(seed=2, countries=60, zipf=True, untold=0.2, false_premises=0.2, paraphrases=True)
 

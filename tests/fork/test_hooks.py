@@ -117,6 +117,7 @@ def test_a_plain_function_gives_the_branches_that_an_object_does_and_its_noise_i
     torch.testing.assert_close(popped, {layer: torch.stack(of_layer).mean() for layer, of_layer in ratios.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "noise", [{2: TokenScaledNoise(1.0)}, {EMBEDDING: EmbeddingNoise(2.0)}], ids=["layer", "embedding"]
 )

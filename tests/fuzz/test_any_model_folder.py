@@ -26,6 +26,8 @@ from noisefit.run.output import open_output
 from noisefit.run.preparation import prepare
 from noisefit.run.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 SIZES = [0, -1, 1, 3, 10**9, 2**63, 1.5]
 VALUES = st.sampled_from([None, True, [], {}, "", "x", "llama", ["x"], {"x": 1}, *SIZES, *HUGE])
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

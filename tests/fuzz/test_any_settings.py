@@ -62,6 +62,7 @@ def parse(folder: Path, text: str) -> None:
         assert str(path) in str(error) or "--" in str(error)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 @example("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]")
 @example("epochs: 1\nepochs: 2")

@@ -87,6 +87,7 @@ def full_passes(model, batches, layers, factors, unit=pattern):
     return kl, (ce - clean_ce).clamp(min=0), clean_ce
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [2, 3]], ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "mistral", "bloom"])
 def test_it_measures_what_full_passes_would(model_type, layers, given_draw):
@@ -355,6 +356,7 @@ def measure_together(argv: list[str]) -> None:
     finish(accelerator)
 
 
+@pytest.mark.slow
 def test_all_processes_measure_the_same_over_the_batches_of_all(llama_folder, tmp_path, given_draw):
     out = tmp_path / "out"
     assert wait(start(llama_folder, tmp_path, out, 2, target=measure_together)) == [0, 0], Path(

@@ -113,6 +113,7 @@ def drawn(noise: TokenScaledNoise, hidden: torch.Tensor, mask: torch.Tensor | No
     return noise.draw(noise.scale(hidden, mask))
 
 
+@pytest.mark.slow
 def test_drawn_noise_has_the_scale_and_the_size_that_is_said():
     torch.manual_seed(0)
     hidden, mask = random_hidden((2, 5, 16)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
@@ -127,6 +128,7 @@ def test_drawn_noise_has_the_scale_and_the_size_that_is_said():
     assert not torch.equal(drawn(source, hidden, mask), drawn(source, hidden, mask))  # each call draws afresh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "source",

@@ -133,6 +133,7 @@ def test_rdrop_runs_two_whole_branches_in_one_pass():
     assert counted == (2 * 3 * LAYERS, LAYERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [(1, 3), (EMBEDDING,), (EMBEDDING, 2)], ids=str)
 @pytest.mark.parametrize("branches", SETS, ids=names)
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])

@@ -26,6 +26,7 @@ def laplace(tensor):
     return torch.distributions.Laplace(tensor.new_zeros(()), 1.0).sample(tensor.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "unit"), [(TokenScaledNoise, torch.randn_like), (LaplaceNoise, laplace)])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_closed_form_is_the_limit_of_sampled_passes(model_type, kind, unit):

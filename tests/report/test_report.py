@@ -68,6 +68,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_the_page_holds_all_it_needs(tmp_path, monkeypatch, capsys):
     settings = {"loss_mode": "full", "noise_std": 0.1, "seed": 1, "output_model": "a"}
     write_run(tmp_path / "a", eval_metrics=evaluations((15, 1.25)), noise_policy=policy(), noisefit_config=settings)
@@ -101,6 +102,7 @@ def test_the_page_holds_all_it_needs(tmp_path, monkeypatch, capsys):
     assert "<tr><td>noise_std</td><td>0.1</td></tr>" in make_page(read_runs(["a"]), picture)
 
 
+@pytest.mark.slow
 def test_names_and_settings_cannot_break_the_page_or_the_picture(tmp_path):
     names = ["<script>alert(1)<", "_left_out", "$x^2$", '"&quot;', "中文"]
     bad = {"loss_mode": "<script>alert(2)</script>", "noise_<b>": "</td><img src=x>"}
@@ -212,6 +214,7 @@ def test_a_line_that_is_being_written_is_passed_over(tmp_path):
     assert read_runs([str(run)])[0].steps == whole.steps == [5, 10, 15] and whole.evaluation == ([5], [1.0])
 
 
+@pytest.mark.slow
 def test_records_of_an_older_run_and_of_a_real_one_are_read(tmp_path, llama_folder, questions):
     newer = ("rdrop_loss", "layer_noise_to_signal", "peak_memory_gib", "skipped_steps")
     older = [{key: value for key, value in line(step).items() if key not in newer} for step in (5, 10)]
@@ -230,6 +233,7 @@ def test_records_of_an_older_run_and_of_a_real_one_are_read(tmp_path, llama_fold
     assert marks(axes["kl"], "auto")[0] == selected == [int(name) for name in lines_of(axes["noise_to_signal"])]
 
 
+@pytest.mark.slow
 def test_the_program_is_light_and_works_as_one(tmp_path):
     def python(*words):
         done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)

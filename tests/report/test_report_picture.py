@@ -147,6 +147,7 @@ def texts_of(figure):
     return boxes, [axes.get_window_extent() for axes in figure.axes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs, steps, layers", [(1, 3, 48), (1, 1, 1), (2, 100, 24), (6, 12_000_000, 4), (10, 70, 12)])
 def test_no_text_overlaps_another_or_is_clipped(tmp_path, runs, steps, layers):
     every = 1 if steps < 1000 else steps // 5

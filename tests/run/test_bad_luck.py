@@ -21,6 +21,8 @@ from noisefit.base.errors import InputError
 from noisefit.inputs.batches import epoch_steps
 from noisefit.run.checkpoint_files import list_checkpoints
 
+pytestmark = pytest.mark.slow
+
 FAST = dict(learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, epochs=9, logging_steps=1)
 
 

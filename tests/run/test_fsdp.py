@@ -13,6 +13,8 @@ from tiny_models import tiny_model
 from noisefit.base.precision import keep_float32_when_sharded
 from noisefit.fork.branches import BranchedModel
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = dict(
     learning_rate=1e-2, max_steps=4, logging_steps=1, lora_dropout=0, noise_std=0, gradient_checkpointing=True,
     gradient_accumulation_steps=2,

@@ -25,6 +25,8 @@ from noisefit.run.output import save_model
 from noisefit.run.output_folder import RECORD, OutputFolder
 from noisefit.run.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("NOISEFIT_KILLS", "4"))
 # In the middle of an epoch (6 or 3 steps), with accumulation, layers chosen again, and metrics between their lines.
 RUN = dict(

@@ -27,6 +27,8 @@ from running import (
     worker,
 )
 
+pytestmark = pytest.mark.slow
+
 SHORT = dict(max_steps=2, logging_steps=1)
 ONE_OR_TWO = {  # file: (options that go over it, processes that must then train together)
     "cpu.yaml": ([], 1),

@@ -150,6 +150,7 @@ def plain_training(model_folder, output, data, selected, mode):
     return lines, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -189,6 +190,7 @@ def on_processes(number, *arguments, **flags):
     assert f"processes: {number}" in Path(f"{arguments[-1]}.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_is_the_cross_entropy_of_the_saved_adapter(processes, llama_folder, few_questions, tmp_path):
     out = tmp_path / "out"
@@ -212,6 +214,7 @@ def test_evaluation_is_the_cross_entropy_of_the_saved_adapter(processes, llama_f
     assert metrics_of(out)[-1]["soft_loss"] > 0  # there was noise, and evaluation saw none of it
 
 
+@pytest.mark.slow
 def test_measuring_the_layers_uses_real_batches_of_every_process(llama_folder, few_questions, tmp_path):
     """Two processes with one row each measure what one process measures over the same two batches."""
     flags = dict(max_steps=1, snr_batches=2, batch_size=1, noise_std=0.3, gradient_accumulation_steps=2)
@@ -222,6 +225,7 @@ def test_measuring_the_layers_uses_real_batches_of_every_process(llama_folder, f
     assert two["snr"] == pytest.approx(one["snr"], rel=1e-6) and two["selected"] == one["selected"]
 
 
+@pytest.mark.slow
 def test_noise_and_dropout_differ_between_processes(llama_folder, few_questions, tmp_path):
     """With the same draws on both, two processes that hold the same row would give the loss of one, exactly."""
     few_questions.write_text("prompt,response\n" + "What is it?,It is this.\n" * 2)

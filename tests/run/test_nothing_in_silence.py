@@ -32,6 +32,8 @@ from noisefit.run.settings import Settings, parse_arguments
 from noisefit.score import score
 from train_loop import train
 
+pytestmark = pytest.mark.slow
+
 FAST = dict(learning_rate=1e-2, max_steps=2, logging_steps=1)
 ASK = dict(rounds=2, max_new_tokens=6)
 

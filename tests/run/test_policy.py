@@ -127,6 +127,7 @@ def test_layers_chosen_again_get_the_noise_and_are_written_down(llama_folder, da
     assert json.loads((tmp_path / "out" / "layer_snr.json").read_text())["selected"] == [3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -368,6 +369,7 @@ def test_a_calibrated_table_has_score_response_and_scale(calibrated):
         assert line[1:3] == [f"{at['score']:.3g}", f"{at['kl']:.3g}"]
 
 
+@pytest.mark.slow
 def test_a_bloom_calibrates_on_separate_passes(data, tmp_path, capsys):
     folder = tiny_folder(tmp_path / "bloom", "bloom")
     run(folder, data, tmp_path / "out", **FAST | dict(max_steps=1), noise_policy="auto")

@@ -15,6 +15,8 @@ from noisefit.inputs.prompts import Example
 from noisefit.method.snr import average_snr, layer_snr
 from noisefit.run.processes import finish, on_any_process
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = dict(
     learning_rate=1e-2, weight_decay=0.01, logging_steps=1, lora_dropout=0, gradient_accumulation_steps=2,
     num_noise_layers=2, snr_batches=2, snr_every=2, epochs=2, lambda_consistency=0.7, temperature=1.5, save_steps=0,

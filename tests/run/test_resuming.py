@@ -22,6 +22,8 @@ from noisefit.run.output import start_output
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 FAST = dict(learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, epochs=9, logging_steps=1)
 
 

@@ -16,6 +16,8 @@ from running import LAUNCHER, ROOT, config_command, run_command, started, wait_u
 from noisefit.run.checkpoints import list_checkpoints
 from noisefit.run.signals import ORPHANED, StopSignals
 
+pytestmark = pytest.mark.slow
+
 
 def to_the_launcher(launcher: subprocess.Popen) -> None:
     launcher.terminate()

@@ -24,6 +24,7 @@ def adapter(folder):
 # --- What it writes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_real_data_the_losses_fall_and_the_adapter_loads(llama_folder, real_data, tmp_path):
     lines = run(
         llama_folder,
@@ -100,6 +101,7 @@ def test_a_relative_model_path_is_recorded_so_that_it_is_found_from_anywhere(
     assert recorded == str(llama_folder)
 
 
+@pytest.mark.slow
 def test_full_finetuning_saves_a_whole_model(llama_folder, questions, tmp_path):
     run(llama_folder, questions, tmp_path / "out", **FAST, full_finetune=True)
     before, after = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (llama_folder, tmp_path / "out"))
@@ -111,6 +113,7 @@ def test_full_finetuning_saves_a_whole_model(llama_folder, questions, tmp_path):
 # --- What the settings do --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "bloom"])
 def test_other_architectures_train_with_pefts_own_targets(model_type, questions, tmp_path, capsys):
     lines = run(tiny_folder(tmp_path / model_type, model_type), questions, tmp_path / "out", **FAST)
@@ -119,6 +122,7 @@ def test_other_architectures_train_with_pefts_own_targets(model_type, questions,
     assert ("separate passes" in said) == (model_type == "bloom")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(llama_folder, questions, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         run(llama_folder, questions, tmp_path / name, **FAST, seed=seed)
@@ -127,6 +131,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(llama_fol
     assert not all(torch.equal(tensor, adapter(tmp_path / "c")[name]) for name, tensor in first.items())
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_cut_into_1_2_or_4_micro_batches(llama_folder, questions, tmp_path):
     results = []
     for batch_size in (16, 8, 4):
@@ -143,6 +148,7 @@ def test_a_run_is_the_same_cut_into_1_2_or_4_micro_batches(llama_folder, questio
             torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_separate_passes_change_the_cost_alone(llama_folder, questions, tmp_path):
     settings = FAST | dict(lora_dropout=0, noise_std=0, target_modules="all-linear")
     expected = run(llama_folder, questions, tmp_path / "plain", **settings)
@@ -189,6 +195,7 @@ def test_no_noisy_layers_is_plain_fine_tuning(llama_folder, questions, tmp_path)
     assert json.loads((tmp_path / "out" / "layer_snr.json").read_text())["selected"] == []
 
 
+@pytest.mark.slow
 def test_lowest_chooses_other_layers_and_snr_every_measures_again(llama_folder, questions, tmp_path, capsys):
     run(
         llama_folder,
@@ -210,6 +217,7 @@ def test_negligible_noise_is_said(llama_folder, questions, tmp_path, capsys):
     assert "does nearly nothing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_learning_rate_follows_its_schedule(llama_folder, questions, tmp_path):
     lines = run(
         llama_folder, questions, tmp_path / "out", learning_rate=1e-3, max_steps=4, logging_steps=1, warmup_ratio=0.5,
@@ -221,6 +229,7 @@ def test_the_learning_rate_follows_its_schedule(llama_folder, questions, tmp_pat
 # --- As its users run it ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_wandb_offline_and_a_token_that_is_nowhere(llama_folder, questions, tmp_path):
     out, token = tmp_path / "out", "hf_AbCdEfGhIjKlMnOpQrStUvWx"
     config = tmp_path / "run.yaml"
@@ -243,6 +252,7 @@ def test_tensorboard(llama_folder, questions, tmp_path):
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line_and_status_2(llama_folder, tmp_path):
     flags = words(model=llama_folder, train_data=tmp_path / "missing.csv", output_model=tmp_path / "out")
     done = python("train_loop.py", *flags)
@@ -251,6 +261,7 @@ def test_bad_input_ends_in_one_line_and_status_2(llama_folder, tmp_path):
     assert done.stdout == "" and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_help_says_what_flags_do_and_needs_no_data_library():
     done = python("-X", "importtime", "train_loop.py", "--help")
     assert done.returncode == 0 and "the method: the noise" in done.stdout
@@ -326,6 +337,7 @@ def test_bad_input_is_refused_and_nothing_is_written(case, llama_folder, questio
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_another_runs_adapter_is_not_overwritten_unless_asked(llama_folder, questions, tmp_path):
     out = tmp_path / "out"
     run(llama_folder, questions, out, max_steps=1)
@@ -346,6 +358,7 @@ def test_a_folder_of_something_else_is_left_alone(llama_folder, questions, tmp_p
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(learning_rate=1e6), dict(noise_std=1e6)], ids=str)
 def test_training_that_diverges_ends_in_one_line_and_without_an_adapter(flags, llama_folder, questions, tmp_path):
     settings = dict(epochs=20, logging_steps=1, max_grad_norm=0, lora_alpha=1e6) | flags
