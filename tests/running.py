@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def wait(processes: list[BaseProcess], seconds: float = 280) -> list[int | None]
 def in_process(target: Callable[..., object], argument: object, environment: dict[str, str], log: str) -> None:
     """What a process of `start` does first: its environment, and both its outputs into a file."""
     os.environ |= environment
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -142,12 +144,12 @@ def config_command(name: str, *arguments: str) -> list[str]:
     return [*LAUNCHER, "--config_file", str(CONFIGS / name), *arguments]
 
 
-def run_command(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command from the project's root, to its end."""
+def run_command(command: list[str], cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command, from the project's root if nothing else is said, to its end."""
     mark = uuid.uuid4().hex
     env = _environment(environment, mark)
     try:
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     finally:
         _kill_marked(mark)
 

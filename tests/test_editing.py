@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from running import ROOT, metrics_of, run_command, words
+from running import ROOT, metrics_of, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -21,11 +21,22 @@ FLAGS = dict(
 )  # fmt: skip
 
 
-def train(root: Path, model: Path, data: Path, output: Path, **flags: object) -> list[dict]:
-    command = [sys.executable, str(root / "train_loop.py"), *words(model=model, train_data=data, output_model=output)]
-    done = run_command([*command, *words(**FLAGS | flags)], PYTHONPATH=str(root))
+PROGRAM = """
+import json, sys
+from noisefit import Settings, train
+for settings in json.loads(sys.argv[1]):
+    train(Settings(**settings))
+"""
+
+
+def train(root: Path, model: Path, data: Path, folder: Path, *runs: dict) -> list[list[dict]]:
+    """The metrics of runs with these flags, one after another, by the program in `root`."""
+    common = dict(model=str(model), train_data=str(data)) | FLAGS
+    outputs = [folder / str(number) for number, _ in enumerate(runs)]
+    settings = [common | dict(output_model=str(out)) | run for out, run in zip(outputs, runs, strict=True)]
+    done = run_command([sys.executable, "-c", PROGRAM, json.dumps(settings)], cwd=root)
     assert done.returncode == 0, done.stderr
-    return metrics_of(output)
+    return [metrics_of(output) for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +45,18 @@ def plain(llama_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     data = folder / "q.csv"
     data.write_text("prompt,response\n" + "".join(f"What is {i}?,It is {i}.\n" for i in range(12)))
-    return data, train(ROOT, llama_folder, data, folder / "out")
+    return data, train(ROOT, llama_folder, data, folder, {})[0]
 
 
 def warm_up(train, plain):
-    for step, (line, before) in enumerate(zip(train("out"), plain, strict=True), start=1):
+    for step, (line, before) in enumerate(zip(train({})[0], plain, strict=True), start=1):
         ce, soft, consistency = (line[f"{name}_loss"] for name in ("ce", "soft", "consistency"))
         assert line["loss"] == pytest.approx(0.5 * ce + 0.5 * soft + 0.1 * step / 100 * consistency, rel=1e-5)
         assert line["loss"] < before["loss"] or step > 1
 
 
 def another_loss(train, plain):
-    lines = train("out", confidence_penalty=0.25)
+    [lines] = train({"confidence_penalty": 0.25})
     for line in lines:
         assert -6 < line["confidence_loss"] < 0  # of 259 tokens
         ce, soft, consistency = (line[f"{name}_loss"] for name in ("ce", "soft", "consistency"))
@@ -55,23 +66,23 @@ def another_loss(train, plain):
 
 
 def another_distribution(train, plain):
-    lines = train("out", distribution="laplace")
+    laplace = {"distribution": "laplace"}
+    lines, gaussian, _ = train(laplace, {"distribution": "gaussian"}, laplace | {"noise_policy": "auto"})
     ratio = (0.5**0.5) / (2 / 3.141592653589793) ** 0.5  # of the mean sizes of a draw
     first = lines[0]["layer_noise_to_signal"], plain[0]["layer_noise_to_signal"]
     assert first[0]["0"] == pytest.approx(ratio * first[1]["0"], rel=1e-4)
-    assert train("gaussian", distribution="gaussian")[-1]["loss"] == plain[-1]["loss"]
-    train("auto", distribution="laplace", noise_policy="auto")
+    assert gaussian[-1]["loss"] == plain[-1]["loss"]
 
 
 def a_schedule(train, plain):
-    lines = train("out")
+    [lines] = train({})
     ratios = [line["layer_noise_to_signal"]["0"] / before["layer_noise_to_signal"]["0"]
               for line, before in zip(lines, plain, strict=True)]  # fmt: skip
     assert ratios == pytest.approx([1, 2 / 3, 1 / 3], rel=0.02)
 
 
 def another_objective(train, plain):
-    for line in train("out", loss_mode="ce_both"):
+    for line in train({"loss_mode": "ce_both"})[0]:
         whole = 0.5 * line["ce_loss"] + 0.5 * line["noisy_ce_loss"]
         assert line["loss"] == pytest.approx(whole, rel=1e-5) and line["soft_loss"] is None
         assert line["noisy_ce_loss"] != line["ce_loss"]
@@ -96,7 +107,6 @@ def test_a_change_applies_trains_and_takes_effect(change, look, plain, llama_fol
         place(ROOT / name, copy / name)
     done = subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=copy, input=change[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    edited = partial(train, copy, llama_folder, data)
-    look(lambda name, **flags: edited(tmp_path / name, **flags), before)
-    settings = json.loads((tmp_path / "out" / "noisefit_config.json").read_text())
+    look(partial(train, copy, llama_folder, data, tmp_path), before)
+    settings = json.loads((tmp_path / "0" / "noisefit_config.json").read_text())
     assert settings["max_steps"] == 3

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import Any, TextIO, cast
 
 from tqdm import tqdm
@@ -37,10 +36,8 @@ def one_line_errors(program: str) -> Iterator[None]:
     The exit status is 2 for an `InputError`, for what the system refuses (a file, a disk) and for memory that ran out,
     75 for `Stopped`, and for a SIGINT that nothing else took that of a process which the signal ended.
     """
-    stderr, handler = sys.stderr, signal.getsignal(signal.SIGINT)
+    stderr = sys.stderr
     try:
-        if handler is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _Interrupt())
         _steady_streams()
         _check_ranks()
         yield
@@ -73,27 +70,6 @@ def one_line_errors(program: str) -> Iterator[None]:
         sys.exit(2)
     finally:
         sys.stderr = stderr
-        if isinstance(signal.getsignal(signal.SIGINT), _Interrupt):
-            signal.signal(signal.SIGINT, handler)
-
-
-class _Interrupt:
-    """Python's own handling of SIGINT, remembered: Python drops what is raised in a destructor or in the callback of a
-    weak reference, and many of these run while libraries and models are loaded."""
-
-    def __init__(self) -> None:
-        self.seen = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        raise KeyboardInterrupt
-
-
-def raise_dropped_interrupt() -> None:
-    """Raise the `KeyboardInterrupt` of a SIGINT that came since `one_line_errors` began and was dropped."""
-    handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, _Interrupt) and handler.seen:
-        raise KeyboardInterrupt
 
 
 def notice(*lines: str | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from noisefit.base.errors import on_main_process, raise_dropped_interrupt
+from noisefit.base.errors import on_main_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ORPHANED = signal.SIGUSR1  # sent by the system when `accelerate launch` dies
@@ -40,7 +40,6 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        raise_dropped_interrupt()
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
             if _launched():

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import MEASURED, PROCESSES, metrics_of, start, train, wait, wait_until
+from running import MEASURED, PROCESSES, metrics_of, start, wait, wait_until
 from safetensors.torch import load_file
 
-import train_loop
 from noisefit.run.checkpoint_files import find_checkpoint, list_checkpoints
 from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.output import save_model
@@ -138,29 +137,6 @@ def test_interrupted_while_it_loads_it_says_so_in_a_line(llama_folder, questions
     said = Path(f"{out}.log").read_text()
     assert "Traceback" not in said and "interrupted" in said
     assert not out.exists()
-
-
-def interrupt_where_python_drops_it(argv: list[str]) -> None:
-    """Interrupt while the data is checked, within a destructor."""
-
-    class Dropped:
-        def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def prepare(*arguments: object) -> object:
-        Dropped()
-        return before(*arguments)
-
-    before, train_loop.prepare = train_loop.prepare, prepare
-    train(argv)
-
-
-def test_an_interrupt_that_python_drops_ends_it_before_the_first_step(llama_folder, questions, tmp_path):
-    out = tmp_path / "out"
-    running = start(llama_folder, questions, out, target=interrupt_where_python_drops_it)
-    assert wait(running) == [-signal.SIGINT]
-    said = Path(f"{out}.log").read_text()
-    assert "Exception ignored" in said and "interrupted" in said and not out.exists()
 
 
 # --- Killed at each single thing that saving a checkpoint does to the disk ------------------------------------------
