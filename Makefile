@@ -19,7 +19,7 @@ demo: $(WORLD)/base.csv $(WORLD)/plain.csv $(WORLD)/noisefit.csv  ## build a sma
 	@$(BIN)/python -m noisefit.score $^
 
 test: lint $(WORLD)/facts.json  ## lint, then run every test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 quick: lint  ## lint, then run the tests without launches, worlds and kills: under a minute on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" --ignore tests/examples

@@ -23,6 +23,20 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 
+# The files that take longest, longest first: a long one that starts last leaves one of two cores without work.
+LONGEST = (
+    "run/test_launch", "examples/test_compare", "run/test_kills", "run/test_signals", "examples/test_world", "run/test_fsdp",
+    "answers/test_generate", "run/test_nothing_in_silence", "run/test_bad_luck", "run/test_train_loop", "test_editing",
+    "test_package", "run/test_loop_exact", "benchmarks/test_benchmarks", "run/test_processes", "run/test_resuming",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {ROOT / "tests" / f"{name}.py": rank for rank, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in ranks)
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what has been imported stays: to look through it at each collection takes half a second

@@ -35,6 +35,7 @@ GROUPS = {"headline": list(HEADLINE), "ablations": list(ABLATIONS), "all": list(
 HARD = Settings(zipf=True, untold=0.2, false_premises=0.2, paraphrases=True)
 SIZES = {
     "tiny": replace(HARD, countries=12, layers=4, width=32, batch_rows=4),  # in seconds: it learns nothing
+    "small": replace(HARD, countries=30, layers=4, width=64, batch_rows=2, epochs=4),  # in a minute: it learns a little
     "standard": replace(HARD, countries=100, layers=6, width=128, batch_rows=2, epochs=4),
     "large": replace(HARD, countries=1000, layers=12, width=512, batch_rows=8, epochs=4),  # for a GPU
 }

@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from running import ROOT, launch, python, words
+from running import ROOT, call, launch, run_generate, words
+
+from noisefit import score
 
 pytestmark = pytest.mark.slow
 
@@ -20,15 +22,15 @@ def test_training_on_half_of_the_world_answers_the_other_half(tmp_path):
     done = launch("train_loop.py", *words(**settings), OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     assert "(fork); counting layers" in done.stderr
-    common = dict(input_csv=WORLD / "test.csv", repetition_penalty=1.0)
+    common = dict(input_csv=WORLD / "test.csv")
     base, adapted = tmp_path / "base.csv", tmp_path / "adapted.csv"
     for flags in (
         dict(model_id=WORLD / "model", output_csv=base),
         dict(model_path=tmp_path / "adapter", output_csv=adapted),
     ):
-        done = python("generate.py", *words(**common, **flags))
+        done = call(run_generate, *words(**common, **flags))
         assert done.returncode == 0, done.stderr
-    done = python("-m", "noisefit.score", str(base), str(adapted), "--json")
+    done = call(score.main, base, adapted, "--json")
     assert done.returncode == 0, done.stderr
     before = json.loads(done.stdout)
     [after] = before["others"]

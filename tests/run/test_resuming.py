@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import metrics_of, python, run, start, wait, wait_until, words
+from running import metrics_of, run, start, wait, wait_until, words
 from safetensors.torch import load_file, save_file
 from tiny_folder import tiny_folder
 from transformers import AutoModelForCausalLM
@@ -356,13 +356,13 @@ def test_generate_refuses_a_pickle_in_place_of_an_adapter(copied, tmp_path):
     out, data = copied
     evil = tmp_path / "evil"
     pickle_of_the_same_size(out / "adapter_model.safetensors", evil)
-    done = python("generate.py", *words(model_path=out, input_csv=data, output_csv=tmp_path / "a.csv"))
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    done = call(run_generate, *words(model_path=out, input_csv=data, output_csv=tmp_path / "a.csv"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "generate.py: error: --model_path" in done.stderr and not evil.exists()
 
 
 def test_a_checkpoint_is_an_adapter_to_answer_with(finished, questions, tmp_path):
     answers = tmp_path / "answers.csv"
     flags = words(model_path=finished[0] / "checkpoint-2", input_csv=questions, output_csv=answers, rounds=1)
-    done = python("generate.py", *flags, "--max_new_tokens", "4")
+    done = call(run_generate, *flags, "--max_new_tokens", "4")
     assert done.returncode == 0 and answers.exists(), done.stderr
