@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import metrics_of, run, start, wait, wait_until, words
+from running import call, metrics_of, run, run_generate, start, wait, wait_until, words
 from safetensors.torch import load_file, save_file
 from tiny_folder import tiny_folder
 from transformers import AutoModelForCausalLM
