@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from noisefit.answers.generation import Job
@@ -118,6 +118,7 @@ def load_answer_model(settings: AnswerSettings, base: str, device: torch.device)
         InputError: no causal language model in safetensors, or the adapter does not fit it.
     """
     check_quantization(settings.quantization, training=False)
+    tensors = _adapter_tensors(settings.model_path) if settings.model_path else set()
     dtype = answer_dtype(settings, device)
     options: dict[str, Any] = {"dtype": dtype} | quantization_options(settings.quantization, dtype, device)
     if settings.attn_implementation is not None:
@@ -133,21 +134,30 @@ def load_answer_model(settings: AnswerSettings, base: str, device: torch.device)
         model, report = loaded
         check_weights(report, base)
     if settings.model_path:
-        model = _with_adapter(model, settings, settings.model_path, base)
+        model = _with_adapter(model, settings, settings.model_path, base, tensors)
     model = model.eval() if settings.quantization != "none" else model.to(device).eval()
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try_out(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "--model_id", base)
     return model
 
 
-def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str, base: str) -> Any:
+def _adapter_tensors(folder: str) -> set[str]:
+    """The names of an adapter's tensors; raises `InputError` where its file is damaged or of another kind."""
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a safetensors file, and nothing else is loaded ({error})") from None
+
+
+def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str, base: str, tensors: set[str]) -> Any:
     recorded = recorded_base(Path(folder)) or "an unknown model"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of weights that have no place; they are an error below
             adapted = PeftModel.from_pretrained(model, folder)
-        with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
-            unmatched = set(file.keys()) ^ get_peft_model_state_dict(adapted).keys()
+        unmatched = tensors ^ get_peft_model_state_dict(adapted).keys()
         if unmatched:  # of layers that only one of the two has
             raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
     except Exception as error:  # whatever PEFT makes of files that anybody may have written

@@ -302,7 +302,7 @@ REFUSED = {
     ),
     "output is no CSV": (lambda a, t: dict(output_csv=t / "a.parquet"), "expected a name that ends in .csv"),
     "someone's folder": (lambda a, t: dict(output_csv=in_the_way(t)), "mine.csv.partial is in the way"),
-    "damaged weights": (lambda a, t: damaged(a, t), "does not fit"),
+    "damaged weights": (lambda a, t: damaged(a, t), "adapter_model.safetensors: not a safetensors file"),
     "larger vocabulary": (lambda a, t: larger_vocabulary(a, t), "embeddings for 259"),
     "half a surrogate": (lambda a, t: dict(input_csv=write(t, '{"prompt": "\\ud800"}', "a.jsonl")), "row 1 holds half"),
     "unclosed quote": (lambda a, t: dict(input_csv=write(t, 'prompt\n"Why?\n')), "a quote in it is never closed"),

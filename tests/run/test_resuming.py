@@ -358,7 +358,7 @@ def test_generate_refuses_a_pickle_in_place_of_an_adapter(copied, tmp_path):
     pickle_of_the_same_size(out / "adapter_model.safetensors", evil)
     done = call(run_generate, *words(model_path=out, input_csv=data, output_csv=tmp_path / "a.csv"))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "generate.py: error: --model_path" in done.stderr and not evil.exists()
+    assert "adapter_model.safetensors: not a safetensors file" in done.stderr and not evil.exists()
 
 
 def test_a_checkpoint_is_an_adapter_to_answer_with(finished, questions, tmp_path):
