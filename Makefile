@@ -38,7 +38,7 @@ fuzz: $(VENV)/.dev  ## look for input that breaks a reader, with new examples fo
 	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
 	    $(BIN)/python -m pytest tests/fuzz --hypothesis-profile long --hypothesis-seed random --show-capture no || exit; done
 
-bench: $(VENV)/.run  ## print the figures of the README
+bench: $(VENV)/.run  ## print the figures of docs/costs.md and docs/answers.md
 	mkdir -p build
 	$(BIN)/python benchmarks/step_cost.py --picture build/step_cost.png
 	$(BIN)/python benchmarks/loss_memory.py --picture build/loss_memory.png

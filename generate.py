@@ -9,6 +9,7 @@ command goes on where it stopped.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from dataclasses import replace
@@ -38,7 +39,7 @@ from noisefit.run.processes import check_processes, finish, progress_bar, start_
 
 
 def generate(settings: AnswerSettings) -> None:
-    output = Path(settings.output_csv or default_output(settings))
+    output = Path(os.path.realpath(settings.output_csv or default_output(settings)))  # a link stays one
     check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
     with alone_with(output):
         answer_file(settings, output)

@@ -10,6 +10,7 @@ branches and losses a `--loss_mode` has is a line of `noisefit/method/objectives
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -22,7 +23,7 @@ from noisefit.base.errors import Stopped, notice, one_line_errors
 from noisefit.base.precision import keep_float32_when_sharded
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, BranchedModel, Logits, Losses
 from noisefit.fork.exactness import choose_strategy
-from noisefit.fork.hooks import pop_noise_to_signal
+from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_to_signal
 from noisefit.inputs.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.inputs.model_checks import try_out
 from noisefit.inputs.models import load_model
@@ -37,13 +38,11 @@ from noisefit.method.losses import (
 )
 from noisefit.method.noise import TokenScaledNoise
 from noisefit.method.policy import NoisePolicy
-from noisefit.run.checkpoint_files import find_checkpoint, identify_run
 from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.evaluation import evaluate
 from noisefit.run.metrics import Metrics, start_trackers
 from noisefit.run.noise_policy import choose_policy, describe, make_noise
 from noisefit.run.output import (
-    check_checkpoint_names,
     open_output,
     save_model,
     start_output,
@@ -55,7 +54,7 @@ from noisefit.run.preparation import prepare
 from noisefit.run.processes import finish, on_any_process, progress_bar
 from noisefit.run.settings import Settings, parse_arguments
 from noisefit.run.signals import StopSignals, end_with_launcher
-from noisefit.run.steps import count_bad_steps, naming_out_of_memory, take_step
+from noisefit.run.steps import naming_out_of_memory, take_step
 from noisefit.run.weights import unsharded
 
 
@@ -76,21 +75,13 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     prepared = prepare(settings, output)
     settings, accelerator, tokenizer = prepared.settings, prepared.accelerator, prepared.tokenizer
     examples, eval_examples, num_layers = prepared.examples, prepared.eval_examples, prepared.num_layers
+    rows_per_step, total_steps, checkpoint = prepared.rows_per_step, prepared.total_steps, prepared.checkpoint
 
     # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
     keep_float32_when_sharded(accelerator)
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates by itself, whatever the launch's config says
     num_processes = accelerator.num_processes
-    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * num_processes
     epoch_length = steps_per_epoch(len(examples), rows_per_step)
-    total_steps = settings.epochs * epoch_length
-    if settings.max_steps != -1:
-        total_steps = min(total_steps, settings.max_steps)
-    run = identify_run(settings, prepared.config, examples, eval_examples, rows_per_step, accelerator)
-    wanted, overwrite = settings.resume_from_checkpoint, settings.overwrite_output
-    checkpoint = find_checkpoint(wanted, output.path, run, total_steps, starts_afresh=overwrite)
-    check_checkpoint_names(settings, output, total_steps)
-
     set_seed(settings.seed)  # the same adapter on every process ...
     loaded = load_model(settings, settings.model, accelerator, checkpoint, settings.trust_remote_code)
     model = BranchedModel(loaded, settings.loss_chunk_size, settings.rdrop_dropout)
@@ -110,20 +101,24 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     # --- The method: which layers get noise, and what the loss is ---------------------------------------------------
     objective, temperature = settings.objective, settings.temperature
     weights = objective.weights(settings)
-    kind = TokenScaledNoise  # of the noise: its distribution
+    distribution = TokenScaledNoise
     calibration: list[Batch] = []
     for step_rows in epoch_steps(examples, rows_per_step, settings.seed, epoch=0):
         calibration += micro_batches(step_rows)
         if len(calibration) >= max(settings.snr_batches, settings.auto_calib_batches):
             break
 
+    def noise_of(policy: NoisePolicy) -> Mapping[int, Noise | NoiseFunction]:
+        """The noise that a layer's output gets, by the layer's index."""
+        return make_noise(settings, policy, distribution)
+
     def choose_noise() -> tuple[NoisePolicy, str]:
         """Measure the layers, choose those that get noise, and check how the branches can be run."""
         with metrics.pausing():
             try_out(model, calibration[0], "--model", settings.model)
-            policy = choose_policy(settings, model, calibration, accelerator, kind)
-            noisy = list(make_noise(settings, policy))
-            strategy, reason = choose_strategy(model, calibration[0], noisy, settings.branches, objective.branches)
+            policy = choose_policy(settings, model, calibration, accelerator, distribution)
+            places = list(noise_of(policy))
+            strategy, reason = choose_strategy(model, calibration[0], places, settings.branches, objective.branches)
         notice(*describe(settings, policy, num_layers, strategy), reason)
         return policy, strategy
 
@@ -148,8 +143,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     # --- Where the run stands: at its start, or where a checkpoint was written -------------------------------------
     metrics = Metrics(accelerator, output.path, num_layers)
     checkpoints = Checkpoints(
-        output, settings.save_total_limit, not settings.full_finetune, run, accelerator, model, optimizer, schedule,
-        metrics, tokenizer,
+        output, settings.save_total_limit, not settings.full_finetune, prepared.run, accelerator, model, optimizer,
+        schedule, metrics, tokenizer,
     )  # fmt: skip
     if checkpoint is None:
         step = seen_targets = bad_steps = 0
@@ -161,7 +156,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         notice(f"going on from {checkpoint}, after step {step}")
         if state["total_steps"] != total_steps:
             notice(f"the learning rate now follows a schedule of {total_steps} steps instead of {state['total_steps']}")
-    noise = make_noise(settings, policy, kind)  # a layer's index to the noise that its output gets
+    noise = noise_of(policy)
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
 
     # --- The loop ---------------------------------------------------------------------------------------------------
@@ -177,7 +172,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                     break
                 if settings.snr_every and step and step % settings.snr_every == 0:
                     policy, strategy = choose_noise()
-                    noise = make_noise(settings, policy, kind)
+                    noise = noise_of(policy)
                     if accelerator.is_main_process:
                         write_policy(output, policy)
 
@@ -197,17 +192,18 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                         accelerator.backward(loss * num_processes)
                     step_loss += loss.detach()
                     add_losses(step_losses, losses)
+                if step == 1:
+                    notice(weights.unused(step_losses))
 
                 max_norm = settings.max_grad_norm or math.inf
                 grad_norm = unsharded(accelerator.clip_grad_norm_(model.parameters(), max_norm))
                 finite = torch.stack([step_loss, grad_norm, *step_losses.values()]).isfinite().all()
                 stopping, bad = on_any_process(accelerator, stop.received is not None, ~finite)
                 learning_rate = schedule.get_last_lr()[0]
-                take_step(optimizer, schedule, bad)
+                bad_steps = take_step(optimizer, schedule, step, bad, bad_steps, settings.max_bad_steps)
                 seen_targets += 0 if bad else target_tokens
                 noise_to_signal = pop_noise_to_signal(model)
                 metrics.add_step(step_loss, step_losses, noise_to_signal, target_tokens, count_tokens(rows), bad)
-                bad_steps = count_bad_steps(step, bad_steps + 1, settings.max_bad_steps) if bad else 0
 
                 progress.update()
                 passes, last = step / epoch_length, step == total_steps

@@ -39,7 +39,7 @@ def read_answers(path: str, by: str | None) -> list[Prompt]:
         facts = {
             "response": reference,
             "answer": text_cell(path, row, "answer", record.get("answer")),
-            **({by: str(record.get(by))} if by else {}),
+            **({by: text_cell(path, row, by, record.get(by))} if by else {}),
         }
         entry = found.setdefault(prompt, {"facts": facts, "answers": [], "row": row})
         for column, value in facts.items():

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from running import ROOT
 
+from noisefit.answers.settings import build_parser as build_answer_parser
 from noisefit.run.settings import build_parser
+from noisefit.score import build_parser as build_score_parser
 
 
 def test_each_test_that_a_promise_names_exists():
@@ -18,11 +20,21 @@ def test_each_test_that_a_promise_names_exists():
     assert [name for name in re.findall(r"`([\w/]*test_\w+\.py)`", text) if not (ROOT / "tests" / name).exists()] == []
 
 
-def test_each_flag_that_the_documents_name_exists():
-    flags = set(build_parser()._option_string_actions)
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for command in re.findall(r"train_loop\.py (--[^`]*?)(?:\"|```|\n\n)", path.read_text()):
-            assert set(re.findall(r"(?<!\S)(--\w+)", command)) <= flags, (path, command)
+def test_each_flag_that_the_documents_give_to_a_program_exists():
+    flags = {
+        "train_loop.py": build_parser()._option_string_actions,
+        "generate.py": build_answer_parser()._option_string_actions,
+        "noisefit.score": build_score_parser()._option_string_actions,
+    }
+    found = 0
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text().replace("\\\n", " ")
+        for program, known in flags.items():
+            for command in re.findall(rf"(?:^|[^`\w/]){re.escape(program)} ((?:[^\n`|]|\|)*)", text):
+                given = set(re.findall(r"(?<!\S)(--\w+)", command))
+                found += len(given)
+                assert given <= known.keys(), (path, command)
+    assert found > 20
 
 
 def test_the_page_of_flags_is_what_the_programs_have():

@@ -48,14 +48,14 @@ def plain(llama_folder, tmp_path_factory):
     return data, train(ROOT, llama_folder, data, folder, {})[0]
 
 
-def warm_up(train, plain):
+def warm_up(train, plain, folder):
     for step, (line, before) in enumerate(zip(train({})[0], plain, strict=True), start=1):
         ce, soft, consistency = (line[f"{name}_loss"] for name in ("ce", "soft", "consistency"))
         assert line["loss"] == pytest.approx(0.5 * ce + 0.5 * soft + 0.1 * step / 100 * consistency, rel=1e-5)
         assert line["loss"] < before["loss"] or step > 1
 
 
-def another_loss(train, plain):
+def another_loss(train, plain, folder):
     [lines] = train({"confidence_penalty": 0.25})
     for line in lines:
         assert -6 < line["confidence_loss"] < 0  # of 259 tokens
@@ -65,23 +65,26 @@ def another_loss(train, plain):
     assert lines[0]["ce_loss"] == plain[0]["ce_loss"] and lines[-1]["ce_loss"] != plain[-1]["ce_loss"]
 
 
-def another_distribution(train, plain):
+def another_distribution(train, plain, folder):
     laplace = {"distribution": "laplace"}
-    lines, gaussian, _ = train(laplace, {"distribution": "gaussian"}, laplace | {"noise_policy": "auto"})
+    auto = {"noise_policy": "auto"}
+    lines, gaussian, *_ = train(laplace, {"distribution": "gaussian"}, laplace | auto, auto)
     ratio = (0.5**0.5) / (2 / 3.141592653589793) ** 0.5  # of the mean sizes of a draw
     first = lines[0]["layer_noise_to_signal"], plain[0]["layer_noise_to_signal"]
     assert first[0]["0"] == pytest.approx(ratio * first[1]["0"], rel=1e-4)
     assert gaussian[-1]["loss"] == plain[-1]["loss"]
+    measured = [json.loads((folder / name / "noise_policy.json").read_text())["layers"] for name in ("2", "3")]
+    assert measured[0] != measured[1]  # the calibration drew Laplace noise, too
 
 
-def a_schedule(train, plain):
+def a_schedule(train, plain, folder):
     [lines] = train({})
     ratios = [line["layer_noise_to_signal"]["0"] / before["layer_noise_to_signal"]["0"]
               for line, before in zip(lines, plain, strict=True)]  # fmt: skip
     assert ratios == pytest.approx([1, 2 / 3, 1 / 3], rel=0.02)
 
 
-def another_objective(train, plain):
+def another_objective(train, plain, folder):
     for line in train({"loss_mode": "ce_both"})[0]:
         whole = 0.5 * line["ce_loss"] + 0.5 * line["noisy_ce_loss"]
         assert line["loss"] == pytest.approx(whole, rel=1e-5) and line["soft_loss"] is None
@@ -98,15 +101,31 @@ def test_the_page_has_five_small_changes():
         assert len(lines) <= 25 and diff.count("\n+++ ") <= 3, title
 
 
+def copy_of_the_program(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("noisefit", "train_loop.py", "generate.py"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile)(ROOT / name, folder / name)
+    return folder
+
+
 @pytest.mark.parametrize(("change", "look"), zip(CHANGES, LOOKS, strict=True), ids=[title for title, _ in CHANGES])
 def test_a_change_applies_trains_and_takes_effect(change, look, plain, llama_folder, tmp_path):
-    copy, (data, before) = tmp_path / "copy", plain
-    for name in ("noisefit", "train_loop.py", "generate.py"):
-        place = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        copy.mkdir(exist_ok=True)
-        place(ROOT / name, copy / name)
+    copy, (data, before) = copy_of_the_program(tmp_path / "copy"), plain
     done = subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=copy, input=change[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    look(partial(train, copy, llama_folder, data, tmp_path), before)
+    look(partial(train, copy, llama_folder, data, tmp_path), before, tmp_path)
     settings = json.loads((tmp_path / "0" / "noisefit_config.json").read_text())
     assert settings["max_steps"] == 3
+
+
+def test_a_plain_function_is_noise_too(plain, llama_folder, tmp_path):
+    copy, (data, before) = copy_of_the_program(tmp_path / "copy"), plain
+    [line] = re.findall(r"```python\n( +return dict\.fromkeys\(policy\.layers.*)\n```", PAGE)
+    program = (copy / "train_loop.py").read_text()
+    assert program.count("        return make_noise(settings, policy, distribution)\n") == 1
+    edited = program.replace("        return make_noise(settings, policy, distribution)", line)
+    (copy / "train_loop.py").write_text(edited)
+    [lines] = train(copy, llama_folder, data, tmp_path, {"snr_every": 2})
+    ratios = [line["layer_noise_to_signal"]["0"] for line in lines]
+    assert len(lines) == 3 and ratios == pytest.approx([ratios[0]] * 3, rel=0.1)
+    assert ratios[0] != pytest.approx(before[0]["layer_noise_to_signal"]["0"], rel=0.2)

@@ -46,6 +46,8 @@ def check_answers_output(output: Path, source: Path, overwrite: bool) -> None:
 def alone_with(output: Path) -> Iterator[None]:
     """Keep an output to this launch: its main process has the folder of the unfinished answers to itself.
 
+    A launch that ends before its first answer leaves nothing there.
+
     Raises:
         InputError: the folder is a file, or its name is too long.
         LocalError: another launch writes there.
@@ -54,7 +56,13 @@ def alone_with(output: Path) -> Iterator[None]:
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{folder} is in the way: it is not an unfinished run's folder; rename or remove it")
     with alone_in(folder, on_main_process()):
-        yield
+        begins = not os.path.lexists(folder / SETTINGS)
+        try:
+            yield
+        finally:
+            if begins and on_main_process() and not _has_answers(folder):
+                with suppress(OSError):
+                    (folder / SETTINGS).unlink(missing_ok=True)
 
 
 def partial_folder(output: Path) -> Path:
@@ -107,7 +115,7 @@ class Journal:
             settings: all that determines an answer. Answers of other settings are not taken over.
         """
         before = self.unfinished()
-        if before is None:
+        if before is None or not _has_answers(self.folder):
             return
         names = {**before, **settings}.keys() - {PROCESSES}
         if differing := [name for name in names if before.get(name) != settings.get(name)]:
@@ -183,7 +191,7 @@ def write_answers(output: Path, records: Sequence[Mapping[str, Any]], answers: A
         rounds: how many; those of one prompt stand together, numbered from 1.
     """
     columns = [*dict.fromkeys(name for record in records for name in record), "generated_response", "round"]
-    beside = partial_folder(output) / "answers.tmp"
+    beside = partial_folder(output) / ".noisefit_answers.tmp"
     with writing(output):
         try:
             with beside.open("w", encoding="utf-8", newline="") as file:
@@ -198,6 +206,10 @@ def write_answers(output: Path, records: Sequence[Mapping[str, Any]], answers: A
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+
+
+def _has_answers(folder: Path) -> bool:
+    return any(path.stat().st_size for path in folder.glob("process-*.jsonl"))
 
 
 def _ends_within_a_line(path: Path) -> bool:

@@ -19,6 +19,7 @@ from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.inputs.model_checks import (
     check_model_name,
+    check_no_adapter_in,
     check_quantization,
     check_weights,
     checked_config,
@@ -26,9 +27,15 @@ from noisefit.inputs.model_checks import (
     try_out,
 )
 from noisefit.inputs.models import quantization_options
-from noisefit.inputs.prompts import check_tokens
+from noisefit.inputs.prompts import check_tokens, stop_token_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+)  # fmt: skip
 
 
 def find_base(settings: AnswerSettings) -> str:
@@ -54,6 +61,7 @@ def find_base(settings: AnswerSettings) -> str:
     if base is None:
         raise InputError(f"--model_path {settings.model_path}: its adapter_config.json names no base model; give it as "
                          "--model_id")  # fmt: skip
+    check_no_adapter_in("--model_id", base)
     check_model_name("--model_id" if settings.model_id else f"--model_path {settings.model_path}: its base model", base)
     return base
 
@@ -91,8 +99,8 @@ def model_fingerprint(settings: AnswerSettings, base: str, device: torch.device)
     facts: list[Any] = [base, str(answer_dtype(settings, device)), device.type]
     facts += [settings.quantization, settings.attn_implementation, settings.no_merge]
     if settings.model_path:
-        names = ("adapter_config.json", "adapter_model.safetensors")
-        facts += [digest((Path(settings.model_path) / name).read_bytes()) for name in names]
+        paths = [Path(settings.model_path) / name for name in (*ADAPTER, *TOKENIZER)]
+        facts += [(path.name, digest(path.read_bytes())) for path in paths if path.is_file()]
     for path in sorted(Path(base).glob("*")) if Path(base).is_dir() else ():
         if path.suffix in (".json", ".safetensors"):
             facts.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
@@ -119,6 +127,7 @@ def load_answer_model(settings: AnswerSettings, base: str, device: torch.device)
     """
     check_quantization(settings.quantization, training=False)
     tensors = _adapter_tensors(settings.model_path) if settings.model_path else set()
+    stop_token_ids(base)  # an error where they cannot be read, which transformers passes over
     dtype = answer_dtype(settings, device)
     options: dict[str, Any] = {"dtype": dtype} | quantization_options(settings.quantization, dtype, device)
     if settings.attn_implementation is not None:

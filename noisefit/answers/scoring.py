@@ -52,9 +52,23 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def words(text: str) -> list[str]:
-    """The words that the decisive-part rule compares: lower case, without accents, punctuation or a possessive `'s`."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
-    return re.findall(r"\w+", re.sub(r"['’]s\b", "", plain))
+    """The words that the decisive-part rule compares: lower case, without accents, punctuation or a possessive `'s`.
+
+    A number keeps its sign and its decimals, and loses the commas between thousands; `C++` and `C#` keep their signs.
+    Chinese and Japanese are written without spaces: each of their characters is a word.
+    """
+    plain = re.sub(f"[{_ACCENTS}]", "", unicodedata.normalize("NFKD", text.lower().replace("\u2212", "-")))
+    found = _WORD.findall(re.sub(r"['’]s\b", "", unicodedata.normalize("NFC", plain)))
+    return [word.replace(",", "").removeprefix("+") for word in found]
+
+
+_ACCENTS = "\u0300-\u036f"  # of Latin, Greek and Cyrillic letters; elsewhere marks are vowels, or other consonants
+_MARKS = "".join(letter for letter in map(chr, range(0x0370, 0xFE00)) if unicodedata.category(letter).startswith("M"))
+_ALONE = "\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"  # kana and Han characters
+_WORD = re.compile(
+    rf"[{_ALONE}]|(?:(?<![\w.,])[-+<>≤≥])?\d+(?:,\d{{3}})*(?:\.\d+)*(?!\.?\w)"
+    rf"|(?:(?![{_ALONE}])[\w{_MARKS}])+(?:[+#]+(?![\w+#]))?"
+)
 
 
 def decisive_parts(prompt: str, reference: str) -> list[str]:

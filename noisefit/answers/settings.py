@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from noisefit.base.command_line import HelpFormatter, OneLineParser, hide_token
+from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, hide_token
 from noisefit.base.errors import InputError
 from noisefit.base.settings import add_flags, check_fields, setting
 
@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add_flags(parser, GROUPS)
+    add_switches(parser)
     help_text = "token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere"
     parser.add_argument_group("the hub").add_argument("--hf_token", help=help_text)
     return parser

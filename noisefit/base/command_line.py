@@ -14,7 +14,7 @@ import yaml
 
 from noisefit.base.errors import InputError
 from noisefit.base.files import read_text
-from noisefit.base.settings import refuse_bytes
+from noisefit.base.settings import boolean, refuse_bytes
 
 # Names under which users of transformers, TRL and PEFT know our flags. They are accepted.
 ALIASES = {
@@ -46,7 +46,6 @@ HINTS = {
     "alpha": "--hybrid_loss_alpha",
     "lambda": "--lambda_consistency",
     "num_return_sequences": "--rounds",
-    "do_sample": "--greedy",
 }
 
 
@@ -64,15 +63,31 @@ class OneLineParser(argparse.ArgumentParser):
             return [word]
         flag, equals, value = word.partition("=")
         name = canonical(flag.removeprefix("--"))
-        if name in SWITCHES and f"--{SWITCHES[name][0]}" in self._option_string_actions:
-            flag, on = SWITCHES[name]
-            return [f"--{flag}={on}"] if value.lower() not in ("false", "0", "no") else []
         return [f"--{name}{equals}{value}"] if f"--{name}" in self._option_string_actions else [word]
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             message += nearest(message.split()[2].partition("=")[0], self)
         raise InputError(message.removeprefix("argument "))
+
+
+class _Switch(argparse.Action):
+    """Another program's switch: a value of one of our flags, if it is on."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            on = boolean(values)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        if on:
+            setattr(namespace, self.dest, SWITCHES[self.option_strings[0].removeprefix("--")][1])
+
+
+def add_switches(parser: argparse.ArgumentParser) -> None:
+    """Add `SWITCHES` to a parser that has their flags."""
+    for name, (flag, _) in SWITCHES.items():
+        parser.add_argument(f"--{name}", dest=flag, nargs="?", const="true", action=_Switch, help=argparse.SUPPRESS,
+                            default=argparse.SUPPRESS)  # fmt: skip
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -91,8 +106,9 @@ def canonical(name: str) -> str:
 def nearest(flag: str, parser: argparse.ArgumentParser) -> str:
     """What was likely meant by a flag that is none."""
     name = canonical(flag.removeprefix("--"))
-    if name in HINTS:
-        return f"; did you mean {HINTS[name]}?"
+    hint = HINTS.get(name, "")
+    if hint in parser._option_string_actions or hint.startswith("accelerate"):
+        return f"; did you mean {hint}?"
     close = difflib.get_close_matches(f"--{name}", parser._option_string_actions, n=1)
     return f"; did you mean {close[0]}?" if close else "; see --help"
 
@@ -131,12 +147,14 @@ def flags_from_file(file: Path, parser: argparse.ArgumentParser, passed_over: Se
         name = canonical(given)
         if given in passed_over:
             continue
-        known = f"--{name}" in parser._option_string_actions or name in SWITCHES
-        if not known or name in ("config", "help"):
+        action = parser._option_string_actions.get(f"--{name}")
+        if action is None or name in ("config", "help"):
             raise InputError(f"{where}: no flag is called {given!r}{nearest(f'--{given}', parser)}")
-        if name in seen:
-            raise InputError(f"{where}: line {line}: {name} is given a second time; leave one of them out")
-        seen.add(name)
+        if action.nargs == 0:
+            raise InputError(f"{where}: line {line}: instead of {name} write {action.dest}: false")
+        if action.dest in seen:
+            raise InputError(f"{where}: line {line}: {action.dest} is given a second time; leave one of them out")
+        seen.add(action.dest)
         is_list = isinstance(value, yaml.SequenceNode)
         parts = value.value if is_list else [value]
         if not all(isinstance(part, yaml.ScalarNode) for part in parts):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
@@ -43,6 +44,14 @@ def check_model_name(flag: str, name: str) -> None:
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         if file.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors"):  # what a model's folder is read for
             check_regular(file, f"{flag}: ")
+
+
+def check_no_adapter_in(flag: str, name: str) -> None:
+    """Raise `InputError` where a model's folder holds an adapter, too, which transformers would apply."""
+    if (Path(name) / "adapter_config.json").exists():
+        whole = (Path(name) / "config.json").exists()
+        what = "a whole model and an adapter, which would be applied to it" if whole else "an adapter"
+        raise InputError(f"{flag} {name}: the folder holds {what}; expected a model alone")
 
 
 def check_quantization(quantization: str, training: bool) -> None:
@@ -110,6 +119,8 @@ def loading(flag: str, name: str, what: str) -> Iterator[None]:
     """Turn what a library raises while it loads `name` as `what` into an `InputError` that names the flag."""
     if not on_main_process():
         disable_progress_bar()  # the main process shows one for all
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its tables of weights; what is wrong with them is our line
     try:
         yield
     except InputError:
@@ -119,3 +130,5 @@ def loading(flag: str, name: str, what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{flag} {name}: not to be loaded as {what}: {reason}") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)

@@ -32,7 +32,14 @@ from transformers import (
 from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.base.settings import setting
 from noisefit.fork.decoder import find_decoder_layers
-from noisefit.inputs.model_checks import check_model_name, check_quantization, check_weights, checked_config, loading
+from noisefit.inputs.model_checks import (
+    check_model_name,
+    check_no_adapter_in,
+    check_quantization,
+    check_weights,
+    checked_config,
+    loading,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ class ModelSettings:
 def load_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
     """The base model's configuration. Raises `InputError` as `check_model_name`, or if it is none."""
     check_model_name("--model", model)
+    check_no_adapter_in("--model", model)
     with loading("--model", model, "a model"):
         return checked_config(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
 

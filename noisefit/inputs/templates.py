@@ -67,6 +67,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None = Non
     """
     if isinstance(tokenizer.chat_template, dict):  # several by name; the others are for tools and the like
         tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if tokenizer.chat_template is not None and not isinstance(tokenizer.chat_template, str):
+        raise InputError(f"{tokenizer.name_or_path}: its chat template is no text; give another --chat_template")
     if name is not None or not tokenizer.chat_template:
         template = TEMPLATES.get(name or "chatml") or _read_template(str(name))
         if name in (None, *TEMPLATES) and _adds_bos(tokenizer):
@@ -77,6 +79,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None = Non
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     answer_text(tokenizer, "Question?", "Answer.")
+    if prompt_text(tokenizer, "Question?") == prompt_text(tokenizer, "Another one?"):
+        raise InputError("the chat template does not print the question; give another --chat_template")
 
 
 def asks_for_date(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> bool:
@@ -89,9 +93,9 @@ def _with_date(template: str, today: str | None) -> str:
     """The template with the date in place of each `strftime_now("...")`, which transformers gives to templates."""
     now = datetime.now() if today is None else datetime.fromisoformat(today)
     dated = DATE_CALL.sub(lambda call: json.dumps(now.strftime(call[1][1:-1])), template)
-    if "strftime_now(" in dated.replace(" ", ""):
-        raise InputError("the chat template asks for the date in a format that is computed, so it cannot be kept for "
-                         "the run; write the format as text in strftime_now(...)")  # fmt: skip
+    if "strftime_now" in dated:
+        raise InputError("the chat template asks for the date in a way that cannot be kept for the run; write it as "
+                         "strftime_now('%d %b %Y'), with the format as text")  # fmt: skip
     return dated
 
 

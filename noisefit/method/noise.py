@@ -96,7 +96,9 @@ class TokenScaledNoise:
     """The method's noise in one layer: Gaussian, of standard deviation `noise_scale`.
 
     It is all that SNR, calibration, training and metrics know of the noise. Another distribution is another class: one
-    that inherits from this and says how it is drawn and how large a draw is on average.
+    that inherits from this and says how it is drawn (`draw`) and how large a draw is on average (`mean_of_unit`). One
+    that overrides `scale` uses `base_std` where that is given, in place of `noise_std`: a calibration tries several,
+    and relies on noise that grows in proportion to it. `strength` multiplies it as well.
 
     Args:
         noise_std: the value of `--noise_std`, for a base scale of `snr_base_std`.

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, Branch
+from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, Branch, check_branches
+
+PLACES = ("layers", "embedding", "none")
 
 Weight = Callable[[Any], float]
 """From a run's settings to the weight of a loss."""
@@ -24,8 +26,11 @@ class Objective:
         branches: of every micro-batch, as few as its losses need.
         losses: the name of each loss that it has to its weight, made of the run's settings.
         reads: the settings, besides those of the noise, that change it.
-        noise: where noisy branches get theirs: in the `layers` that the noise policy chooses, in the `embedding`, or
-            in neither.
+        noise: where noisy branches get theirs: in the `layers` that the noise policy chooses, or in the `embedding`;
+            `none` where there are no such branches.
+
+    Raises:
+        ValueError: it has no branch, no loss, or its noise is in no known place.
     """
 
     branches: tuple[Branch, ...]
@@ -33,16 +38,39 @@ class Objective:
     reads: tuple[str, ...] = ()
     noise: str = "layers"
 
+    def __post_init__(self) -> None:
+        check_branches(self.branches)
+        if not self.branches or not self.losses:
+            raise ValueError("an objective has at least one branch and one loss")
+        if self.noise not in PLACES:
+            raise ValueError(f"noise is in {self.noise!r}, expected one of {', '.join(PLACES)}")
+        if NOISY not in self.branches:
+            object.__setattr__(self, "noise", "none")
+
     def weights(self, settings: Any) -> Weights:
         """The weight of each loss."""
         return Weights({name: weight(settings) for name, weight in self.losses.items()})
 
 
 class Weights(dict[str, float]):
-    """Name to weight. A name that is none says which are."""
+    """The name of each loss of an objective to its weight.
+
+    Raises:
+        LookupError: a loss that was formed has no weight.
+    """
 
     def __missing__(self, name: str) -> float:
-        raise KeyError(f"no loss of the objective is called {name!r}, it has: {', '.join(self)}")
+        raise LookupError(f"the loss {name!r} has no weight; the objective, a line of noisefit/method/objectives.py, "
+                          f"has weights for {', '.join(self)}")  # fmt: skip
+
+    def unused(self, losses: Mapping[str, Any]) -> str | None:
+        """A line that names the weights to which no loss was formed; `None` where there are none."""
+        idle = [name for name in self if name not in losses]
+        return (
+            f"chunk_losses forms no loss called {', '.join(idle)}, to which the objective gives weight"
+            if idle
+            else None
+        )
 
 
 def one(settings: Any) -> float:
@@ -61,10 +89,10 @@ OBJECTIVES = {
     "ce_noisy": Objective((NOISY,), {"ce": one}),
     "consistency_only": Objective((NOISY, NOISY), {"consistency": one}, ("temperature",)),
     # What it is compared with: plain fine-tuning, NEFTune (arXiv 2310.05914), R-Drop (arXiv 2106.14448).
-    "basefit": Objective((CLEAN,), {"ce": one}, noise="none"),
+    "basefit": Objective((CLEAN,), {"ce": one}),
     "neftune": Objective((NOISY,), {"ce": one}, ("neftune_alpha",), noise="embedding"),
     "rdrop": Objective((DROPOUT, DROPOUT), {"ce": one, "rdrop": lambda s: s.rdrop_alpha},
-                       ("rdrop_alpha", "rdrop_dropout", "temperature"), noise="none"),
+                       ("rdrop_alpha", "rdrop_dropout", "temperature")),
 }  # fmt: skip
 
 LOSSES = tuple(dict.fromkeys(name for objective in OBJECTIVES.values() for name in objective.losses))

@@ -16,7 +16,7 @@ from pathlib import Path
 from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path
 from noisefit.base.errors import InputError, one_line_errors
 from noisefit.base.files import replacing, writing
-from noisefit.report.page import make_page, make_picture
+from noisefit.report.page import MADE_BY, make_page, make_picture
 from noisefit.report.runs import read_runs, readable
 
 
@@ -35,8 +35,11 @@ def output_paths(output: str) -> tuple[Path, Path]:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"--output {output}: no permission to write in {path.parent.absolute()}")
     paths = path.with_name(f"{stem}.png"), path.with_name(f"{stem}.html")
-    for taken in filter(os.path.isdir, paths):
-        raise InputError(f"--output {output}: {taken} is a folder")
+    for taken in filter(os.path.lexists, paths):
+        if not taken.is_file():
+            raise InputError(f"--output {output}: {taken} is a folder, or no file")
+        if MADE_BY.encode() not in taken.read_bytes():
+            raise InputError(f"--output {output}: {taken} is there and no report of ours; choose another name")
     return paths
 
 
@@ -58,7 +61,10 @@ def report(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--output_model of a run; it may still be running")
     parser.add_argument(
-        "--output", type=a_path, default="report", help="OUTPUT.png and OUTPUT.html are written, and replaced"
+        "--output",
+        type=a_path,
+        default="report",
+        help="for OUTPUT.png and OUTPUT.html; older reports are replaced",
     )
     args = parser.parse_intermixed_args(argv)
     paths = output_paths(args.output)

@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from noisefit.base.errors import InputError
+from noisefit.report.panels import NATS, panels_of
 from noisefit.report.runs import Run
 
 if TYPE_CHECKING:
@@ -22,20 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-NATS = "nats a token"
-PANELS = {  # key: title, unit
-    "loss": ("Loss, weighted sum of its terms", NATS),
-    "ce_loss": ("Cross-entropy", NATS),
-    "soft_loss": ("Soft loss, noisy against clean", NATS),
-    "consistency_loss": ("Consistency loss, noisy against noisy", NATS),
-    "rdrop_loss": ("R-Drop loss", NATS),
-    "snr": ("Signal to noise by layer", "SNR"),
-    "kl": ("KL by layer, at chosen or best scale", NATS),
-    "noise_to_signal": ("Noise to signal", "mean |noise| / mean |h|"),
-    "tokens_per_second": ("Throughput", "tokens/s"),
-    "peak_memory_gib": ("Peak memory", "GiB"),
-}
-LOSSES = [key for key in PANELS if key.endswith("loss")]
+MADE_BY = "noisefit.report"  # in both files, by which older ones are known
 BY_LAYER = ("snr", "kl")
 FROM_ZERO = ("tokens_per_second", "peak_memory_gib")  # the others have differences that would be lost from zero
 LOGARITHMIC = ("snr", "kl", "noise_to_signal")  # where they span more than a decade
@@ -59,12 +47,12 @@ def draw(runs: Sequence[Run]) -> Figure:
         runs: at least one.
 
     Returns:
-        The figure. An axes has its key in `PANELS` as its label. A line has the run's name as its gid, or the layer's.
+        The figure. An axes has its key in `panels_of` as its label, a line the run's name or the layer's as its gid.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    keys = [key for key in PANELS if any(_has(run, key) for run in runs)]
+    keys = [key for key in panels_of(runs) if any(_has(run, key) for run in runs)]
     with_layers = [run for run in runs if run.layers]
     columns = max(1, 2 if len(keys) == 4 else min(len(keys), 3))
     width = max(6.5, 4.2 * columns)
@@ -84,7 +72,7 @@ def draw(runs: Sequence[Run]) -> Figure:
             if key == "ce_loss" and _known(run.evaluation[1]):
                 style = _look(index) | dict(linestyle="--", linewidth=1.2, marker="o", markersize=3)
                 axes.plot(*run.evaluation, **style, gid=f"{run.name}: evaluation")
-        _finish(axes, key)
+        _finish(axes, key, runs)
     _add_legend(figure, runs, keys)
     return figure
 
@@ -114,13 +102,14 @@ def _draw_layers(axes: Axes, run: Run, key: str, look: dict[str, Any], place: in
         axes.plot(list(marked), list(marked.values()), **look, markerfacecolor=fill, zorder=3 + chosen, gid=gid)
 
 
-def _finish(axes: Axes, key: str) -> None:
+def _finish(axes: Axes, key: str, runs: Sequence[Run]) -> None:
     """Title, units, ticks, and the scale that the values ask for."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.set_title(PANELS[key][0], fontsize=10.5)
+    title, unit = panels_of(runs)[key]
+    axes.set_title(title, fontsize=10.5)
     axes.set_xlabel("layer" if key in BY_LAYER else "optimizer step", fontsize=9)
-    axes.set_ylabel(PANELS[key][1], fontsize=9)
+    axes.set_ylabel(unit, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.6)
@@ -193,7 +182,7 @@ def make_picture(runs: Sequence[Run]) -> bytes:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         warnings.filterwarnings("ignore", "Glyph")  # a folder's name in letters that the font lacks
-        draw(runs).savefig(file, format="png")  # with Agg, as a figure without a window has
+        draw(runs).savefig(file, format="png", metadata={"Software": MADE_BY})  # with Agg, without a window
     return file.getvalue()
 
 
@@ -202,6 +191,7 @@ def make_page(runs: Sequence[Run], picture: bytes) -> str:
     several = len(runs) > 1
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+        f'<meta name="generator" content="{MADE_BY}">',
         f"<title>{escape(_title(runs))}</title>\n<style>\n{STYLE}\n</style></head><body>",
         f'<img alt="losses, layers and speed" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
         f"<p>Losses are means over the supervised tokens since the line before. From {MANY} logged lines on, a bold",
@@ -221,13 +211,15 @@ def make_page(runs: Sequence[Run], picture: bytes) -> str:
 
 
 def _runs_table(runs: Sequence[Run]) -> str:
-    header = ["Run", "Steps", *(f"{PANELS[key][0].partition(',')[0]}, last" for key in LOSSES)]
+    panels = panels_of(runs)
+    losses = [key for key in panels if key.endswith("loss")]
+    header = ["Run", "Steps", *(f"{panels[key][0].partition(',')[0]}, last" for key in losses)]
     header += ["Cross-entropy, evaluation", "Tokens/s, median", "Peak memory, GiB", "Skipped steps", "Noisy layers"]
     rows = []
     for run in runs:
-        known = {key: _known(run.metrics.get(key, [])) or [math.nan] for key in PANELS}
+        known = {key: _known(run.metrics.get(key, [])) or [math.nan] for key in panels}
         skipped = sum(_known(run.metrics.get("skipped_steps", []))) or math.nan
-        row: list[Any] = [run.name, run.steps[-1], *(known[key][-1] for key in LOSSES)]
+        row: list[Any] = [run.name, run.steps[-1], *(known[key][-1] for key in losses)]
         row += [[math.nan, *_known(run.evaluation[1])][-1], statistics.median(known["tokens_per_second"])]
         rows.append([*row, max(known["peak_memory_gib"]), skipped, noisy_layers(run)])
     return _table(header, rows, colours=[_look(index)["color"] for index in range(len(runs))])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,14 +103,17 @@ def read_run(folder: Path, name: str) -> Run:
     Raises:
         InputError: as `read_runs`.
     """
-    if _read(folder / "metrics.jsonl") is None:
+    content = _read(folder / "metrics.jsonl")
+    if content is None:
         raise InputError(f"{folder}: it has no metrics.jsonl, so it is not the output folder of a run")
-    lines = read_lines(folder / "metrics.jsonl", LINE)
+    losses = [name.decode() for name in re.findall(rb'"(\w+_loss)"', content)]  # an edited loop may have others
+    shape = LINE | dict.fromkeys(losses, MEASURE)
+    lines = read_lines(folder / "metrics.jsonl", shape)
     if not lines:
         raise InputError(f"{folder / 'metrics.jsonl'}: no step was logged yet")
     evaluations = read_lines(folder / "eval_metrics.jsonl", EVALUATION)
     of_layers = [line.pop("layer_noise_to_signal") for line in lines]
-    metrics = {key: [line[key] for line in lines] for key in LINE if key in lines[0]}
+    metrics = {key: [line[key] for line in lines] for key in shape if key in lines[0]}
     if not any(value > 0 for value in metrics["noise_to_signal"]):
         del metrics["noise_to_signal"]  # a run without noise has zeros
     noisy = sorted({key for values in of_layers for key in values}, key=lambda key: (key.isdecimal(), len(key), key))

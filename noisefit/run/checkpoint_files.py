@@ -159,7 +159,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def fingerprint(path: Path) -> list[int | str]:
+def digest_of(path: Path) -> list[int | str]:
     """A file's size, and the SHA-256 of its content or, of a safetensors file, of what says which tensors it holds.
 
     Raises:
@@ -187,11 +187,13 @@ def _problem(folder: Path) -> str | None:
             hint = f"; it holds {inside[-1].name}" if inside else ""
             return f"no {STATE} in it, so it is no checkpoint, or not whole{hint}"
         state = checked_state(read_state(folder), name)
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.name != f"checkpoint-{state['loop']['step']}":
+            return f"{STATE} is of step {state['loop']['step']}"
         for name, recorded in state["files"].items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             size = (folder / name).stat().st_size
-            found = fingerprint(folder / name)  # a pickle is found out here, whatever its size
+            found = digest_of(folder / name)  # a pickle is found out here, whatever its size
             if found != recorded:
                 changed = f"has {size} bytes instead of {recorded[0]}" if size != recorded[0] else "was changed"
                 return f"{name} {changed}"

@@ -31,7 +31,7 @@ from noisefit.run.checkpoint_files import (
     OPTIMIZER,
     PROCESSES,
     STATE,
-    fingerprint,
+    digest_of,
     latest_whole,
     list_checkpoints,
     read_state,
@@ -114,7 +114,7 @@ class Checkpoints:
             for name in LINES:
                 if (self.output.path / name).exists():
                     shutil.copyfile(self.output.path / name, staged / name)
-            state["files"] = {path.name: fingerprint(path) for path in sorted(staged.iterdir())}
+            state["files"] = {path.name: digest_of(path) for path in sorted(staged.iterdir())}
             (staged / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             sync_folder(staged)
             self.output.place_folder(staged, folder.name)

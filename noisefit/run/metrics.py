@@ -102,9 +102,9 @@ class Metrics:
 
         Returns:
             The line. `loss` is the one that was optimized. It and the losses that it is made of are means over the
-            supervised tokens since the last line, but for skipped steps;
-            `target_tokens` counts these; `tokens_per_second` counts real tokens, prompts included, over all processes.
-            What is not a finite number, a mean over nothing, or a loss that the objective does not have, is `None`.
+            supervised tokens since the last line, but for skipped steps. `target_tokens` counts these tokens;
+            `tokens_per_second` counts real ones, prompts included, over all processes. `None` stands for what is not
+            finite, for losses that the objective does not have, and for all losses where every step was skipped.
         """
         names = sorted(self._losses)
         sums = torch.stack([self._loss, *(self._losses[name] for name in names)])

@@ -83,6 +83,7 @@ def check_output(settings: Settings, output: OutputFolder) -> None:
     wanted = settings.resume_from_checkpoint
     resuming = wanted == "latest" or (wanted == "auto" and bool(checkpoints))
     resuming = resuming or (wanted is not None and _is_inside(Path(wanted), path))
+    held += [PREVIOUS] if output.holds_previous() else []  # of a run that was to be replaced by one that was killed
     if (held or checkpoints) and not resuming and not settings.overwrite_output:
         what = held[0] if held else checkpoints[-1].name
         resume = ", or go on with it: --resume_from_checkpoint latest" if checkpoints else ""
@@ -109,7 +110,9 @@ def _check_replaced(model_name: str, output: OutputFolder, flag: str) -> None:
     """Refuse where what the run replaces holds the base model, or where there is no place to set it aside."""
     goes = [*(folder.resolve() for folder in output.checkpoints()), (output.path / PREVIOUS).resolve()]
     model = Path(os.path.realpath(model_name))
-    if os.path.isdir(model) and any(folder in (model, *model.parents) for folder in goes):
+    files = [Path(os.path.realpath(path)) for path in (model, *model.iterdir())] if model.is_dir() else []
+    in_output = [path for path in files if path.parent == output.path.resolve() and output.is_own(path.name)]
+    if in_output or any(folder in (path, *path.parents) for path in files for folder in goes):
         raise InputError(f"--model {model_name} lies in {flag}, which the run would replace; move it to a folder of "
                          "its own, or choose another output")  # fmt: skip
     if output.holds_model() and (taken := output.foreign_in_previous()):
@@ -128,16 +131,17 @@ def check_checkpoint_names(settings: KillSettings, output: OutputFolder, total_s
         if settings.save_steps
         else set()
     )
-    for folder in set(list_checkpoints(output.path)) - set(output.checkpoints()):
-        step = int(folder.name.removeprefix("checkpoint-"))
-        if step in due and not (settings.resume_from_checkpoint and (folder / STATE).exists()):
-            raise InputError(f"{folder} is not of such a run, which will save one of that name; move it away, or "
+    for path in set(output.path.glob("checkpoint-*")) - set(output.checkpoints()):
+        step = path.name.removeprefix("checkpoint-")
+        saved = step.isdecimal() and step.isascii() and step == str(int(step)) and int(step) in due
+        if saved and not (settings.resume_from_checkpoint and (path / STATE).exists()):
+            raise InputError(f"{path} is not of such a run, which will save one of that name; move it away, or "
                              "choose another --output_model")  # fmt: skip
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
     """Also where it is a link there to another disk, or one from elsewhere to there."""
-    return folder.resolve() in (path.absolute().parent.resolve(), *path.resolve().parents)
+    return folder.resolve() in (path.absolute().parent.resolve(), path.resolve().parent)
 
 
 def start_output(settings: Settings, output: OutputFolder, checkpoint: Path | None) -> None:
@@ -192,8 +196,11 @@ def save_model(
         tokens: supervised tokens that the run trained on, for the card.
 
     Raises:
+        InputError: it was trained on none.
         LocalError: it cannot be written.
     """
+    if not tokens:
+        raise InputError("no step could be taken, so nothing was learnt and no model is saved; see the lines above")
     weights = gather_weights(accelerator, model, adapter_only=not settings.full_finetune)
     if not accelerator.is_main_process:
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,17 +9,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from noisefit.base.errors import InputError, LocalError, notice
-from noisefit.base.files import check_regular, fingerprint, replacing, sync_folder, write_json, writing
+from noisefit.base.errors import LocalError, notice
+from noisefit.base.files import fingerprint, replacing, sync_folder, write_json, writing
 from noisefit.run.checkpoint_files import STATE, list_checkpoints
+from noisefit.run.file_record import RECORD, Entry, is_as_written, read_record, write_record
 
-RECORD = "noisefit_files.json"
 SCRATCH = ".noisefit_unfinished"  # a folder of what is being written; what a kill leaves in it, the next run removes
-ABOUT = "what runs of the NoiseFiT trainer wrote in this folder; they replace and remove nothing else"
 PREVIOUS = "previous_run"  # what --overwrite_output replaces, until it is replaced
-
-Entry = list[Any] | None
-"""Of a file its size and digest as it was written, `None` while it is not final; of a folder what was put there."""
 
 
 class OutputFolder:
@@ -39,18 +34,21 @@ class OutputFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._entries = _read_record(self.path / RECORD)
+        self._entries = read_record(self.path / RECORD)
         self._started = False
 
     def __enter__(self) -> OutputFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leave nothing but what is to stay."""
+        """Leave nothing but what is to stay; what was to grow is final now."""
         if self._started:
             with suppress(OSError, LocalError):
                 _clear(self.path / SCRATCH)
-                self._forget(f"{SCRATCH}/")
+                growing = [name for name in self._entries if self._entries[name] is None and not name.endswith("/")]
+                written = [name for name in growing if os.path.lexists(self.path / name)]
+                self._settle(*written)
+                self._forget(f"{SCRATCH}/", *set(growing).difference(written))
 
     # --- What is whose -----------------------------------------------------------------------------------------------
 
@@ -58,11 +56,7 @@ class OutputFolder:
         """Whether a run wrote what stands here under this name, and nobody changed it since. A folder's ends in `/`."""
         if name not in self._entries or name.endswith("/"):
             return name in self._entries
-        written, path = self._entries[name], self.path / name
-        try:
-            return path.is_file() if written is None else fingerprint(path) == written
-        except OSError:
-            return False
+        return is_as_written(self.path / name, self._entries[name])
 
     def foreign(self, names: Iterable[str]) -> list[str]:
         """Those of the names that are taken by what no run wrote, or by what was changed since."""
@@ -76,6 +70,10 @@ class OutputFolder:
         """Whether a run's model is here, whole."""
         weights = [name for name in self._entries if name.endswith(".safetensors")]
         return bool(weights) and all((self.path / name).is_file() for name in weights)
+
+    def holds_previous(self) -> bool:
+        """Whether a model is set aside here, in place of which none was saved."""
+        return f"{PREVIOUS}/" in self._entries and any((self.path / PREVIOUS).glob("*.safetensors"))
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints here that runs wrote, in the order in which they were saved."""
@@ -146,7 +144,8 @@ class OutputFolder:
         if f"{name}/" in self._entries and os.path.lexists(folder):
             self.remove_folder(folder)
         self._make_room(f"{name}/")
-        self._note({f"{name}/": sorted(path.name for path in staged.iterdir())})
+        parts = sorted(staged.iterdir())
+        self._note({f"{name}/": {part.name: None if part.is_dir() else fingerprint(part) for part in parts}})
         os.replace(staged, folder)
         sync_folder(self.path)
         return folder
@@ -156,7 +155,8 @@ class OutputFolder:
         if folder.is_symlink():  # somebody has moved it to another disk; what it links to is theirs
             folder.unlink()
         else:
-            written = set(self._entries.get(f"{folder.name}/") or ())
+            entry: dict[str, Any] = dict(self._entries.get(f"{folder.name}/") or {})
+            written = {name for name in entry if is_as_written(folder / name, entry[name])}
             if {path.name for path in folder.iterdir()} <= written:
                 with self._scratch() as scratch:  # moved at once, so that a kill leaves no half of it
                     removed = scratch / f"removed-{folder.name}"
@@ -164,8 +164,9 @@ class OutputFolder:
                     os.replace(folder, removed)
                     shutil.rmtree(removed)
             else:
-                for name in sorted(written, key=lambda name: name != STATE):
-                    (folder / name).unlink(missing_ok=True)
+                for path in sorted(map(folder.joinpath, written), key=lambda path: path.name != STATE):
+                    if not path.is_dir():
+                        path.unlink(missing_ok=True)
         self._forget(f"{folder.name}/")
 
     # --- What --overwrite_output replaces ----------------------------------------------------------------------------
@@ -177,7 +178,7 @@ class OutputFolder:
             return None
         if f"{PREVIOUS}/" not in self._entries or previous.is_symlink():
             return PREVIOUS
-        known = {RECORD, *_read_record(previous / RECORD)}
+        known = {RECORD, *read_record(previous / RECORD)}
         return next((f"{PREVIOUS}/{path.name}" for path in previous.iterdir() if path.name not in known), None)
 
     def set_aside(self) -> None:
@@ -192,8 +193,8 @@ class OutputFolder:
             self.expect(f"{PREVIOUS}/")
             previous.mkdir(exist_ok=True)
             with self._scratch() as scratch:
-                _write_record(previous / RECORD, {name: self._entries[name] for name in own}, scratch)
-        waiting = _read_record(previous / RECORD) if f"{PREVIOUS}/" in self._entries else {}
+                write_record(previous / RECORD, {name: self._entries[name] for name in own}, scratch)
+        waiting = read_record(previous / RECORD) if f"{PREVIOUS}/" in self._entries else {}
         # Weights first: from then on this folder holds no whole model, and the other one is to be made whole.
         for name in sorted(own, key=lambda name: not name.endswith(".safetensors")):
             if name in waiting and not os.path.lexists(previous / name):
@@ -239,7 +240,7 @@ class OutputFolder:
         # The first time nothing is noted yet, not even the scratch folder.
         first = not (self.path / RECORD).exists()
         with nullcontext() if first else self._scratch() as scratch:
-            _write_record(self.path / RECORD, self._entries, scratch)
+            write_record(self.path / RECORD, self._entries, scratch)
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -260,34 +261,6 @@ class OutputFolder:
             os.replace(path, kept)
             notice(f"{path} is not of this run, which needs the name: it is {kept.name} now")
         self.expect(name)
-
-
-def _read_record(path: Path) -> dict[str, Entry]:
-    check_regular(path)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        entries: dict[str, Entry] = record["files"]
-        if record["about"] != ABOUT or not all(_is_entry(*item) for item in entries.items()):
-            raise ValueError("it is another list")
-        return entries
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(
-            f"{path}: a run keeps its list of what it wrote there, and this is none; move it away, or choose another "
-            "folder"
-        ) from None
-
-
-def _write_record(path: Path, entries: Mapping[str, Entry], scratch: Path | None) -> None:
-    write_json(path, {"about": ABOUT, "files": dict(entries)}, scratch)
-
-
-def _is_entry(name: str, entry: Any) -> bool:
-    plain = name.removesuffix("/")
-    is_name = plain == os.path.basename(plain) and plain not in ("", ".", "..")
-    is_list = entry is None or (isinstance(entry, list) and all(isinstance(value, (int, str)) for value in entry))
-    return is_name and is_list and (not name.endswith("/") or all(_is_entry(part, None) for part in entry or ()))
 
 
 def _clear(folder: Path) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from noisefit.base.errors import notice
+from noisefit.inputs.batches import steps_per_epoch
 from noisefit.inputs.models import check_model, length_limit, load_config, load_tokenizer
 from noisefit.inputs.prompts import Example, stop_token_ids, tokenize_rows
 from noisefit.inputs.tables import load_rows
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
-from noisefit.run.checkpoint_files import latest_whole, read_state
+from noisefit.run.checkpoint_files import find_checkpoint, identify_run, latest_whole, read_state
 from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
-from noisefit.run.output import check_output, check_tokenizer_names
+from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
 from noisefit.run.settings import Settings, without_effect
@@ -35,6 +37,10 @@ class Prepared:
         examples, eval_examples: the tokenized rows.
         num_layers: decoder layers of the model.
         accelerator: of the launch.
+        rows_per_step: of an optimizer step, over all micro-batches and processes.
+        total_steps: of the run.
+        run: what makes it the run that it is, see `identify_run`.
+        checkpoint: that it goes on from; `None` where it starts afresh.
     """
 
     settings: Settings
@@ -44,6 +50,10 @@ class Prepared:
     eval_examples: list[Example]
     num_layers: int
     accelerator: Accelerator
+    rows_per_step: int
+    total_steps: int
+    run: dict[str, Any]
+    checkpoint: Path | None
 
 
 def prepare(settings: Settings, output: OutputFolder) -> Prepared:
@@ -73,7 +83,17 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     stops = stop_token_ids(model)
     examples = tokenize_rows(tokenizer, rows, settings.train_data, settings, vocabulary, stops)
     eval_examples = tokenize_rows(tokenizer, eval_rows, str(settings.eval_data), settings, vocabulary, stops)
-    return Prepared(settings, config, tokenizer, examples, eval_examples, num_layers, accelerator)
+
+    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = settings.epochs * steps_per_epoch(len(examples), rows_per_step)
+    if settings.max_steps != -1:
+        total_steps = min(total_steps, settings.max_steps)
+    run = identify_run(settings, config, examples, eval_examples, rows_per_step, accelerator)
+    wanted, overwrite = settings.resume_from_checkpoint, settings.overwrite_output
+    checkpoint = find_checkpoint(wanted, output.path, run, total_steps, starts_afresh=overwrite)
+    check_checkpoint_names(settings, output, total_steps)
+    return Prepared(settings, config, tokenizer, examples, eval_examples, num_layers, accelerator, rows_per_step,
+                    total_steps, run, checkpoint)  # fmt: skip
 
 
 def _within_positions(settings: Settings, config: PreTrainedConfig) -> Settings:

@@ -1,18 +1,17 @@
 """The settings of a training: names and defaults of the published program, from a command line, a file or a program.
 
-Each group is a class of its own, and `Settings` is all of them: what needs the noise's settings alone takes a
-`NoiseSettings`.
+Each group is a class of its own, and `Settings` is all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path, hide_token, parse_flags
+from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path, add_switches, hide_token, parse_flags
 from noisefit.base.errors import InputError
 from noisefit.base.settings import add_flags, check_fields, fields_of, not_default, setting
 from noisefit.fork.branches import DROPOUT
@@ -208,7 +207,7 @@ class Settings(
             raise InputError("--full_finetune cannot train quantized weights; leave out --quantization")
         if self.prompt_date is not None:
             check_date(self.prompt_date)
-        check_objective(self, not_default(self))
+        check_objective(self)
 
     def record(self) -> dict[str, Any]:
         """What defines the run, by name, in the order of `--help`: it repeats the run when given as `--config`."""
@@ -229,6 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add_flags(parser, GROUPS)
+    add_switches(parser)
     add = parser.add_argument_group("where flags come from").add_argument
     add("--config", type=a_path, metavar="FILE",
         help="any of these flags from a YAML file, or a run's noisefit_config.json; the command line wins")  # fmt: skip
@@ -249,22 +249,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     given = dict(parse_flags(build_parser(), argv, passed_over=("noisefit_version",)))
     if token := given.pop("hf_token", None):
         hide_token(token)
-    settings = Settings(**{"model": "", "train_data": ""} | given)
-    check_objective(settings, given.keys())  # also what is given and as the default is
-    return settings
+    return Settings(**{"model": "", "train_data": ""} | given)
 
 
-def check_objective(settings: Settings, given: Collection[str]) -> None:
+def check_objective(settings: Settings) -> None:
     """Refuse settings of the objective that contradict each other.
-
-    Args:
-        settings: of the run.
-        given: the names of those that somebody chose.
 
     Raises:
         InputError: as said.
     """
-    objective, policy = settings.objective, settings.noise_policy
+    objective, policy, given = settings.objective, settings.noise_policy, not_default(settings)
     if policy != "snr":
         chosen = "auto finds layers and their number by trying" if policy == "auto" else "the file says which layers"
         for flag in ("snr_format", "num_noise_layers"):

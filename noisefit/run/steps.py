@@ -15,16 +15,25 @@ from noisefit.run.checkpoint_files import list_checkpoints
 from noisefit.run.settings import Settings
 
 
-def take_step(optimizer: Any, schedule: LRScheduler, bad: bool) -> None:
-    """Take the optimizer's step and the schedule's, or neither where loss or gradient is not finite.
+def take_step(optimizer: Any, schedule: LRScheduler, step: int, bad: bool, bad_steps: int, most: int) -> int:
+    """Take the optimizer's step and the schedule's, or neither where the step's loss or gradient is not finite.
 
     A bad step touches no weight: without gradients AdamW changes nothing, not even by weight decay. Its `step` is still
-    called, as fp16's scaler lowers its scale there. The learning rate waits.
+    called, as fp16's scaler lowers its scale there. The learning rate waits, and a line says so.
 
     Args:
         optimizer: as `Accelerator.prepare` gave it.
         schedule: of the learning rate, not prepared.
+        step: its number.
         bad: the same on all processes.
+        bad_steps: how many in a row came before it.
+        most: the value of `--max_bad_steps`.
+
+    Returns:
+        How many in a row there are now.
+
+    Raises:
+        InputError: they are as many as `--max_bad_steps`.
     """
     if bad:
         optimizer.zero_grad()
@@ -32,22 +41,8 @@ def take_step(optimizer: Any, schedule: LRScheduler, bad: bool) -> None:
     optimizer.zero_grad()
     if not bad:
         schedule.step()
-
-
-def count_bad_steps(step: int, bad_steps: int, most: int) -> int:
-    """Say that a step is skipped, as its loss or gradient is not finite.
-
-    Args:
-        step: its number.
-        bad_steps: such steps in a row, this one included.
-        most: the value of `--max_bad_steps`.
-
-    Returns:
-        `bad_steps`.
-
-    Raises:
-        InputError: they are as many as `--max_bad_steps`.
-    """
+        return 0
+    bad_steps += 1
     what = f"step {step}: the loss or its gradient is not a finite number"
     if bad_steps >= most:
         raise InputError(

@@ -161,10 +161,17 @@ def test_settings_of_a_newer_peft_and_an_unnamed_column_are_no_reason_to_refuse(
     assert rows[3]["Unnamed: 0"] == "1"
 
 
-def test_logits_that_are_no_numbers_are_said(adapter, asked, tmp_path):
+def test_logits_that_are_no_numbers_are_said_and_nothing_stays(adapter, asked, tmp_path):
     with pytest.raises(InputError, match="logits are not finite"):
         answer(tmp_path / "out.csv", model_path=adapter, input_csv=asked, temperature=1e-39)
-    assert not (tmp_path / "out.csv").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["asked.csv"]
+
+
+def test_a_link_stays_one_and_the_answers_are_where_it_leads(adapter, asked, tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "there.csv")
+    for flags in ({}, dict(overwrite_output=True, seed=1)):
+        answer(tmp_path / "link.csv", model_path=adapter, input_csv=asked, **flags)
+        assert (tmp_path / "link.csv").is_symlink() and len(rows_of(tmp_path / "there.csv")) == 39
 
 
 def test_the_same_prompt_in_two_rows_gets_answers_of_its_own(adapter, tmp_path):

@@ -207,3 +207,33 @@ def test_the_command_line_ends_in_one_line_where_a_file_cannot_be_scored(tmp_pat
     said = capsys.readouterr()
     assert ended.value.code == 2 and said.out == ""
     assert said.err == f"noisefit.score: error: {tmp_path}/missing.csv: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("reference", "wrong", "right"),
+    [
+        ("-5", ["5", "0.5", "-50"], ["It is -5.", "\u22125", "(-5)"]),
+        ("C++", ["C", "C#"], ["It is C++.", "c++"]),
+        (">5", ["<5", "5"], [">5"]),
+        ("1.5", ["1-5", "15", "1"], ["It is 1.5.", "1.5 m"]),
+        ("5", ["0.5", "5.5", "-5"], ["5", "+5", "5.", "(5)"]),
+        ("10", ["10.5", "100"], ["It is 10, as said."]),
+        ("1,000", ["1,0001", "1"], ["1000", "1,000 people"]),
+        ("1990", ["1990s"], ["1985-1990", "in 1990."]),
+        ("ばら", ["はら"], ["それはばらです。"]),
+        ("कि", ["की"], ["कि है"]),
+        ("北京", ["南京"], ["中国的首都是北京。", "北京"]),
+        ("Málaga", ["Malagas"], ["malaga", "MÁLAGA."]),
+    ],
+)
+def test_what_tells_two_answers_apart_is_not_lost(reference, wrong, right):
+    for answer in right:
+        assert holds(answer, decisive_parts("What is it?", reference)), answer
+    for answer in wrong:
+        assert not holds(answer, decisive_parts("What is it?", reference)), answer
+
+
+def test_groups_by_the_answer_are_those_of_the_file(tmp_path):
+    rows = [{"prompt": "Q?", "response": "It is X.", "answer": None, "generated_response": "X", "round": 1}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert score([str(tmp_path / "a.jsonl")], "answer")["hallucination_rate"] == 0

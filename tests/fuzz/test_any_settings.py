@@ -14,8 +14,9 @@ from noisefit.base.errors import InputError
 from noisefit.method.policy import NoisePolicy
 from noisefit.report.runs import read_runs
 from noisefit.run.checkpoint_files import _problem, list_checkpoints
+from noisefit.run.file_record import RECORD
 from noisefit.run.noise_policy import read_policy
-from noisefit.run.output_folder import RECORD, OutputFolder
+from noisefit.run.output_folder import OutputFolder
 from noisefit.run.settings import build_parser, parse_arguments
 
 HUGE = [10**400, -(10**400), 2**63, 1e308, float("nan"), float("inf")]

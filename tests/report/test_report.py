@@ -26,6 +26,7 @@ from report_runs import (
     snr,
     write_run,
 )
+from running import call
 
 from noisefit.base.errors import InputError, one_line_errors
 from noisefit.report.__main__ import report, write_files
@@ -241,8 +242,21 @@ def test_the_program_is_light_and_works_as_one(tmp_path):
 
     light = "import sys, noisefit.report; print({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules))"
     assert python("-c", light) == (0, "set()\n", "")
-    report, run = ("-m", "noisefit.report"), write_run(tmp_path / "a", [SMALL])
+    program, run = ("-m", "noisefit.report"), write_run(tmp_path / "a", [SMALL])
     written = f"{tmp_path / 'r.png'}\n{tmp_path / 'r.html'}\n"
-    assert python(*report, run, "--output", tmp_path / "r.PNG") == (0, written, "")
+    assert python(*program, run, "--output", tmp_path / "r.PNG") == (0, written, "")
+    again = call(report, run, "--output", tmp_path / "r")
+    assert (again.returncode, again.stdout) == (0, written)
+    (tmp_path / "r.html").write_text("mine")
+    refused = call(report, run, "--output", tmp_path / "r")
+    assert refused.returncode == 2 and "r.html is there and no report of ours" in refused.stderr
+    assert (tmp_path / "r.html").read_text() == "mine"
     missing = tmp_path / "b"
-    assert python(*report, missing) == (2, "", f"noisefit.report: error: {missing}: no such folder\n")
+    assert python(*program, missing) == (2, "", f"noisefit.report: error: {missing}: no such folder\n")
+
+
+def test_a_loss_that_an_edited_loop_has_is_drawn_too(tmp_path):
+    folder = write_run(tmp_path / "a", [json.dumps(line(5) | {"confidence_loss": -1.5})])
+    axes, _ = draw_folders(folder)
+    assert axes["confidence_loss"].get_title() == "Confidence loss"
+    assert list(lines_of(axes["confidence_loss"])["a"].get_ydata()) == [-1.5]

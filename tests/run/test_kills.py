@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from noisefit.run.checkpoint_files import find_checkpoint, list_checkpoints
 from noisefit.run.checkpoints import Checkpoints
+from noisefit.run.file_record import RECORD
 from noisefit.run.output import save_model
-from noisefit.run.output_folder import RECORD, OutputFolder
+from noisefit.run.output_folder import OutputFolder
 from noisefit.run.settings import Settings
 
 pytestmark = pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 
 import pytest
@@ -10,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from noisefit.base.errors import InputError
+from noisefit.method.objectives import LOSSES
 from noisefit.run.metrics import Metrics
-from noisefit.run.steps import count_bad_steps
+from noisefit.run.steps import take_step
 
 
 @pytest.fixture
@@ -63,7 +65,8 @@ def test_the_loss_is_the_one_that_was_optimized_whatever_the_weights(metrics):
     line = log(metrics)
     assert line["loss"] == pytest.approx((6 * 1.01 + 3 * 2.02) / 9)
     assert line["ce_loss"] == pytest.approx(12 / 9) and line["mine_loss"] == pytest.approx(6 / 9)
-    assert list(line)[2:8] == ["loss", "ce_loss", "soft_loss", "consistency_loss", "rdrop_loss", "mine_loss"]
+    named = [f"{name}_loss" for name in (*LOSSES, "mine")]
+    assert list(line)[2 : 3 + len(named)] == ["loss", *named]
 
 
 def test_a_loss_that_the_objective_does_not_have_is_null(metrics):
@@ -125,10 +128,19 @@ def test_a_line_that_is_not_yet_due_survives_in_a_checkpoint(clock, metrics):
     assert {**again, "peak_memory_gib": 0} == {**expected, "peak_memory_gib": 0}
 
 
+def take(**flags: int) -> int:
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], weight_decay=0.5)
+    weight.grad = torch.tensor([math.nan])
+    bad_steps = take_step(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), bad=True, **flags)
+    assert weight.item() == 1
+    return bad_steps
+
+
 def test_bad_steps_are_said_and_too_many_of_them_an_error(capsys):
-    assert count_bad_steps(step=7, bad_steps=1, most=2) == 1
+    assert take(step=7, bad_steps=0, most=2) == 1
     assert "step 7: the loss or its gradient is not a finite number; the step is skipped" in capsys.readouterr().err
     with pytest.raises(InputError, match="step 8: the loss or its gradient is not a finite number, 2 steps in a row"):
-        count_bad_steps(step=8, bad_steps=2, most=2)
+        take(step=8, bad_steps=1, most=2)
     with pytest.raises(InputError):  # a resumed run whose limit was lowered
-        count_bad_steps(step=9, bad_steps=7, most=2)
+        take(step=9, bad_steps=6, most=2)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_folder import byte_tokenizer, tiny_folder
 
 import generate
+from noisefit.answers.loading import model_fingerprint
 from noisefit.answers.settings import parse_arguments as parse_answer_arguments
 from noisefit.base.errors import InputError, one_line_errors
 from noisefit.base.files import alone_in
@@ -494,3 +495,67 @@ def test_a_tiny_model_of_impossible_sizes_is_refused(questions, tmp_path):
         changed = copy_of(model, tmp_path / name, config={name: value})
         with pytest.raises(InputError, match="--model "):
             run(changed, questions, tmp_path / "out", **FAST)
+
+
+# --- Neighbours of these, found by hostile users ----------------------------------------------------------------------
+
+
+def test_a_model_s_folder_that_also_holds_an_adapter_is_refused(llama_folder, adapter, questions, tmp_path):
+    both = copy_of(llama_folder, tmp_path / "both")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(adapter / name, both / name)
+    with pytest.raises(InputError, match="--model .*both: the folder holds a whole model and an adapter"):
+        run(both, questions, tmp_path / "out", **FAST)
+    with pytest.raises(InputError, match="--model_id .*both: the folder holds a whole model and an adapter"):
+        answer(tmp_path / "a.csv", model_id=both, input_csv=questions)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (f"{{% set now = strftime_now %}}{{{{ now('%d') }}}}{CHATML}", "asks for the date in a way that cannot be kept"),
+        (f"{{{{ (strftime_now)('%d') }}}}{CHATML}", "asks for the date in a way that cannot be kept"),
+        ("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
+         "does not print the question"),
+    ],
+)  # fmt: skip
+def test_a_template_that_could_not_be_kept_or_does_not_ask_is_refused(
+    template, said, llama_folder, questions, tmp_path
+):
+    (tmp_path / "t.jinja").write_text(template)
+    with pytest.raises(InputError, match=said):
+        run(llama_folder, questions, tmp_path / "out", chat_template=tmp_path / "t.jinja", **FAST)
+
+
+def test_a_template_that_is_no_text_is_refused(llama_folder, questions, tmp_path):
+    other = copy_of(llama_folder, tmp_path / "m", tokenizer_config={"chat_template": 5})
+    (other / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(InputError):
+        run(other, questions, tmp_path / "out", **FAST)
+
+
+def test_a_run_in_which_no_step_could_be_taken_saves_no_model(llama_folder, questions, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"selected": [0], "scales": [1e50]}))
+    with pytest.raises(InputError, match="no step could be taken"):
+        run(llama_folder, questions, tmp_path / "out", noise_policy=tmp_path / "p.json", **FAST)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_generation_settings_that_are_no_text_are_refused_by_both_programs(llama_folder, questions, tmp_path):
+    other = copy_of(llama_folder, tmp_path / "m")
+    (other / "generation_config.json").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="generation_config.json: not to be read"):
+        run(other, questions, tmp_path / "out", **FAST)
+    with pytest.raises(InputError, match="generation_config.json: not to be read"):
+        answer(tmp_path / "a.csv", model_id=other, input_csv=questions)
+
+
+def test_unfinished_answers_of_another_tokenizer_are_not_gone_on_with(adapter, llama_folder, tmp_path):
+    copy = copy_of(adapter, tmp_path / "adapter")
+    settings = parse_answer_arguments(words(model_path=copy, input_csv="q.csv"))
+    before = model_fingerprint(settings, str(llama_folder), torch.device("cpu"))
+    (copy / "metrics.jsonl").write_text("")  # which answers do not depend on
+    assert model_fingerprint(settings, str(llama_folder), torch.device("cpu")) == before
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "x"}))
+    assert model_fingerprint(settings, str(llama_folder), torch.device("cpu")) != before

@@ -12,7 +12,8 @@ from tiny_folder import tiny_folder
 
 from noisefit.base.errors import InputError
 from noisefit.base.files import alone_in
-from noisefit.run.output_folder import RECORD, SCRATCH, OutputFolder
+from noisefit.run.file_record import RECORD
+from noisefit.run.output_folder import SCRATCH, OutputFolder
 
 FAST = dict(learning_rate=1e-2, max_steps=2, save_steps=1, logging_steps=1)
 # What the programs of before, and others, call their files: nothing that a run writes.
@@ -89,7 +90,7 @@ def test_a_run_writes_down_what_it_wrote(finished):
     listed = {name for name in record if not name.endswith("/")}
     listed |= {folder + name for folder, names in record.items() if folder.endswith("/") for name in names}
     assert written == listed
-    assert {name for name, entry in record.items() if entry is None} == {"metrics.jsonl", "eval_metrics.jsonl"}
+    assert [name for name, entry in record.items() if entry is None] == []
 
 
 def names_of(finished) -> list[str]:
@@ -119,7 +120,10 @@ def test_a_folder_full_of_them_is_refused_whole(flags, llama_folder, finished, t
     assert_there(others)
 
 
-@pytest.mark.parametrize("name", ["README.md", "adapter_model.safetensors", "tokenizer.json", "layer_snr.json"])
+CHANGED = ["README.md", "adapter_model.safetensors", "tokenizer.json", "layer_snr.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", CHANGED)
 def test_what_somebody_changed_is_theirs(name, llama_folder, mine):
     data, out = mine
     (out / name).write_bytes(b"edited" + (out / name).read_bytes())
@@ -128,6 +132,47 @@ def test_what_somebody_changed_is_theirs(name, llama_folder, mine):
         with pytest.raises(InputError, match=f"holds a {name} that is not of such a run, or was changed"):
             run(llama_folder, data, out, **FAST | dict(max_steps=3), **flags)
         assert contents(out) == before
+
+
+def test_a_name_that_a_run_could_have_used_and_did_not_is_theirs(llama_folder, finished, tmp_path):
+    data, out = finished[0], tmp_path / "out"
+    run(llama_folder, data, out, **FAST)
+    others = put(out, ["eval_metrics.jsonl"])
+    for flags in (dict(overwrite_output=True), dict(resume_from_checkpoint="latest")):
+        with pytest.raises(InputError, match=r"holds a eval_metrics\.jsonl that is not of such a run"):
+            run(llama_folder, data, out, **FAST | dict(max_steps=3), **flags)
+        assert_there(others)
+
+
+def test_what_somebody_changed_in_our_folders_stays(llama_folder, mine):
+    data, out = mine
+    changed = out / "checkpoint-1" / "adapter_config.json"
+    changed.write_text("mine")
+    run(llama_folder, data, out, **FAST, overwrite_output=True, seed=1)
+    kept = out / "checkpoint-1.kept-1"
+    assert [path.name for path in kept.iterdir()] == [changed.name] and (kept / changed.name).read_text() == "mine"
+
+
+def test_a_model_that_a_killed_run_was_to_replace_needs_the_flag_again(llama_folder, mine):
+    data, out = mine
+    with OutputFolder(out) as output:  # what the killed one had done
+        output.start()
+        output.set_aside()
+    before = contents(out)
+    with pytest.raises(InputError, match="already holds previous_run of another run"):
+        run(llama_folder, data, out, **FAST, seed=1)
+    assert contents(out) == before
+    run(llama_folder, data, out, **FAST, seed=1, overwrite_output=True)
+    assert not (out / "previous_run").exists()
+
+
+def test_a_run_that_goes_on_from_another_output_s_checkpoint_overwrites_nothing(llama_folder, mine):
+    data, out = mine
+    run(llama_folder, data, out / "inner", **FAST, seed=1)
+    before = contents(out)
+    with pytest.raises(InputError, match=r"already holds adapter_model\.safetensors of another run"):
+        run(llama_folder, data, out, **FAST, seed=1, resume_from_checkpoint=out / "inner" / "checkpoint-1")
+    assert contents(out) == before
 
 
 def test_what_somebody_puts_into_our_folders_stays(llama_folder, mine):
@@ -169,6 +214,13 @@ def test_a_foreign_checkpoint_of_a_name_that_the_run_will_need_is_refused(llama_
     assert contents(out) == others
 
 
+def test_a_file_of_a_checkpoint_s_name_is_refused(llama_folder, finished, tmp_path):
+    others = put(tmp_path / "out", ["checkpoint-2"])
+    with pytest.raises(InputError, match="checkpoint-2 is not of such a run, which will save one of that name"):
+        run(llama_folder, finished[0], tmp_path / "out", **FAST)
+    assert contents(tmp_path / "out") == others
+
+
 def test_a_base_in_what_the_run_replaces_is_refused(llama_folder, finished, tmp_path):
     data, out = finished[0], tmp_path / "own"
     run(llama_folder, data, out, **FAST, full_finetune=True)
@@ -179,6 +231,11 @@ def test_a_base_in_what_the_run_replaces_is_refused(llama_folder, finished, tmp_
     (tmp_path / "link").symlink_to(out / "checkpoint-1")
     with pytest.raises(InputError, match="lies in --output_model"):
         run(tmp_path / "link", data, out, **FAST, overwrite_output=True)
+    (tmp_path / "links").mkdir()
+    for path in out.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    with pytest.raises(InputError, match="lies in --output_model"):
+        run(tmp_path / "links", data, out, **FAST, overwrite_output=True)
     assert contents(out) == before
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from noisefit.base.errors import InputError
 from noisefit.fork.branches import BranchedModel
-from noisefit.run.checkpoint_files import fingerprint, list_checkpoints
+from noisefit.run.checkpoint_files import digest_of, list_checkpoints
 from noisefit.run.output import start_output
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.settings import Settings
@@ -252,7 +252,7 @@ def replace_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None
     change(tensors)
     save_file(tensors, path)
     state = json.loads((path.parent / "checkpoint.json").read_text())
-    state["files"][path.name] = fingerprint(path)
+    state["files"][path.name] = digest_of(path)
     (path.parent / "checkpoint.json").write_text(json.dumps(state))
 
 
@@ -366,3 +366,13 @@ def test_a_checkpoint_is_an_adapter_to_answer_with(finished, questions, tmp_path
     flags = words(model_path=finished[0] / "checkpoint-2", input_csv=questions, output_csv=answers, rounds=1)
     done = call(run_generate, *flags, "--max_new_tokens", "4")
     assert done.returncode == 0 and answers.exists(), done.stderr
+
+
+def test_a_checkpoint_of_another_step_than_its_name_says_is_refused(copied, llama_folder):
+    out, data = copied
+    path = out / "checkpoint-2" / "checkpoint.json"
+    state = json.loads(path.read_text())
+    state["loop"]["step"] = 3
+    path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match=r"checkpoint-2.* is of step 3"):
+        run(llama_folder, data, out, **FAST | dict(max_steps=4), resume_from_checkpoint=out / "checkpoint-2")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from noisefit.answers.settings import parse_arguments as parse_answer_arguments
 from noisefit.base.errors import InputError
 from noisefit.base.settings import fields_of
 from noisefit.run.settings import GROUPS, Settings, build_parser, parse_arguments
@@ -173,3 +174,43 @@ def test_the_token_goes_to_the_environment_and_nowhere_else(monkeypatch):
     args = parse_arguments()
     assert os.environ["HF_TOKEN"] == "hf_secret"
     assert "hf_secret" not in str(vars(args)) and "hf_secret" not in str(sys.argv)
+
+
+@pytest.mark.parametrize(
+    ("words", "quantization"),
+    [("--load_in_4bit", "4bit"), ("--load_in_4bit True", "4bit"), ("--load-in-8bit=yes", "8bit"),
+     ("--load_in_4bit false", "none")],
+)  # fmt: skip
+def test_switches_of_other_programs_are_values_of_ours(words, quantization):
+    found = parse_arguments(["--model=m", "--train_data=d", *words.split(), "--epochs=2"])
+    assert (found.quantization, found.epochs) == (quantization, 2)
+    with pytest.raises(InputError, match="--load_in_4bit: 'maybe' is not true or false"):
+        parse_arguments(["--model=m", "--train_data=d", "--load_in_4bit", "maybe"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("quantization: none\nload_in_4bit: true\n", "line 2: quantization is given a second time"),
+     ("no_gradient_checkpointing: true\n", "instead of no_gradient_checkpointing write gradient_checkpointing: false")],
+)  # fmt: skip
+def test_a_file_cannot_say_one_thing_in_two_ways(text, said, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=said):
+        parse_arguments(["--model=m", "--train_data=d", f"--config={tmp_path / 'c.yaml'}"])
+
+
+@pytest.mark.parametrize("policy", ["snr", "auto", "file.json"])
+def test_the_record_of_any_run_repeats_it(policy, tmp_path):
+    settings = Settings(model="m", train_data="d.csv", noise_policy=policy, epochs=3)
+    (tmp_path / "c.json").write_text(json.dumps({"noisefit_version": "1"} | settings.record()))
+    assert parse_arguments([f"--config={tmp_path / 'c.json'}"]) == settings
+    other = parse_arguments([f"--config={tmp_path / 'c.json'}", "--noise_policy=auto", "--seed=5"])
+    assert (other.noise_policy, other.seed, other.epochs) == ("auto", 5, 3)
+
+
+def test_a_hint_names_a_flag_of_the_program_alone():
+    with pytest.raises(InputError, match=r"did you mean --learning_rate\?"):
+        parse_arguments(["--model=m", "--train_data=d", "--lr=1"])
+    with pytest.raises(InputError) as raised:
+        parse_answer_arguments(["--model_id=m", "--input_csv=q", "--lr=1"])
+    assert "--learning_rate" not in str(raised.value)
