@@ -71,7 +71,7 @@ def test_a_loss_without_a_weight_is_said_with_those_that_have_one(mode):
     with pytest.raises(LookupError, match=f"the loss 'entropy' has no weight; .* has weights for {re.escape(known)}"):
         weights["entropy"]
     assert weights.unused(OBJECTIVES[mode].losses) is None
-    assert f"forms no {next(iter(weights))}" in str(weights.unused({}))
+    assert f"forms no loss called {next(iter(weights))}" in str(weights.unused({}))
     assert "entropy" not in weights and dict(weights) == {name: weights[name] for name in OBJECTIVES[mode].losses}
 
 

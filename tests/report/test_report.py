@@ -76,12 +76,12 @@ def test_the_page_holds_all_it_needs(tmp_path, monkeypatch, capsys):
     other = settings | {"loss_mode": "basefit", "output_model": "b", "target_modules": ["q", "v"]}
     write_run(tmp_path / "b", [line(5, **NOISELESS, skipped_steps=3)], noisefit_config=other)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "report.html").write_text("of before")
+    (tmp_path / "report.html").write_text("of before, by noisefit.report")
     (tmp_path / "kept").hardlink_to(tmp_path / "report.html")  # as whoever reads the file right now has it
     report(["a", "b", "a", str(tmp_path / "b")])
     assert capsys.readouterr().out.split() == ["report.png", "report.html"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "kept", "report.html", "report.png"]
-    assert (tmp_path / "kept").read_text() == "of before"
+    assert (tmp_path / "kept").read_text() == "of before, by noisefit.report"
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     sources = [value for name, value in page.attributes if name in ("src", "href")]
     assert len(sources) == 1 and sources[0].startswith("data:image/png;base64,")
@@ -204,7 +204,7 @@ def test_what_was_there_stays_where_the_page_cannot_be_written(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["r.png"]
-    assert (tmp_path / "r.png").read_text() == "of before"
+    assert (tmp_path / "r.png").read_text() == "of before, by noisefit.report"
 
 
 def test_a_line_that_is_being_written_is_passed_over(tmp_path):
@@ -256,7 +256,7 @@ def test_the_program_is_light_and_works_as_one(tmp_path):
 
 
 def test_a_loss_that_an_edited_loop_has_is_drawn_too(tmp_path):
-    folder = write_run(tmp_path / "a", [json.dumps(line(5) | {"confidence_loss": -1.5})])
+    folder = write_run(tmp_path / "a", [line(5) | {"confidence_loss": -1.5}])
     axes, _ = draw_folders(folder)
     assert axes["confidence_loss"].get_title() == "Confidence loss"
     assert list(lines_of(axes["confidence_loss"])["a"].get_ydata()) == [-1.5]

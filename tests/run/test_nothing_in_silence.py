@@ -504,17 +504,17 @@ def test_a_model_s_folder_that_also_holds_an_adapter_is_refused(llama_folder, ad
     both = copy_of(llama_folder, tmp_path / "both")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(adapter / name, both / name)
-    with pytest.raises(InputError, match="--model .*both: the folder holds a whole model and an adapter"):
+    with pytest.raises(InputError, match=r"--model .*both: the folder holds a whole model and an adapter"):
         run(both, questions, tmp_path / "out", **FAST)
-    with pytest.raises(InputError, match="--model_id .*both: the folder holds a whole model and an adapter"):
+    with pytest.raises(InputError, match=r"--model_id .*both: the folder holds a whole model and an adapter"):
         answer(tmp_path / "a.csv", model_id=both, input_csv=questions)
 
 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (f"{{% set now = strftime_now %}}{{{{ now('%d') }}}}{CHATML}", "asks for the date in a way that cannot be kept"),
-        (f"{{{{ (strftime_now)('%d') }}}}{CHATML}", "asks for the date in a way that cannot be kept"),
+        (f"{{% set now = strftime_now %}}{{{{ now('%d') }}}}{CHATML}", "date in a way that cannot be kept"),
+        (f"{{{{ (strftime_now)('%d') }}}}{CHATML}", "date in a way that cannot be kept"),
         ("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
          "does not print the question"),
     ],
@@ -544,9 +544,9 @@ def test_a_run_in_which_no_step_could_be_taken_saves_no_model(llama_folder, ques
 def test_generation_settings_that_are_no_text_are_refused_by_both_programs(llama_folder, questions, tmp_path):
     other = copy_of(llama_folder, tmp_path / "m")
     (other / "generation_config.json").write_bytes(b"\xff")
-    with pytest.raises(InputError, match="generation_config.json: not to be read"):
+    with pytest.raises(InputError, match=r"generation_config\.json: not to be read"):
         run(other, questions, tmp_path / "out", **FAST)
-    with pytest.raises(InputError, match="generation_config.json: not to be read"):
+    with pytest.raises(InputError, match=r"generation_config\.json: not to be read"):
         answer(tmp_path / "a.csv", model_id=other, input_csv=questions)
 
 
