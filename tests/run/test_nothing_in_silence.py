@@ -519,9 +519,7 @@ def test_a_model_s_folder_that_also_holds_an_adapter_is_refused(llama_folder, ad
          "does not print the question"),
     ],
 )  # fmt: skip
-def test_a_template_that_could_not_be_kept_or_does_not_ask_is_refused(
-    template, said, llama_folder, questions, tmp_path
-):
+def test_a_template_that_cannot_be_used_is_refused(template, said, llama_folder, questions, tmp_path):
     (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(InputError, match=said):
         run(llama_folder, questions, tmp_path / "out", chat_template=tmp_path / "t.jinja", **FAST)
