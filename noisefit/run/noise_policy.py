@@ -140,7 +140,7 @@ def choose_policy(
         kind: of the noise.
 
     Raises:
-        InputError: the model overflows, or `--branches fork` is not possible.
+        InputError: the model overflows, `--branches fork` is not possible, or no noise that is tried does anything.
     """
     layered, wanted = settings.objective.noise == "layers", settings.noise_policy
     if wanted not in POLICIES and layered:
@@ -163,6 +163,8 @@ def choose_policy(
     by = {name: value for name, value in settings.record().items() if name.startswith("auto_") or name in RECORDED}
     about = {"model": settings.model, "num_layers": len(snr), "settings": by}
     measured = about | calibration.record(found, choice)
+    if not any(cell["kl"] for entry in measured["layers"] for cell in entry["grid"]):
+        raise InputError("--noise_policy auto: noise of no scale changes a prediction; raise --auto_scale_factors")
     return NoisePolicy(CALIBRATED, choice.layers, choice.scales, snr.tolist(), measured)
 
 

@@ -50,6 +50,12 @@ def measures_nothing(monkeypatch):
     monkeypatch.setattr(noise_policy, "average_snr", refuse)
 
 
+def test_noise_that_does_nothing_is_not_chosen_in_silence(llama_folder, questions, tmp_path):
+    flags = dict(noise_policy="auto", auto_scale_factors=1e-30, auto_calib_batches=1, max_steps=1)
+    with pytest.raises(InputError, match="noise of no scale changes a prediction"):
+        run(llama_folder, questions, tmp_path / "out", **flags)
+
+
 def test_a_calibrated_run_says_what_it_measured_and_chose(calibrated):
     policy = json.loads((calibrated / "noise_policy.json").read_text())
     snr = json.loads((calibrated / "layer_snr.json").read_text())
