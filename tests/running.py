@@ -144,12 +144,12 @@ def config_command(name: str, *arguments: str) -> list[str]:
     return [*LAUNCHER, "--config_file", str(CONFIGS / name), *arguments]
 
 
-def run_command(command: list[str], cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command, from the project's root if nothing else is said, to its end."""
+def run_command(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command from the project's root, to its end."""
     mark = uuid.uuid4().hex
     env = _environment(environment, mark)
     try:
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     finally:
         _kill_marked(mark)
 

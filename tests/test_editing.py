@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from running import ROOT, metrics_of, run_command
+from running import PROCESSES, ROOT, in_process, metrics_of, wait
 
 pytestmark = pytest.mark.slow
 
@@ -21,12 +21,18 @@ FLAGS = dict(
 )  # fmt: skip
 
 
-PROGRAM = """
-import json, sys
-from noisefit import Settings, train
-for settings in json.loads(sys.argv[1]):
-    train(Settings(**settings))
-"""
+def train_there(argument: tuple[str, list[dict]]) -> None:
+    """In a process of its own: forget the program that the tests run with, and train with the one in a folder."""
+    root, runs = argument
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("noisefit", "train_loop", "generate")]:
+        del sys.modules[name]
+    sys.path.insert(0, root)
+    import train_loop
+    from noisefit import Settings
+
+    assert train_loop.__file__ == f"{root}/train_loop.py"
+    for settings in runs:
+        train_loop.train(Settings(**settings))
 
 
 def train(root: Path, model: Path, data: Path, folder: Path, *runs: dict) -> list[list[dict]]:
@@ -34,8 +40,10 @@ def train(root: Path, model: Path, data: Path, folder: Path, *runs: dict) -> lis
     common = dict(model=str(model), train_data=str(data)) | FLAGS
     outputs = [folder / str(number) for number, _ in enumerate(runs)]
     settings = [common | dict(output_model=str(out)) | run for out, run in zip(outputs, runs, strict=True)]
-    done = run_command([sys.executable, "-c", PROGRAM, json.dumps(settings)], cwd=root)
-    assert done.returncode == 0, done.stderr
+    log, environment = folder / "log", {"ACCELERATE_USE_CPU": "true"}
+    process = PROCESSES.Process(target=in_process, args=(train_there, (str(root), settings), environment, str(log)))
+    process.start()
+    assert wait([process]) == [0], log.read_text()
     return [metrics_of(output) for output in outputs]
 
 

@@ -284,10 +284,10 @@ def test_what_is_neither_a_policy_nor_a_file_is_refused(name):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(noise_policy="auto", num_noise_layers=3), "--num_noise_layers goes with --noise_policy snr alone: auto"),
+        (dict(noise_policy="auto", num_noise_layers=2), "--num_noise_layers goes with --noise_policy snr alone: auto"),
         (dict(noise_policy="auto", snr_format="Lowest"), "--snr_format goes with --noise_policy snr alone: auto"),
         (
-            dict(noise_policy="p.json", snr_format="Largest"),
+            dict(noise_policy="p.json", snr_format="Lowest"),
             "--snr_format goes with --noise_policy snr alone: the file",
         ),
         (dict(noise_policy="p.json", snr_every=5), "--snr_every measures the layers again"),
