@@ -162,7 +162,7 @@ def choose_policy(
     choice = calibration.choose(found, len(snr), rules_of(settings))
     by = {name: value for name, value in settings.record().items() if name.startswith("auto_") or name in RECORDED}
     about = {"model": settings.model, "num_layers": len(snr), "settings": by}
-    measured = about | calibration.record(found, choice)
+    measured: dict[str, Any] = about | calibration.record(found, choice)
     if not any(cell["kl"] for entry in measured["layers"] for cell in entry["grid"]):
         raise InputError("--noise_policy auto: noise of no scale changes a prediction; raise --auto_scale_factors")
     return NoisePolicy(CALIBRATED, choice.layers, choice.scales, snr.tolist(), measured)
