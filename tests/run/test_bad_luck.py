@@ -1,6 +1,7 @@
 """What goes wrong on a bad day, brought about for real: numbers that overflow, memory and disks that are full, files
 that change or are tampered with, a tracker that dies."""
 
+import ctypes
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import metrics_of, run, start, wait, wait_until
+from running import metrics_of, run, start, train, wait, wait_until
 from safetensors.torch import load_file
 from tiny_folder import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,16 +119,29 @@ def test_a_gradient_that_overflows_under_a_finite_loss_is_a_bad_step(llama_folde
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
+def train_giving_memory_back(argv: list[str]) -> None:
+    """Train with the C library told to give back what is freed: between two steps the process is small."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+    train(argv)
+
+
+def size_of(pid: int) -> int:
+    """The process's address space, in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux limits a running process's memory so")
 def test_out_of_memory_is_one_line_with_what_helps_and_a_whole_checkpoint(llama_folder, tmp_path):
     data, out = tmp_path / "data.csv", tmp_path / "out"
     data.write_text("prompt,response\n" + "".join(f"Is it {i}?,{'It is so. ' * 12}\n" for i in range(512)))
     flags = FAST | dict(num_noise_layers=1, max_length=64, max_steps=40, epochs=40, save_steps=1)
     large = flags | dict(batch_size=256, gradient_accumulation_steps=2)
-    [running] = start(llama_folder, data, out, **large)
+    [running] = start(llama_folder, data, out, target=train_giving_memory_back, **large)
+    sizes: list[int] = []
     wait_until(lambda: list_checkpoints(out))
-    [pages, *_] = Path(f"/proc/{running.pid}/statm").read_text().split()
-    limit = int(pages) * os.sysconf("SC_PAGE_SIZE")  # what it has now, and no more
+    first = list_checkpoints(out)[-1]
+    wait_until(lambda: sizes.append(size_of(running.pid)) or list_checkpoints(out)[-1] != first)  # over a whole step
+    limit = min(sizes) + 2**22  # what it has between two steps, and hardly more
     resource.prlimit(running.pid, resource.RLIMIT_AS, (limit, limit))
     assert wait([running]) == [2], log_of(out)
     line = error_of(out)
