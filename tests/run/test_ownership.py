@@ -15,6 +15,8 @@ from noisefit.base.files import alone_in
 from noisefit.run.file_record import RECORD
 from noisefit.run.output_folder import SCRATCH, OutputFolder
 
+pytestmark = pytest.mark.slow
+
 FAST = dict(learning_rate=1e-2, max_steps=2, save_steps=1, logging_steps=1)
 # What the programs of before, and others, call their files: nothing that a run writes.
 OTHERS = ("vocab.csv", "tokenizer_notes.txt", "added_tokens.json", "merges.txt", "previous_run/model.safetensors",
@@ -59,7 +61,6 @@ def mine(finished, tmp_path):
     return data, tmp_path / "out"
 
 
-@pytest.mark.slow
 def test_what_is_in_no_run_s_way_is_left_alone(llama_folder, finished, tmp_path):
     data, out = finished[0], tmp_path / "out"
     others = put(out, [*OTHERS, "checkpoint-7/adapter_model.safetensors", "checkpoint-7/trainer_state.json"])
@@ -239,7 +240,6 @@ def test_a_base_in_what_the_run_replaces_is_refused(llama_folder, finished, tmp_
     assert contents(out) == before
 
 
-@pytest.mark.slow
 def test_the_lock_is_had_before_the_first_check(llama_folder, finished, tmp_path):
     """A run that starts slowly does not find its folder empty and then wipe what a quick one finished there."""
     out = tmp_path / "out"
@@ -251,7 +251,6 @@ def test_the_lock_is_had_before_the_first_check(llama_folder, finished, tmp_path
     assert not out.exists()  # it was made for the lock, and is empty
 
 
-@pytest.mark.slow
 def test_a_run_with_its_own_policy_file_is_resumed(llama_folder, mine):
     data, out = mine
     flags = FAST | dict(noise_policy=out / "noise_policy.json", eval_data=data)
@@ -277,7 +276,6 @@ def set_aside_and_die(argument: tuple) -> None:
     os._exit(0)
 
 
-@pytest.mark.slow
 def test_killed_at_each_act_of_setting_a_model_aside_nothing_is_lost(llama_folder, finished, tmp_path):
     whole = finished[1]
     model = {name: (whole / name).read_bytes() for name in ("adapter_model.safetensors", "tokenizer.json", "README.md")}

@@ -15,6 +15,8 @@ from noisefit.run import noise_policy
 from noisefit.run.noise_policy import check_policy, describe, expected_cost, first_eligible, read_policy
 from noisefit.run.settings import parse_arguments, without_effect
 
+pytestmark = pytest.mark.slow
+
 FAST = dict(
     learning_rate=1e-2, batch_size=3, gradient_accumulation_steps=2, max_steps=4, logging_steps=1, lora_dropout=0.1,
     save_steps=0,
@@ -133,7 +135,6 @@ def test_layers_chosen_again_get_the_noise_and_are_written_down(llama_folder, da
     assert json.loads((tmp_path / "out" / "layer_snr.json").read_text())["selected"] == [3]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -375,7 +376,6 @@ def test_a_calibrated_table_has_score_response_and_scale(calibrated):
         assert line[1:3] == [f"{at['score']:.3g}", f"{at['kl']:.3g}"]
 
 
-@pytest.mark.slow
 def test_a_bloom_calibrates_on_separate_passes(data, tmp_path, capsys):
     folder = tiny_folder(tmp_path / "bloom", "bloom")
     run(folder, data, tmp_path / "out", **FAST | dict(max_steps=1), noise_policy="auto")
