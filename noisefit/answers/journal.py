@@ -61,8 +61,9 @@ def alone_with(output: Path) -> Iterator[None]:
             yield
         finally:
             if begins and on_main_process() and not _has_answers(folder):
-                with suppress(OSError):
-                    (folder / SETTINGS).unlink(missing_ok=True)
+                with suppress(OSError, InputError):
+                    if Journal(output, 0).unfinished() is not None:  # settings, and ours
+                        (folder / SETTINGS).unlink()
 
 
 def partial_folder(output: Path) -> Path:

@@ -61,8 +61,9 @@ def find_base(settings: AnswerSettings) -> str:
     if base is None:
         raise InputError(f"--model_path {settings.model_path}: its adapter_config.json names no base model; give it as "
                          "--model_id")  # fmt: skip
-    check_no_adapter_in("--model_id", base)
-    check_model_name("--model_id" if settings.model_id else f"--model_path {settings.model_path}: its base model", base)
+    flag = "--model_id" if settings.model_id else f"--model_path {settings.model_path}: its base model"
+    check_model_name(flag, base)
+    check_no_adapter_in(flag, base)
     return base
 
 

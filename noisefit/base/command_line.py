@@ -107,7 +107,7 @@ def nearest(flag: str, parser: argparse.ArgumentParser) -> str:
     """What was likely meant by a flag that is none."""
     name = canonical(flag.removeprefix("--"))
     hint = HINTS.get(name, "")
-    if hint in parser._option_string_actions or hint.startswith("accelerate"):
+    if hint.partition(" ")[0] in (*parser._option_string_actions, "accelerate"):
         return f"; did you mean {hint}?"
     close = difflib.get_close_matches(f"--{name}", parser._option_string_actions, n=1)
     return f"; did you mean {close[0]}?" if close else "; see --help"

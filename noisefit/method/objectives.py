@@ -12,7 +12,7 @@ from typing import Any
 
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, Branch, check_branches
 
-PLACES = ("layers", "embedding", "none")
+PLACES = ("layers", "embedding")
 
 Weight = Callable[[Any], float]
 """From a run's settings to the weight of a loss."""
@@ -42,10 +42,10 @@ class Objective:
         check_branches(self.branches)
         if not self.branches or not self.losses:
             raise ValueError("an objective has at least one branch and one loss")
-        if self.noise not in PLACES:
-            raise ValueError(f"noise is in {self.noise!r}, expected one of {', '.join(PLACES)}")
         if NOISY not in self.branches:
             object.__setattr__(self, "noise", "none")
+        elif self.noise not in PLACES:
+            raise ValueError(f"noise is in {self.noise!r}, expected one of {', '.join(PLACES)}")
 
     def weights(self, settings: Any) -> Weights:
         """The weight of each loss."""
@@ -66,11 +66,9 @@ class Weights(dict[str, float]):
     def unused(self, losses: Mapping[str, Any]) -> str | None:
         """A line that names the weights to which no loss was formed; `None` where there are none."""
         idle = [name for name in self if name not in losses]
-        return (
-            f"chunk_losses forms no loss called {', '.join(idle)}, to which the objective gives weight"
-            if idle
-            else None
-        )
+        if not idle:
+            return None
+        return f"chunk_losses forms no loss called {', '.join(idle)}, to which the objective gives weight"
 
 
 def one(settings: Any) -> float:

@@ -52,7 +52,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    keys = [key for key in panels_of(runs) if any(_has(run, key) for run in runs)]
+    panels = panels_of(runs)
+    keys = [key for key in panels if any(_has(run, key) for run in runs)]
     with_layers = [run for run in runs if run.layers]
     columns = max(1, 2 if len(keys) == 4 else min(len(keys), 3))
     width = max(6.5, 4.2 * columns)
@@ -72,7 +73,7 @@ def draw(runs: Sequence[Run]) -> Figure:
             if key == "ce_loss" and _known(run.evaluation[1]):
                 style = _look(index) | dict(linestyle="--", linewidth=1.2, marker="o", markersize=3)
                 axes.plot(*run.evaluation, **style, gid=f"{run.name}: evaluation")
-        _finish(axes, key, runs)
+        _finish(axes, key, *panels[key])
     _add_legend(figure, runs, keys)
     return figure
 
@@ -102,11 +103,10 @@ def _draw_layers(axes: Axes, run: Run, key: str, look: dict[str, Any], place: in
         axes.plot(list(marked), list(marked.values()), **look, markerfacecolor=fill, zorder=3 + chosen, gid=gid)
 
 
-def _finish(axes: Axes, key: str, runs: Sequence[Run]) -> None:
+def _finish(axes: Axes, key: str, title: str, unit: str) -> None:
     """Title, units, ticks, and the scale that the values ask for."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    title, unit = panels_of(runs)[key]
     axes.set_title(title, fontsize=10.5)
     axes.set_xlabel("layer" if key in BY_LAYER else "optimizer step", fontsize=9)
     axes.set_ylabel(unit, fontsize=9)

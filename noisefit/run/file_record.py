@@ -15,7 +15,8 @@ RECORD = "noisefit_files.json"
 ABOUT = "what runs of the NoiseFiT trainer wrote in this folder; they replace and remove nothing else"
 
 Entry = list[Any] | dict[str, Any] | None
-"""Of a file its size and digest as it was written, `None` while it is not final; of a folder those of its files."""
+"""Of a file its size and digest as it was written, `None` while it is not final; of a folder those of all files in it,
+by their path there."""
 
 
 def read_record(path: Path) -> dict[str, Entry]:
@@ -49,7 +50,7 @@ def _is_entry(name: str, entry: Any) -> bool:
     plain = name.removesuffix("/")
     is_name = plain == os.path.basename(plain) and plain not in ("", ".", "..")
     if name.endswith("/") and isinstance(entry, dict):
-        return is_name and all(not part.endswith("/") and _is_entry(part, entry[part]) for part in entry)
+        return is_name and all(_is_entry(step, entry[path]) for path in entry for step in path.split("/"))
     is_list = isinstance(entry, list) and all(isinstance(value, (int, str)) for value in entry)
     return is_name and (entry is None or (is_list and not name.endswith("/")))
 
@@ -57,6 +58,6 @@ def _is_entry(name: str, entry: Any) -> bool:
 def is_as_written(path: Path, written: Any) -> bool:
     """Whether a file is there as its entry has it; of one that is not final, whether it is there."""
     try:
-        return path.exists() if written is None else fingerprint(path) == written
+        return path.is_file() if written is None else fingerprint(path) == written
     except OSError:
         return False

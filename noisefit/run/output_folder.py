@@ -144,8 +144,7 @@ class OutputFolder:
         if f"{name}/" in self._entries and os.path.lexists(folder):
             self.remove_folder(folder)
         self._make_room(f"{name}/")
-        parts = sorted(staged.iterdir())
-        self._note({f"{name}/": {part.name: None if part.is_dir() else fingerprint(part) for part in parts}})
+        self._note({f"{name}/": {part: fingerprint(staged / part) for part in _files_in(staged)}})
         os.replace(staged, folder)
         sync_folder(self.path)
         return folder
@@ -157,16 +156,15 @@ class OutputFolder:
         else:
             entry: dict[str, Any] = dict(self._entries.get(f"{folder.name}/") or {})
             written = {name for name in entry if is_as_written(folder / name, entry[name])}
-            if {path.name for path in folder.iterdir()} <= written:
+            if set(_files_in(folder)) <= written:
                 with self._scratch() as scratch:  # moved at once, so that a kill leaves no half of it
                     removed = scratch / f"removed-{folder.name}"
                     _clear(removed)
                     os.replace(folder, removed)
                     shutil.rmtree(removed)
             else:
-                for path in sorted(map(folder.joinpath, written), key=lambda path: path.name != STATE):
-                    if not path.is_dir():
-                        path.unlink(missing_ok=True)
+                for part in sorted(written, key=lambda part: part != STATE):
+                    (folder / part).unlink(missing_ok=True)
         self._forget(f"{folder.name}/")
 
     # --- What --overwrite_output replaces ----------------------------------------------------------------------------
@@ -261,6 +259,12 @@ class OutputFolder:
             os.replace(path, kept)
             notice(f"{path} is not of this run, which needs the name: it is {kept.name} now")
         self.expect(name)
+
+
+def _files_in(folder: Path) -> list[str]:
+    """The paths of all files in a folder and its folders, relative to it; also of links and the like."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _clear(folder: Path) -> None:

@@ -11,7 +11,7 @@ from noisefit.fork import hooks
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, BranchedModel
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.method.noise import EmbeddingNoise
-from noisefit.method.objectives import LOSSES, OBJECTIVES
+from noisefit.method.objectives import LOSSES, OBJECTIVES, Objective, one
 from noisefit.run.settings import LossSettings, Settings
 
 LAYERS, FIRST = 6, 2
@@ -296,3 +296,22 @@ def test_neftunes_noise_has_the_published_range_for_each_rows_own_length(dtype):
     assert not torch.equal(source.draw(scale), noise)  # each call draws afresh
     alone = source.draw(source.scale(hidden[2:, :7], mask[2:, :7]))
     assert alone.abs().max() <= alpha / (7 * width) ** 0.5 * 1.005
+
+
+@pytest.mark.parametrize(
+    ("branches", "losses", "noise", "said"),
+    [
+        ((), {"ce": one}, "layers", "at least one branch"),
+        ((CLEAN,), {}, "layers", "one loss"),
+        ((CLEAN, NOISY), {"ce": one}, "layer", "noise is in 'layer', expected one of layers, embedding"),
+        ((CLEAN, NOISY), {"ce": one}, "none", "noise is in 'none'"),
+        (("clean",), {"ce": one}, "layers", "a branch is 'clean'"),
+    ],
+)
+def test_an_objective_that_could_not_be_is_refused(branches, losses, noise, said):
+    with pytest.raises(ValueError, match=said):
+        Objective(branches, losses, noise=noise)
+
+
+def test_without_a_noisy_branch_there_is_no_noise():
+    assert Objective((DROPOUT, DROPOUT), {"rdrop": one}).noise == Objective((CLEAN,), {"ce": one}).noise == "none"

@@ -527,8 +527,8 @@ def test_a_template_that_cannot_be_used_is_refused(template, said, llama_folder,
 
 def test_a_template_that_is_no_text_is_refused(llama_folder, questions, tmp_path):
     other = copy_of(llama_folder, tmp_path / "m", tokenizer_config={"chat_template": 5})
-    (other / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(InputError):
+    assert not (other / "chat_template.jinja").exists()
+    with pytest.raises(InputError, match="its chat template is no text"):
         run(other, questions, tmp_path / "out", **FAST)
 
 

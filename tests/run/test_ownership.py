@@ -154,6 +154,21 @@ def test_what_somebody_changed_in_our_folders_stays(llama_folder, mine):
     assert [path.name for path in kept.iterdir()] == [changed.name] and (kept / changed.name).read_text() == "mine"
 
 
+def test_what_somebody_puts_into_folders_of_our_folders_stays(tmp_path):
+    with OutputFolder(tmp_path / "out") as output:
+        output.start()
+        for _ in range(2):  # the second replaces the first
+            with output.staging("checkpoint-1") as staged:
+                (staged / "templates").mkdir()
+                (staged / "templates" / "tool.jinja").write_text("ours")
+                output.place_folder(staged, "checkpoint-1")
+            others = put(tmp_path / "out", ["checkpoint-1/templates/mine.jinja"])
+        output.remove_folder(tmp_path / "out" / "checkpoint-1")
+    assert_there(others)
+    assert not (tmp_path / "out" / "checkpoint-1" / "templates" / "tool.jinja").exists()
+    assert (tmp_path / "out" / "checkpoint-1.kept-1" / "templates" / "mine.jinja").exists()
+
+
 def test_a_model_that_a_killed_run_was_to_replace_needs_the_flag_again(llama_folder, mine):
     data, out = mine
     with OutputFolder(out) as output:  # what the killed one had done

@@ -211,6 +211,8 @@ def test_the_record_of_any_run_repeats_it(policy, tmp_path):
 def test_a_hint_names_a_flag_of_the_program_alone():
     with pytest.raises(InputError, match=r"did you mean --learning_rate\?"):
         parse_arguments(["--model=m", "--train_data=d", "--lr=1"])
+    with pytest.raises(InputError, match=r"did you mean --save_steps 0\?"):
+        parse_arguments(["--model=m", "--train_data=d", "--save_only_model=1"])
     with pytest.raises(InputError) as raised:
         parse_answer_arguments(["--model_id=m", "--input_csv=q", "--lr=1"])
     assert "--learning_rate" not in str(raised.value)
