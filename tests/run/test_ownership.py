@@ -248,7 +248,7 @@ def test_a_base_in_what_the_run_replaces_is_refused(llama_folder, finished, tmp_
     with pytest.raises(InputError, match="lies in --output_model"):
         run(tmp_path / "link", data, out, **FAST, overwrite_output=True)
     (tmp_path / "links").mkdir()
-    for path in out.iterdir():
+    for path in filter(Path.is_file, out.iterdir()):
         (tmp_path / "links" / path.name).symlink_to(path)
     with pytest.raises(InputError, match="lies in --output_model"):
         run(tmp_path / "links", data, out, **FAST, overwrite_output=True)
