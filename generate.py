@@ -51,7 +51,8 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
     check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
     check_chat_template(settings.chat_template)
     base = find_base(settings)
-    records, prompts, skipped = read_prompts(settings.input_csv)
+    # In the plain format a prompt is what stands in the file, white space and all: a benchmark's may end in lines.
+    records, prompts, skipped = read_prompts(settings.input_csv, strip=settings.chat_template != "plain")
     if skipped:
         notice(describe_skipped(settings.input_csv, skipped, "with an empty or missing prompt"))
     tokenizer = load_answer_tokenizer(settings, base)
@@ -126,7 +127,8 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
         journal.remove()
     notice(f"the answers are in {output}")
     if "response" in records[0]:
-        notice(f"next, how many are true: python -m noisefit.score {shlex.quote(str(output))}")
+        program = "noisefit.benchmarks letters" if {"answer", "choices"} <= records[0].keys() else "noisefit.score"
+        notice(f"next, how many are true: python -m {program} {shlex.quote(str(output))}")
     finish(accelerator)
 
 

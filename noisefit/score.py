@@ -38,7 +38,7 @@ def read_answers(path: str, by: str | None) -> list[Prompt]:
             raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
         facts = {
             "response": reference,
-            "answer": text_cell(path, row, "answer", record.get("answer")),
+            **{column: text_cell(path, row, column, record.get(column)) for column in ("answer", "question")},
             **({by: text_cell(path, row, by, record.get(by))} if by else {}),
         }
         entry = found.setdefault(prompt, {"facts": facts, "answers": [], "row": row})
@@ -53,8 +53,9 @@ def read_answers(path: str, by: str | None) -> list[Prompt]:
         counts = ", ".join(f"{count} of round {name}" for name, count in rounds.items())
         raise InputError(f"{path}: answers are missing: {counts}")
     return [
-        Prompt(prompt, e["facts"]["response"], tuple(e["answers"]), e["facts"]["answer"], e["facts"].get(by, ""))
+        Prompt(prompt, facts["response"], tuple(e["answers"]), facts["answer"], facts.get(by, ""), facts["question"])
         for prompt, e in found.items()
+        for facts in [e["facts"]]
     ]
 
 

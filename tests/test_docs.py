@@ -7,6 +7,7 @@ from pathlib import Path
 from running import ROOT
 
 from noisefit.answers.settings import build_parser as build_answer_parser
+from noisefit.benchmarks import build_parser as build_benchmark_parser
 from noisefit.run.settings import build_parser
 from noisefit.score import build_parser as build_score_parser
 
@@ -20,11 +21,17 @@ def test_each_test_that_a_promise_names_exists():
     assert [name for name in re.findall(r"`([\w/]*test_\w+\.py)`", text) if not (ROOT / "tests" / name).exists()] == []
 
 
+def flags_of_commands(parser):
+    [commands] = [action.choices for action in parser._actions if action.dest == "command"]
+    return {flag: name for name, command in commands.items() for flag in command._option_string_actions}
+
+
 def test_each_flag_that_the_documents_give_to_a_program_exists():
     flags = {
         "train_loop.py": build_parser()._option_string_actions,
         "generate.py": build_answer_parser()._option_string_actions,
         "noisefit.score": build_score_parser()._option_string_actions,
+        "noisefit.benchmarks": flags_of_commands(build_benchmark_parser()),
     }
     found = 0
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:

@@ -142,6 +142,7 @@ class Prompt:
     answers: tuple[str, ...]
     truth: str | None = None  # the decisive part, where the file names it in a column `answer`
     group: str = ""
+    question: str = ""  # where the prompt says more: a passage that holds the answer, say
 
 
 def score_prompt(prompt: Prompt) -> dict[str, float]:
@@ -150,7 +151,7 @@ def score_prompt(prompt: Prompt) -> dict[str, float]:
     Self-consistency is the share of pairs of rounds whose normalised answers are the same; 1 for a single round.
     """
     truth = " ".join(words(prompt.truth or "")) or _as_it_stands(prompt.truth or "")
-    parts = [truth] if truth else decisive_parts(prompt.prompt, prompt.reference)
+    parts = [truth] if truth else decisive_parts(prompt.question or prompt.prompt, prompt.reference)
     answers = [normalize(answer) for answer in prompt.answers]
     pairs = [a == b for a, b in combinations(answers, 2)]
     true = float(np.mean([holds(answer, parts) for answer in prompt.answers]))

@@ -59,8 +59,9 @@ class AnswerModelSettings:
         None, "attention of the model: eager, sdpa, flash_attention_2, ...; default: its own"
     )
     chat_template: str | None = setting(
-        None, "prompt format; default: the one saved with the adapter", metavar="NAME|FILE", is_path=True
-    )
+        None, "prompt format: chatml, alpaca, plain or a Jinja file; default: the one saved with the adapter",
+        metavar="NAME|FILE", is_path=True,
+    )  # fmt: skip
 
 
 GROUPS: dict[str, type] = {

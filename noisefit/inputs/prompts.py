@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from noisefit.base.errors import InputError, notice
 from noisefit.base.settings import setting
 from noisefit.inputs.tables import Row, describe_skipped, name_rows
-from noisefit.inputs.templates import answer_text, prompt_text
+from noisefit.inputs.templates import BOS, PLAIN, answer_text, prompt_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class PromptSettings:
     """How a row becomes tokens."""
 
     chat_template: str | None = setting(
-        None, "prompt format: chatml, alpaca or a Jinja file; default: the tokenizer's own, else chatml",
+        None, "prompt format: chatml, alpaca, plain or a Jinja file; default: the tokenizer's own, else chatml",
         metavar="NAME|FILE", is_path=True,
     )  # fmt: skip
     max_length: int = setting(1024, "tokens a row; the rest of a longer one is cut", low=2)
@@ -48,6 +48,9 @@ class Example:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of `prompt_text`: what generation starts from, and what training puts before the answer."""
+    if tokenizer.chat_template == BOS + PLAIN:
+        # A tokenizer may begin a text with a space, but not what stands behind a start token in the text.
+        return [tokenizer.bos_token_id, *token_ids(tokenizer, prompt)]
     return token_ids(tokenizer, prompt_text(tokenizer, prompt))
 
 

@@ -47,13 +47,14 @@ def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) 
 
 
 def _complete_rows(
-    path: str | os.PathLike[str], records: Iterable[tuple[int, dict[str, Any]]], columns: tuple[str, ...]
-) -> tuple[list[Row], list[int]]:
+    path: str | os.PathLike[str], records: Iterable[tuple[int, dict[str, Any]]], columns: tuple[str, ...],
+    strip: bool = True,
+) -> tuple[list[Row], list[int]]:  # fmt: skip
     rows, skipped = [], []
     for number, record in records:
         cells = {column: text_cell(path, number, column, record.get(column)) for column in columns}
         if all(cells.values()):
-            rows.append(Row(number, cells["prompt"], cells.get("response", "")))
+            rows.append(Row(number, cells["prompt"] if strip else record["prompt"], cells.get("response", "")))
         else:
             skipped.append(number)
     if not rows:
@@ -62,8 +63,12 @@ def _complete_rows(
     return rows, skipped
 
 
-def read_prompts(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[Row], list[int]]:
+def read_prompts(path: str | os.PathLike[str], strip: bool = True) -> tuple[list[dict[str, Any]], list[Row], list[int]]:
     """Read a file of questions that are to be answered; other columns go along.
+
+    Args:
+        path: see `read_records`.
+        strip: whether the rows' prompts are without the white space at both ends; the records keep it.
 
     Returns:
         The records with a prompt, the same as rows, and the numbers of those skipped for want of one.
@@ -72,7 +77,7 @@ def read_prompts(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], li
         InputError: as `read_rows`; or a column is already called as one of the answers'.
     """
     records = dict(read_records(path, ("prompt",)))
-    rows, skipped = _complete_rows(path, records.items(), ("prompt",))
+    rows, skipped = _complete_rows(path, records.items(), ("prompt",), strip)
     taken = [name for name in ("generated_response", "round") if any(name in record for record in records.values())]
     if taken:
         raise InputError(f"{path}: it has a column {taken[0]!r} already, which is one of the answers'; rename it")

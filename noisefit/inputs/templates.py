@@ -29,7 +29,10 @@ ALPACA = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}"
 )
-TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
+# The text as it stands, and the answer right behind it: what a base model is asked in published evaluations.
+PLAIN = "{%- for message in messages -%}{{- message['content'] -}}{%- endfor -%}"
+TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA, "plain": PLAIN}
+BOS = "{{- bos_token -}}"
 DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 
 
@@ -58,7 +61,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None = Non
 
     Args:
         tokenizer: changed in place.
-        name: `chatml`, `alpaca`, the path of a Jinja file, or `None` for the tokenizer's own template, ChatML where
+        name: one of `TEMPLATES`, the path of a Jinja file, or `None` for the tokenizer's own template, ChatML where
             it has none.
         today: date and time for a template that asks, see `asks_for_date`; `None` for now.
 
@@ -73,7 +76,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None = Non
         template = TEMPLATES.get(name or "chatml") or _read_template(str(name))
         if name in (None, *TEMPLATES) and _adds_bos(tokenizer):
             # Templates are tokenized without special tokens; a model trained with this one at the start keeps it.
-            template = "{{- bos_token -}}" + template
+            template = BOS + template
         tokenizer.chat_template = template
     tokenizer.chat_template = _with_date(tokenizer.chat_template, today)
     if tokenizer.pad_token_id is None:

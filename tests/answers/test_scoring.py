@@ -1,6 +1,7 @@
 """Scores: normalisation, the decisive part of a reference, averages, intervals, paired comparisons."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,6 +232,18 @@ def test_what_tells_two_answers_apart_is_not_lost(reference, wrong, right):
         assert holds(answer, decisive_parts("What is it?", reference)), answer
     for answer in wrong:
         assert not holds(answer, decisive_parts("What is it?", reference)), answer
+
+
+def test_what_a_passage_says_is_not_what_the_question_says(tmp_path):
+    passage, question = "Emma was written by Jane Austen in 1815.", "Who wrote Emma?"
+    row = {"prompt": f"{passage}\n\n{question}", "question": question, "response": "It was Jane Austen.", "round": 1}
+    for answer, right in [("Jane Austen", 1), ("Mary Shelley", 0), ("It was written in 1815.", 0)]:
+        (tmp_path / "a.jsonl").write_text(json.dumps(row | {"generated_response": answer}) + "\n")
+        assert score([str(tmp_path / "a.jsonl")], None)["right"] == right
+    # A question that begins with "when" asks for a time, whatever stands before it.
+    when = Prompt("A war.\n\nWhen was it?", "In May 1899.", ("1899",))
+    assert score_prompt(when)["contains_truth"] == 0
+    assert score_prompt(replace(when, question="When did it begin, in May?"))["contains_truth"] == 1
 
 
 def test_groups_by_the_answer_are_those_of_the_file(tmp_path):

@@ -12,6 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from noisefit.base.errors import InputError
+from noisefit.benchmarks import write_questions
+from noisefit.inputs.benchmark_data import BENCHMARKS, read_questions
 from noisefit.inputs.tables import read_prompts, read_records, read_rows
 
 CELL = st.text(st.sampled_from("a\"',;\r\n\t\0 é€😀\u2028\ufeff+"), max_size=6)
@@ -87,6 +89,31 @@ def test_any_objects_as_json_lines(folder, objects):
             assert objects[row.number - 2]["prompt"].strip() == row.prompt
     except InputError:
         pass
+
+
+LIKELY = st.lists(CELL | st.just("x"), max_size=4)
+FLAGS = st.lists(st.integers(0, 1), max_size=4)
+TARGETS = st.fixed_dictionaries({"choices": LIKELY | JSON, "labels": FLAGS | JSON})
+CELLS = {
+    "question": CELL | JSON, "choices": LIKELY | LIKELY.map(json.dumps) | JSON, "label": st.integers(-1, 4) | JSON,
+    "mc1_targets": TARGETS | TARGETS.map(json.dumps) | JSON, "passage": CELL | JSON, "answer": CELL | JSON,
+}  # fmt: skip
+
+
+@given(st.lists(st.fixed_dictionaries({}, optional=CELLS), max_size=4), st.sampled_from(sorted(BENCHMARKS)))
+@example([{"question": "q", "choices": '["\\ud800", "b"]', "label": 0}], "truthfulqa")
+def test_any_objects_as_a_benchmark(folder, objects, name):
+    """Questions that are read again as they were written, or a line that names the file."""
+    data, output = folder / "benchmark.jsonl", folder / "questions.csv"
+    data.write_text("".join(json.dumps(value) + "\n" for value in objects))
+    try:
+        questions, _ = read_questions(str(data), BENCHMARKS[name])
+        write_questions(name, str(data), str(output), overwrite=True)
+    except InputError as error:
+        assert str(data) in str(error)
+        return
+    records, rows, skipped = read_prompts(output, strip=False)
+    assert records == questions and [row.prompt for row in rows] == [q["prompt"] for q in questions] and not skipped
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"prompt": ' * 50_000, "9" * 5000, "\ufeff{}"])
