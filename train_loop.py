@@ -23,7 +23,7 @@ from noisefit.base.errors import Stopped, notice, one_line_errors
 from noisefit.base.precision import keep_float32_when_sharded
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, BranchedModel, Logits, Losses
 from noisefit.fork.exactness import choose_strategy
-from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_to_signal
+from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_sizes
 from noisefit.inputs.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.inputs.model_checks import try_out
 from noisefit.inputs.models import load_model
@@ -100,6 +100,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
 
     # --- The method: which layers get noise, and what the loss is ---------------------------------------------------
     objective, temperature = settings.objective, settings.temperature
+    teaching = settings.temperature_on, settings.teacher_gradient
     weights = objective.weights(settings)
     distribution = TokenScaledNoise
     calibration: list[Batch] = []
@@ -112,11 +113,11 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         """The noise that a layer's output gets, by the layer's index."""
         return make_noise(settings, policy, distribution)
 
-    def choose_noise() -> tuple[NoisePolicy, str]:
+    def choose_noise(before: NoisePolicy | None = None) -> tuple[NoisePolicy, str]:
         """Measure the layers, choose those that get noise, and check how the branches can be run."""
         with metrics.pausing():
             try_out(model, calibration[0], "--model", settings.model)
-            policy = choose_policy(settings, model, calibration, accelerator, distribution)
+            policy = choose_policy(settings, model, calibration, accelerator, distribution, before)
             places = list(noise_of(policy))
             strategy, reason = choose_strategy(model, calibration[0], places, settings.branches, objective.branches)
         notice(*describe(settings, policy, num_layers, strategy), reason)
@@ -133,15 +134,15 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         if "ce" in weights:
             losses["ce"] = mean_over_branches(cross_entropy(z, target_tokens) for z in clean or noisy or dropout)
         if "soft" in weights:
-            losses["soft"] = mean_over_branches(soft_target_loss(clean[0], z, temperature) for z in noisy)
+            losses["soft"] = mean_over_branches(soft_target_loss(clean[0], z, temperature, *teaching) for z in noisy)
         if "consistency" in weights:
-            losses["consistency"] = consistency_loss(noisy[0], noisy[1], temperature)
+            losses["consistency"] = consistency_loss(noisy[0], noisy[1], temperature, *teaching)
         if "rdrop" in weights:
             losses["rdrop"] = symmetric_kl(dropout[0], dropout[1], temperature)
         return losses
 
     # --- Where the run stands: at its start, or where a checkpoint was written -------------------------------------
-    metrics = Metrics(accelerator, output.path, num_layers)
+    metrics = Metrics(accelerator, output.path, num_layers, settings.noise_scale)
     checkpoints = Checkpoints(
         output, settings.save_total_limit, not settings.full_finetune, prepared.run, accelerator, model, optimizer,
         schedule, metrics, tokenizer,
@@ -171,7 +172,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                 if step == total_steps:
                     break
                 if settings.snr_every and step and step % settings.snr_every == 0:
-                    policy, strategy = choose_noise()
+                    policy, strategy = choose_noise(before=policy)
                     noise = noise_of(policy)
                     if accelerator.is_main_process:
                         write_policy(output, policy)
@@ -202,8 +203,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                 learning_rate = schedule.get_last_lr()[0]
                 bad_steps = take_step(optimizer, schedule, step, bad, bad_steps, settings.max_bad_steps)
                 seen_targets += 0 if bad else target_tokens
-                noise_to_signal = pop_noise_to_signal(model)
-                metrics.add_step(step_loss, step_losses, noise_to_signal, target_tokens, count_tokens(rows), bad)
+                noise_sizes = pop_noise_sizes(model)
+                metrics.add_step(step_loss, step_losses, noise_sizes, target_tokens, count_tokens(rows), bad)
 
                 progress.update()
                 passes, last = step / epoch_length, step == total_steps

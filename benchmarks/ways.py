@@ -31,7 +31,7 @@ from transformers import (
 
 from noisefit.fork.branches import CLEAN, NOISY, BranchedModel, Logits, Losses
 from noisefit.fork.decoder import find_decoder_layers
-from noisefit.fork.hooks import pop_noise_to_signal
+from noisefit.fork.hooks import pop_noise_sizes
 from noisefit.inputs.batches import Batch, collate, count_targets
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss
@@ -149,7 +149,7 @@ class Steps:
         noise = {layer: TokenScaledNoise(NOISE_STD) for layer in layers}
         losses = noisefit_losses if noise else plain_losses
         sums = self.branched(**self.batch(), noise=noise, strategy=strategy, chunk_losses=losses)
-        pop_noise_to_signal(self.model)
+        pop_noise_sizes(self.model)
         return self._update(sum(sums.values()) / self.target_tokens)
 
     def published(self, layers: Sequence[int]) -> Tensor:

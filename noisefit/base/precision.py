@@ -1,14 +1,17 @@
-"""Statistics and losses are computed in float32 or wider, whatever the model's dtype, and over real tokens."""
+"""Statistics and losses are computed in float32 or wider, whatever the model's dtype, and over real tokens; and what is
+added to numbers of 16 bits arrives there."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 EPS = 1e-6  # of the published program: what keeps its quotients finite
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # the low bits of a float32 that the dtype has no place for
 
 
 def keep_float32_when_sharded(accelerator: Accelerator) -> None:
@@ -47,4 +50,47 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def mean_magnitude(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of `|values|` over real tokens, `[B, L, H]` to a scalar tensor, float32 or wider."""
-    return masked_mean(at_least_float32(values).abs(), mask)
+    # First over each token, so that the mask has a number a token to go over.
+    return masked_mean(at_least_float32(values).abs().mean(dim=-1), mask)
+
+
+def root_mean_square(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Over real tokens, `[B, L, H]` to a scalar tensor, float32 or wider."""
+    squares = at_least_float32(values).norm(dim=-1).square() / values.shape[-1]
+    return masked_mean(squares, mask).sqrt()
+
+
+def add_noise(hidden_states: Tensor, noise: Tensor) -> Tensor:
+    """`hidden_states + noise`, in the dtype of the former; of 16 bits, rounded so that the noise arrives.
+
+    Most elements of a bfloat16 tensor round noise of a thousandth of their size away. So the sum is formed in float32
+    and rounded up or down by chance, each as likely as it is near (stochastic rounding). On average an element moves by
+    its noise, and as it starts on the dtype's own grid, by `|noise|` in size: the mean of both arrives exactly. The
+    spread is wider, by that of the rounding: noise far under a step of the grid arrives as a few whole steps. The
+    chance is a hash of the noise: no further random numbers are drawn, and the same noise always arrives the same way.
+
+    Args:
+        hidden_states: `[B, L, H]`.
+        noise: `[B, L, H]`, of that dtype or float32. The gradient is that of a sum.
+    """
+    if hidden_states.dtype not in DROPPED_BITS:
+        return hidden_states + noise
+    total: Tensor = _StochasticSum.apply(hidden_states, noise)
+    return total
+
+
+class _StochasticSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, noise: Tensor) -> Tensor:
+        ctx.noise_dtype, bits = noise.dtype, DROPPED_BITS[hidden_states.dtype]
+        noise = noise.float()
+        total = hidden_states.float() + noise
+        # Fibonacci hashing: the product's high bits, which depend on all bits of the noise, and are 0 where it is 0.
+        chance = (noise.view(torch.int32) * -1640531527).bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)
+        rounded = chance.add_(total.view(torch.int32)).bitwise_and_(-(1 << bits)).view(torch.float32)
+        # A NaN's bits may overflow. (On a CPU, isnan costs as much as all of the above.)
+        return torch.where(total == total, rounded, total).to(hidden_states.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return grad, grad.to(ctx.noise_dtype) if ctx.needs_input_grad[1] else None

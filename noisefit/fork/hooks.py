@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noisefit.base.precision import EPS, mean_magnitude
+from noisefit.base.precision import DROPPED_BITS, EPS, add_noise, mean_magnitude, root_mean_square
 from noisefit.fork.decoder import block_hidden_states, find_causal_lm, find_decoder, find_decoder_layers
 
 EMBEDDING = -1  # the index of the token embedding, among those of the layers
@@ -26,10 +26,15 @@ INPUT = -2  # the branches have rows of their own from the token ids on
 class Noise(Protocol):
     """Noise whose size at each element is known before it is drawn, see `noisefit.method.noise`.
 
-    `hidden_states`, scale and noise are `[B, L, H]`; `mask` is `[B, L]`, non-zero at real tokens, or `None`.
+    `hidden_states`, scale and noise are `[B, L, H]`; `mask` is `[B, L]`, non-zero at real tokens, or `None`. Where
+    `gradient` is false, the hidden states that it sees have none.
     """
 
+    gradient: bool
+
     def scale(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor: ...
+
+    def capped(self, scale: Tensor, hidden_states: Tensor, mask: Tensor | None) -> Tensor: ...
 
     def draw(self, scale: Tensor) -> Tensor: ...
 
@@ -65,11 +70,12 @@ class LayerHooks:
     """The hooks of one model, idle except inside `applying`.
 
     Attributes:
-        noise_to_signal: `mean(|noise|) / mean(|hidden states|)` of every draw in training mode, by layer.
+        sizes: of every draw in training mode, by layer, `[2]`: `mean(|noise|) / mean(|hidden states|)`, and the root
+            mean square of the hidden states that got it.
     """
 
     def __init__(self, model: nn.Module):
-        self.noise_to_signal: dict[int, list[Tensor]] = {}
+        self.sizes: dict[int, list[Tensor]] = {}
         layers = find_decoder_layers(model)
         self.num_layers = len(layers)
         self.current: Pass | None = None
@@ -110,45 +116,52 @@ class LayerHooks:
             for i, share in enumerate(this_pass.dropout):
                 rows[i] = before[i] + F.dropout(rows[i] - before[i], share, module.training) if share else rows[i]
         if noise is not None:
-            ratios = self.noise_to_signal.setdefault(index, []) if module.training else None
-            rows = _with_noise(noise, rows, this_pass.branches, this_pass.mask, ratios)
+            sizes = self.sizes.setdefault(index, []) if module.training else None
+            rows = _with_noise(noise, rows, this_pass.branches, this_pass.mask, sizes)
         hidden = torch.cat(rows) if count > 1 else rows[0]
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 def _with_noise(
     noise: Noise | NoiseFunction, rows: Sequence[Tensor], branches: Sequence[int], mask: Tensor | None,
-    ratios: list[Tensor] | None,
+    sizes: list[Tensor] | None,
 ) -> list[Tensor]:  # fmt: skip
-    """The rows of each branch with noise of its own; how large that is beside them is added to `ratios`."""
-    noisy, known, scale, ratio = list(rows), None, None, None
+    """The rows of each branch with noise of its own; how large it is, and they are, is added to `sizes`."""
+    noisy, known, scale, meant, signal = list(rows), None, None, None, None
     for i, (hidden, branch) in enumerate(zip(rows, branches, strict=True)):
         if not branch:
             continue
+        is_new, known = hidden is not known, hidden  # where the fork is, all branches start from one tensor
         if callable(noise):
             drawn = noise(hidden, branch, mask)
-            ratio = _ratio(mean_magnitude(drawn.detach(), mask), hidden, mask) if ratios is not None else None
         else:
-            if scale is None or hidden is not known:  # where the fork is, all branches start from one tensor
-                known, scale = hidden, noise.scale(hidden, mask)
-                ratio = _ratio(noise.mean_size(scale, mask), hidden, mask) if ratios is not None else None
+            if is_new or scale is None:
+                seen = hidden if noise.gradient else hidden.detach()
+                scale = noise.capped(noise.scale(seen, mask), hidden.detach(), mask)
+                meant = noise.mean_size(scale.detach(), mask) if sizes is not None else None
             drawn = noise.draw(scale)
-        noisy[i] = hidden + drawn
-        if ratios is not None and ratio is not None:
-            ratios.append(ratio)
+        noisy[i] = add_noise(hidden, drawn)
+        if sizes is not None:
+            with torch.no_grad():
+                if is_new or signal is None:
+                    signal = mean_magnitude(hidden, mask) + EPS, root_mean_square(hidden, mask)
+                size = _arrived(hidden, noisy[i], drawn, meant, mask)
+                sizes.append(torch.stack([size / signal[0], signal[1]]))  # on the device: `.item()` would stall a GPU
     return noisy
 
 
-def _ratio(size: Tensor, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-    """Noise to signal; it stays on the device, as `.item()` would stall a GPU."""
-    return size / (mean_magnitude(hidden_states.detach(), mask) + EPS)
+def _arrived(hidden: Tensor, noisy: Tensor, drawn: Tensor, meant: Tensor | None, mask: Tensor | None) -> Tensor:
+    """`mean(|noise|)`: of what arrived in 16 bits; in 32 all does, and its mean over all draws may be known."""
+    if hidden.dtype in DROPPED_BITS:
+        return mean_magnitude(noisy.float() - hidden.float(), mask)
+    return mean_magnitude(drawn, mask) if meant is None else meant
 
 
-def pop_noise_to_signal(model: nn.Module) -> dict[int, Tensor]:
-    """Of each layer the mean noise to signal of its draws since the last call, scalar tensors on the device."""
+def pop_noise_sizes(model: nn.Module) -> dict[int, Tensor]:
+    """Of each layer with noise the mean of `LayerHooks.sizes` over its draws since the last call, `[2]`."""
     hooks = layer_hooks(model)
-    ratios, hooks.noise_to_signal = hooks.noise_to_signal, {}
-    return {layer: torch.stack(values).mean() for layer, values in ratios.items() if values}
+    sizes, hooks.sizes = hooks.sizes, {}
+    return {layer: torch.stack(values).mean(dim=0) for layer, values in sizes.items() if values}
 
 
 def layer_hooks(model: nn.Module) -> LayerHooks:

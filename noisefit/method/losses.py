@@ -30,30 +30,45 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
 
 
-def soft_target_loss(clean: Tensor, noisy: Tensor, temperature: float) -> Tensor:
+TEMPERATURE_ON = ("both", "teacher")
+
+
+def soft_target_loss(
+    clean: Tensor, noisy: Tensor, temperature: float, temperature_on: str = "both", teacher_gradient: bool = False
+) -> Tensor:
     """Sum over tokens of `T^2 * KL(sg softmax(clean / T) || softmax(noisy / T))`, `sg` the stop-gradient.
 
     Args:
         clean, noisy: `[N, V]` logits. No gradient flows into `clean`.
         temperature: `T`; the factor `T^2` keeps gradients comparable over temperatures.
+        temperature_on: `teacher`: `KL(softmax(clean / T) || softmax(noisy))`, without `T^2`, as in the first published
+            program (and in `kl_only` of the second).
+        teacher_gradient: let the gradient flow into `clean` too, as there.
 
     Returns:
         A scalar tensor.
     """
-    return _kl_divergence(clean, noisy, temperature)
+    if temperature_on == "teacher":
+        return _kl_divergence(clean, noisy, (temperature, 1.0), teacher_gradient)
+    return temperature**2 * _kl_divergence(clean, noisy, (temperature, temperature), teacher_gradient)
 
 
-def consistency_loss(noisy_1: Tensor, noisy_2: Tensor, temperature: float) -> Tensor:
+def consistency_loss(
+    noisy_1: Tensor, noisy_2: Tensor, temperature: float, temperature_on: str = "both", teacher_gradient: bool = False
+) -> Tensor:
     """Sum over tokens of `T^2 * KL(sg softmax(noisy_2 / T) || softmax(noisy_1 / T))`.
 
     Args:
         noisy_1, noisy_2: `[N, V]` logits. No gradient flows into `noisy_2`.
         temperature: `T`.
+        temperature_on: `teacher`: without any, as in the first published program: the clean teacher alone has one.
+        teacher_gradient: let the gradient flow into `noisy_2` too, as there.
 
     Returns:
         A scalar tensor.
     """
-    return _kl_divergence(noisy_2, noisy_1, temperature)
+    t = 1.0 if temperature_on == "teacher" else temperature
+    return t**2 * _kl_divergence(noisy_2, noisy_1, (t, t), teacher_gradient)
 
 
 def symmetric_kl(logits_1: Tensor, logits_2: Tensor, temperature: float) -> Tensor:
@@ -82,35 +97,47 @@ def add_losses(sums: dict[str, Tensor], losses: Mapping[str, Tensor]) -> None:
         sums[name] = sums[name] + value.detach() if name in sums else value.detach()
 
 
-def _kl_divergence(target: Tensor, predicted: Tensor, temperature: float) -> Tensor:
-    if predicted is target:  # without noise the branches are one: zero, and so is the gradient
-        return at_least_float32(predicted).new_zeros(())
-    return _KLDivergence.apply(target.detach(), predicted, temperature)
+def _kl_divergence(target: Tensor, predicted: Tensor, temperatures: tuple[float, float], both: bool) -> Tensor:
+    """`KL(softmax(target / T1) || softmax(predicted / T2))`, summed; a gradient into `target` where `both` is true."""
+    if predicted is target and temperatures[0] == temperatures[1]:
+        return at_least_float32(predicted).new_zeros(())  # without noise the branches are one, and so is the gradient
+    divergence: Tensor = _KLDivergence.apply(target if both else target.detach(), predicted, *temperatures)
+    return divergence
 
 
 class _KLDivergence(torch.autograd.Function):
-    """`T^2 * KL(softmax(target / T) || softmax(predicted / T))`, summed over tokens.
+    """`KL(p || q)`, summed over tokens, with `p = softmax(target / T1)` and `q = softmax(predicted / T2)`.
 
-    Its gradient has a closed form, `T * (softmax(predicted / T) - softmax(target / T))`, and is formed here and now.
-    So one `[N, V]` is kept for backward, where autograd would keep two and go over them again.
+    Its gradients have closed forms, formed here and now: `(q - p) / T2` for the predicted logits, and for the target's
+    `p * (log p - log q - KL(p || q)) / T1`. So one `[N, V]` each is kept for backward, where autograd would keep two
+    and go over them again.
     """
 
     @staticmethod
-    def forward(ctx: Any, target: Tensor, predicted: Tensor, temperature: float) -> Tensor:
-        log_target, log_predicted = (_log_softmax(logits, temperature) for logits in (target, predicted))
-        target = log_target.exp()
-        divergence = log_target.sub_(log_predicted).mul_(target).sum()
+    def forward(ctx: Any, target: Tensor, predicted: Tensor, t_target: float, t_predicted: float) -> Tensor:
+        log_p, log_q = _log_softmax(target, t_target), _log_softmax(predicted, t_predicted)
+        p = log_p.exp()
+        ratio = log_p.sub_(log_q)
+        terms = p * ratio if ctx.needs_input_grad[0] else ratio.mul_(p)  # in place where the ratio is not needed again
+        divergence = terms.sum()
+        saved: list[Tensor | None] = [None, None]
+        if ctx.needs_input_grad[0]:
+            saved[0] = terms.sub_(p * terms.sum(dim=-1, keepdim=True))
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(log_predicted.exp_().sub_(target))
-            ctx.temperature, ctx.dtype = temperature, predicted.dtype
-        return temperature**2 * divergence
+            saved[1] = log_q.exp_().sub_(p)
+        ctx.save_for_backward(*saved)
+        ctx.inputs = (target.dtype, t_target), (predicted.dtype, t_predicted)
+        return divergence
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        if torch.is_grad_enabled():  # create_graph=True: autograd would take the saved difference for a constant
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: autograd would take the saved tensors for constants
             raise NotImplementedError("the soft and consistency losses have no second derivative")
-        [difference] = ctx.saved_tensors
-        return None, (difference * (grad * ctx.temperature)).to(ctx.dtype), None
+        target, predicted = (
+            None if saved is None else (saved * (grad / temperature)).to(dtype)
+            for saved, (dtype, temperature) in zip(ctx.saved_tensors, ctx.inputs, strict=True)
+        )
+        return target, predicted, None, None
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Token-scaled Gaussian noise: how strong it is at each element of a hidden state, and drawing it.
+"""Gaussian noise: how strong it is at each element of a hidden state, and drawing it.
 
 Formulas: NoiseFiT (arXiv 2504.03302), section 3, "adaptive noise injection"; the constants are those of the
 published program.
@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noisefit.base.precision import EPS, at_least_float32, masked_mean
+from noisefit.base.precision import EPS, at_least_float32, masked_mean, mean_magnitude
 
 BETA = 0.1  # how fast the noise fades for elements far from their token's median
 MAX_TOKEN_FACTOR = 5.0
 
 
+@torch.no_grad()
 def snr_base_std(hidden: Tensor, noise_std: float, mask: Tensor | None = None) -> Tensor:
-    """Base scale `s` of policy `snr`: `noise_std^2 * std(h)`, over the elements of all real tokens.
+    """Base scale `s` of policy `snr`: `noise_std^2 * std(h)`, over the elements of all real tokens, without gradient.
 
     The square is the published program's: `--noise_std 0.1` injects the same noise here as there.
 
@@ -48,10 +49,10 @@ def lower_median(values: Tensor) -> Tensor:
         values: `[..., H]`, float32 or wider.
 
     Returns:
-        `[..., 1]`, the dtype and device of `values`, without gradient.
+        `[..., 1]`, the dtype and device of `values`. A gradient goes to the element that is the median.
     """
-    if values.device.type != "cpu":
-        return values.detach().median(dim=-1, keepdim=True).values
+    if values.device.type != "cpu" or (values.requires_grad and torch.is_grad_enabled()):
+        return values.median(dim=-1, keepdim=True).values
     # On a CPU torch's selection costs several times as much, as it also tracks where the median stood.
     middle = (values.shape[-1] - 1) // 2
     parted = np.partition(values.detach().numpy(), middle, axis=-1)
@@ -66,8 +67,9 @@ def _variance(h: Tensor) -> Tensor:
     return (h - h.mean(dim=-1, keepdim=True)).square().sum(dim=-1) / (h.shape[-1] - 1)
 
 
-@torch.no_grad()
-def noise_scale(hidden: Tensor, base_std: float | Tensor, mask: Tensor | None = None) -> Tensor:
+def noise_scale(
+    hidden: Tensor, base_std: float | Tensor, mask: Tensor | None = None, gradient: bool = False
+) -> Tensor:  # fmt: skip
     """Standard deviation of the noise at each element: `sigma = s * mad * w * f`.
 
     Per token: `f = min(5, exp(v / (mean(v) + eps)))` with `v = var_H(h)` and the mean over real tokens;
@@ -78,11 +80,12 @@ def noise_scale(hidden: Tensor, base_std: float | Tensor, mask: Tensor | None = 
         hidden: `[B, L, H]`, a decoder block's output. Low-precision input is computed in float32.
         base_std: the base scale `s`, see `snr_base_std`.
         mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
+        gradient: whether one flows through `mad`, `w` and `f`, as in the first published program.
 
     Returns:
-        `[B, L, H]`, the dtype and device of `hidden`, without gradient.
+        `[B, L, H]`, the dtype and device of `hidden`.
     """
-    h = at_least_float32(hidden)
+    h = at_least_float32(hidden if gradient else hidden.detach())
     variance = _variance(h)
     token_factor = (variance / (masked_mean(variance, mask) + EPS)).exp().clamp(max=MAX_TOKEN_FACTOR)
     distance = (h - lower_median(h)).abs()
@@ -92,8 +95,21 @@ def noise_scale(hidden: Tensor, base_std: float | Tensor, mask: Tensor | None = 
     return (weight * (mad * token_factor.unsqueeze(-1) * base_std)).to(hidden.dtype)
 
 
+def relative_scale(h: Tensor, noise_std: float | Tensor) -> Tensor:
+    """`noise_std` times the token's own root mean square, the same in every element of it.
+
+    Args:
+        h: `[B, L, H]`, float32 or wider.
+        noise_std: the noise's standard deviation as a share of the token's.
+
+    Returns:
+        `[B, L, H]`, the dtype and device of `h`; with gradient if it has one, 0 where a token is all zeros.
+    """
+    return (h.norm(dim=-1, keepdim=True) * (noise_std / math.sqrt(h.shape[-1]))).expand_as(h)
+
+
 class TokenScaledNoise:
-    """The method's noise in one layer: Gaussian, of standard deviation `noise_scale`.
+    """The method's noise in one layer: Gaussian, of standard deviation `noise_scale`, or relative to each token.
 
     It is all that SNR, calibration, training and metrics know of the noise. Another distribution is another class: one
     that inherits from this and says how it is drawn (`draw`) and how large a draw is on average (`mean_of_unit`). One
@@ -101,30 +117,35 @@ class TokenScaledNoise:
     and relies on noise that grows in proportion to it. `strength` multiplies it as well.
 
     Args:
-        noise_std: the value of `--noise_std`, for a base scale of `snr_base_std`.
+        noise_std: the value of `--noise_std`: for a base scale of `snr_base_std`, or as `relative_scale` has it.
         base_std: a base scale that was measured, which takes its place.
+        relative: whether the scale is `relative_scale`, and not `noise_scale`.
 
     Attributes:
         strength: multiplies every draw; a loop that is edited may change it from step to step.
+        gradient: whether the scale's gradient flows into the hidden states; the base scale has none.
+        max_to_signal: `mean(|noise|)` is at most this share of `mean(|hidden states|)`; 0: no limit.
     """
 
     mean_of_unit = math.sqrt(2 / math.pi)  # of |x| for x from N(0, 1): so no noise needs to be drawn to measure it
 
-    def __init__(self, noise_std: float = 0.0, base_std: float | None = None):
-        self.noise_std, self.base_std, self.strength = noise_std, base_std, 1.0
+    def __init__(self, noise_std: float = 0.0, base_std: float | None = None, relative: bool = False):
+        self.noise_std, self.base_std, self.relative = noise_std, base_std, relative
+        self.strength, self.gradient, self.max_to_signal = 1.0, False, 0.0
 
-    @torch.no_grad()
     def scale(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """How large the noise is at each element, without gradient; shape, dtype and device of `hidden_states`.
+        """How large the noise is at each element: shape and device of `hidden_states`, float32 or wider.
 
         Args:
             hidden_states: `[B, L, H]`, a decoder block's output.
             mask: `[B, L]`, non-zero at real tokens; `None` where all are real.
         """
-        base_std = snr_base_std(hidden_states, self.noise_std, mask) if self.base_std is None else self.base_std
-        return noise_scale(hidden_states, base_std * self.strength, mask)
+        h = at_least_float32(hidden_states if self.gradient else hidden_states.detach())
+        if self.relative:
+            return relative_scale(h, (self.noise_std if self.base_std is None else self.base_std) * self.strength)
+        base_std = snr_base_std(h, self.noise_std, mask) if self.base_std is None else self.base_std
+        return noise_scale(h, base_std * self.strength, mask, self.gradient)
 
-    @torch.no_grad()
     def draw(self, scale: Tensor) -> Tensor:
         """Noise of this scale, `[B, L, H]`, another one at each call.
 
@@ -137,6 +158,14 @@ class TokenScaledNoise:
     def mean_size(self, scale: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of `|noise|` over real tokens and all draws, in closed form; a scalar, float32 or wider."""
         return masked_mean(at_least_float32(scale), mask) * self.mean_of_unit
+
+    def capped(self, scale: Tensor, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The scale, made smaller by one factor, without gradient, where `max_to_signal` asks for that."""
+        if not self.max_to_signal:
+            return scale
+        most = self.max_to_signal * mean_magnitude(hidden_states, mask)
+        size = self.mean_size(scale.detach(), mask)
+        return scale * (most / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
 
 
 class EmbeddingNoise(TokenScaledNoise):
@@ -155,15 +184,13 @@ class EmbeddingNoise(TokenScaledNoise):
         super().__init__()
         self.alpha = alpha
 
-    @torch.no_grad()
     def scale(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The largest noise at each element of the embeddings."""
-        real = torch.ones_like(hidden_states[..., 0]) if mask is None else mask.bool().to(hidden_states.dtype)
-        lengths = at_least_float32(real).sum(dim=1)
-        largest = self.alpha * self.strength / (lengths * hidden_states.shape[-1]).sqrt()  # [B]
-        return (largest.view(-1, 1, 1) * real.unsqueeze(-1)).expand_as(hidden_states).to(hidden_states.dtype)
+        """The largest noise at each element of the embeddings, float32 or wider."""
+        token = at_least_float32(hidden_states[..., 0].detach())
+        real = torch.ones_like(token) if mask is None else mask.bool().to(token.dtype)
+        largest = self.alpha * self.strength / (real.sum(dim=1) * hidden_states.shape[-1]).sqrt()  # [B]
+        return (largest.view(-1, 1, 1) * real.unsqueeze(-1)).expand_as(hidden_states)
 
-    @torch.no_grad()
     def draw(self, scale: Tensor) -> Tensor:
         """Uniform noise up to this scale, to either side."""
         return (2 * torch.rand_like(scale) - 1) * scale

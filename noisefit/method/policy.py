@@ -8,8 +8,10 @@ from typing import Any
 
 from noisefit.method.noise import TokenScaledNoise
 
-BY_SNR, CALIBRATED = "snr", "calibrated"
-KINDS = (BY_SNR, CALIBRATED)
+BY_SNR, CALIBRATED, FROZEN = "snr", "calibrated", "frozen"
+KINDS = (BY_SNR, CALIBRATED, FROZEN)
+LIVE, RELATIVE = "live", "relative"
+NOISE_SCALES = (LIVE, FROZEN, RELATIVE)  # of --noise_scale
 
 NoiseKind = Callable[..., TokenScaledNoise]
 """Makes the noise of a layer: `TokenScaledNoise`, or a class that inherits from it."""
@@ -20,12 +22,13 @@ class NoisePolicy:
     """Which layers get noise, and how strong.
 
     Attributes:
-        kind: how the strength is known: `snr`, from the hidden states of each pass, see `snr_base_std`; or
-            `calibrated`, a base scale for each layer.
+        kind: how the strength is known: `snr`, from the hidden states of each pass; `calibrated`, a base scale for each
+            layer that a calibration or a file gave; `frozen`, one that was measured at the start as `snr` has it.
         layers: ascending.
-        base_stds: the base scale of each layer of a calibrated policy.
+        base_stds: the base scale of each of these layers; empty for `snr`.
         snr: of every layer; empty where a file gave the policy and does not say.
         calibration: what a calibration measured, for `noise_policy.json`.
+        start_stds: of a frozen policy, the base scale of every layer as it was at the start of the run.
     """
 
     kind: str = BY_SNR
@@ -33,6 +36,7 @@ class NoisePolicy:
     base_stds: list[float] = field(default_factory=list)
     snr: list[float] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
+    start_stds: list[float] = field(default_factory=list)
 
     def noise(self, kind: NoiseKind, noise_std: float) -> dict[int, TokenScaledNoise]:
         """The noise of each layer.

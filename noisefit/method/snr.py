@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from accelerate.utils import reduce
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from noisefit.base.errors import InputError
 from noisefit.base.precision import EPS, mean_magnitude
 from noisefit.fork.decoder import block_hidden_states, find_decoder_layers
-from noisefit.method.noise import TokenScaledNoise
+from noisefit.method.noise import TokenScaledNoise, snr_base_std
 from noisefit.method.policy import NoiseKind
 
 SNR_FORMATS = ("Largest", "Lowest")
 NEGLIGIBLE = 1e-3  # noise as a share of the signal
 
 
-@torch.no_grad()
 def layer_snr(
     model: nn.Module, batch: Mapping[str, Tensor], noise_std: float, kind: NoiseKind = TokenScaledNoise
 ) -> Tensor:
@@ -37,25 +36,36 @@ def layer_snr(
     Returns:
         `[num_layers]`, float32 or wider, on the model's device; ratios, without a unit.
     """
-    mask, noise = batch["attention_mask"], kind(noise_std=noise_std)
-    layers = find_decoder_layers(model)
-    ratios: list[Tensor | None] = [None] * len(layers)
+    noise = kind(noise_std=noise_std)
 
-    def measure(index: int, layer: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        hidden = block_hidden_states(output)
+    def ratio(hidden: Tensor, mask: Tensor) -> Tensor:
         size = noise.mean_size(noise.scale(hidden, mask), mask)
-        ratios[index] = mean_magnitude(hidden, mask) / (size + EPS)
+        return mean_magnitude(hidden, mask) / (size + EPS)
+
+    return _of_each_layer(model, batch, ratio)
+
+
+@torch.no_grad()
+def _of_each_layer(
+    model: nn.Module, batch: Mapping[str, Tensor], measure: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:  # fmt: skip
+    """`measure(hidden states [B, L, H], mask [B, L])`, a scalar, of every decoder block's own output in eval mode."""
+    layers = find_decoder_layers(model)
+    found: dict[int, Tensor] = {}
+
+    def hook(index: int, layer: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        found[index] = measure(block_hidden_states(output), batch["attention_mask"])
 
     was_training = model.training
-    handles = [layer.register_forward_hook(functools.partial(measure, i)) for i, layer in enumerate(layers)]
+    handles = [layer.register_forward_hook(functools.partial(hook, i)) for i, layer in enumerate(layers)]
     try:
         model.eval()
-        model(input_ids=batch["input_ids"], attention_mask=mask)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return torch.stack([ratio for ratio in ratios if ratio is not None])
+    return torch.stack([found[index] for index in sorted(found)])
 
 
 def select_layers(snr: Tensor, count: int, snr_format: str, first: int = 0) -> list[int]:
@@ -92,16 +102,36 @@ def average_snr(
 
     Every process passes as many batches as the others.
     """
-    total = torch.stack([layer_snr(model, batch, noise_std, kind).double() for batch in batches]).mean(dim=0)
+    return _average(layer_snr(model, batch, noise_std, kind) for batch in batches)
+
+
+def average_base_std(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], noise_std: float) -> Tensor:
+    """`snr_base_std` of every decoder block's own output, measured and averaged as `average_snr` does."""
+    measure = functools.partial(_base_std, noise_std)
+    return _average(_of_each_layer(model, batch, measure) for batch in batches)
+
+
+def _base_std(noise_std: float, hidden: Tensor, mask: Tensor) -> Tensor:
+    return snr_base_std(hidden, noise_std, mask)
+
+
+def _average(measured: Iterable[Tensor]) -> Tensor:
+    total = torch.stack([of_layers.double() for of_layers in measured]).mean(dim=0)
     return reduce(total, reduction="mean").cpu()
 
 
-def negligible_noise(snr: Tensor, layers: Sequence[int]) -> str | None:
-    """One line where the noise is under 0.1% of the signal in every chosen layer; else `None`."""
+def negligible_noise(snr: Tensor, layers: Sequence[int], grows: str = "whose square it grows with") -> str | None:
+    """One line where the noise is under 0.1% of the signal in every chosen layer; else `None`.
+
+    Args:
+        snr: `[num_layers]`.
+        layers: the chosen ones.
+        grows: how the noise grows with `--noise_std`, for the line.
+    """
     if not layers or snr[list(layers)].min() <= 1 / NEGLIGIBLE:
         return None
     share = 1 / snr[list(layers)].min().item()
     return (
         f"the noise is at most {share:.2g} of the signal in every chosen layer: it does nearly nothing. "
-        "Raise --noise_std, whose square it grows with"
+        f"Raise --noise_std, {grows}"
     )

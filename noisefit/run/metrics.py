@@ -20,7 +20,9 @@ from noisefit.base.files import append_json_line
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.method.losses import add_losses
 from noisefit.method.objectives import LOSSES
+from noisefit.method.policy import LIVE
 from noisefit.run.memory import peak_memory
+from noisefit.run.runaway import Runaway
 from noisefit.run.settings import Settings
 
 LINES = ("metrics.jsonl", "eval_metrics.jsonl")  # the files, in the output folder
@@ -52,24 +54,27 @@ class Metrics:
         accelerator: of the run.
         output: the run's output folder.
         num_layers: of the model.
+        noise_scale: the value of `--noise_scale`, for the line that says that noise runs away.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path, num_layers: int):
+    def __init__(self, accelerator: Accelerator, output: Path, num_layers: int, noise_scale: str = LIVE):
         self.accelerator, self.num_layers = accelerator, num_layers
         self.path, self.eval_path = (output / name for name in LINES)
+        self.runaway = Runaway(self.path, noise_scale)
         self._reset()
 
     def _reset(self) -> None:
         self._loss = torch.zeros((), device=self.accelerator.device)
         self._losses: dict[str, Tensor] = {}
-        # Of each layer, with the embedding last, where its index -1 points: noise to signal, and steps with noise.
-        self._ratios = torch.zeros(self.num_layers + 1, device=self.accelerator.device)
+        # Of each layer, with the embedding last, where its index -1 points: noise to signal and size of the hidden
+        # states, summed over the steps with noise, and how many these were.
+        self._sizes = torch.zeros(self.num_layers + 1, 2, device=self.accelerator.device)
         self._noisy_steps = [0] * (self.num_layers + 1)
         self._steps = self._skipped = self._targets = self._tokens = 0
         self._since = time.perf_counter()
 
     def add_step(
-        self, loss: Tensor, losses: Mapping[str, Tensor], noise_to_signal: Mapping[int, Tensor], target_tokens: int,
+        self, loss: Tensor, losses: Mapping[str, Tensor], noise_sizes: Mapping[int, Tensor], target_tokens: int,
         tokens: int, skipped: bool,
     ) -> None:  # fmt: skip
         """Add an optimizer step.
@@ -77,7 +82,7 @@ class Metrics:
         Args:
             loss: this process's share of the loss that was optimized, a mean over the step's supervised tokens.
             losses: this process's sums over tokens of the losses that it is made of, by name.
-            noise_to_signal: of the noisy layers.
+            noise_sizes: of the noisy layers `[2]`: noise to signal, and the hidden states' root mean square.
             target_tokens, tokens: the step's supervised and real tokens, over all processes.
             skipped: its numbers were not finite and its gradient was not used; it is counted, and nothing else.
         """
@@ -87,8 +92,8 @@ class Metrics:
             return
         self._loss += loss * target_tokens
         add_losses(self._losses, losses)
-        for layer, ratio in noise_to_signal.items():
-            self._ratios[layer] += ratio
+        for layer, sizes in noise_sizes.items():
+            self._sizes[layer] += sizes
             self._noisy_steps[layer] += 1
         self._steps += 1
         self._targets += target_tokens
@@ -110,13 +115,12 @@ class Metrics:
         sums = torch.stack([self._loss, *(self._losses[name] for name in names)])
         loss, *losses = self.accelerator.reduce(sums, "sum").tolist()
         means = {name: value / self._targets for name, value in zip(names, losses, strict=True)}
-        ratios = self.accelerator.reduce(self._ratios, "mean").tolist()
+        sizes = self.accelerator.reduce(self._sizes, "mean").tolist()
         memory = self.accelerator.gather(torch.tensor([peak_memory(self.accelerator.device)], device=self._loss.device))
-        by_layer = {
-            "embedding" if layer == EMBEDDING else str(layer): _finite(ratios[layer] / self._noisy_steps[layer])
-            for layer in (*range(self.num_layers), EMBEDDING)
-            if self._noisy_steps[layer]
-        }
+        noisy = [layer for layer in (*range(self.num_layers), EMBEDDING) if self._noisy_steps[layer]]
+        ratios, rms = ([_finite(sizes[layer][i] / self._noisy_steps[layer]) for layer in noisy] for i in range(2))
+        names_of_layers = ["embedding" if layer == EMBEDDING else str(layer) for layer in noisy]
+        by_layer = dict(zip(names_of_layers, ratios, strict=True))
         known = [ratio for ratio in by_layer.values() if ratio is not None]
         line = {
             "step": step,
@@ -129,14 +133,18 @@ class Metrics:
             "tokens_per_second": round(self._tokens / max(time.perf_counter() - self._since, 1e-9), 1),
             "noise_to_signal": statistics.fmean(known) if known else 0.0 if self._steps and not by_layer else None,
             "layer_noise_to_signal": by_layer,
+            "hidden_rms": rms,
             "peak_memory_gib": _finite(round(memory.max().item(), 3)),
             "skipped_steps": self._skipped,
         }
         self._reset()
         if self.accelerator.is_main_process:
+            if warning := self.runaway.watch(line):
+                notice(warning)
             append_json_line(self.path, line)
         flat = line | {f"noise_to_signal/{layer}": ratio for layer, ratio in by_layer.items()}
-        self._track({name: value for name, value in flat.items() if value not in (None, by_layer)})
+        flat |= {f"hidden_rms/{layer}": value for layer, value in zip(names_of_layers, rms, strict=True)}
+        self._track({name: value for name, value in flat.items() if isinstance(value, (int, float))})
         return line
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,7 +152,7 @@ class Metrics:
         own = {f"losses.{name}": value for name, value in self._losses.items()}
         return own | {
             "loss": self._loss,
-            "noise_to_signal": self._ratios,
+            "noise_sizes": self._sizes,
             "steps": self._steps,
             "noisy_steps": self._noisy_steps,
             "skipped": self._skipped,
@@ -156,7 +164,7 @@ class Metrics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo of `state_dict`."""
         own = {name: value.to(self._loss) for name, value in state.items() if isinstance(value, Tensor)}
-        self._loss, self._ratios = own.pop("loss"), own.pop("noise_to_signal")
+        self._loss, self._sizes = own.pop("loss"), own.pop("noise_sizes")
         self._losses = {name.removeprefix("losses."): value for name, value in own.items()}
         self._steps, self._skipped, self._noisy_steps = state["steps"], state["skipped"], state["noisy_steps"]
         self._targets, self._tokens = state["targets"], state["tokens"]

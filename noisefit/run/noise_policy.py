@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -21,8 +22,8 @@ from noisefit.fork.exactness import choose_strategy
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.method import calibration
 from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise
-from noisefit.method.policy import BY_SNR, CALIBRATED, KINDS, NoiseKind, NoisePolicy
-from noisefit.method.snr import average_snr, negligible_noise, select_layers
+from noisefit.method.policy import BY_SNR, CALIBRATED, FROZEN, KINDS, RELATIVE, NoiseKind, NoisePolicy
+from noisefit.method.snr import average_base_std, average_snr, negligible_noise, select_layers
 from noisefit.run.processes import progress_bar
 from noisefit.run.settings import POLICIES, Settings
 
@@ -31,10 +32,11 @@ CELL = dict.fromkeys(("factor", "scale", "kl", "ce_change", "score"), AMOUNT)
 TRIED = ({"layer": INDEX, "best_score": AMOUNT, "grid": [CELL]},)  # what a calibration measured
 # Of the file, which may have been written by hand: 'selected' and 'scales' alone are needed.
 FILE_SHAPE = {"selected": [INDEX], "scales": [AMOUNT], "snr": (AMOUNT,), "num_layers": Maybe(COUNT),
-              "model": Maybe(TEXT), "layers": TRIED}  # fmt: skip
+              "model": Maybe(TEXT), "layers": TRIED, "settings": Maybe({"noise_scale": Maybe(TEXT)})}  # fmt: skip
 # Of a policy in a checkpoint.
-POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT)}
-RECORDED = ("prefer_late_layers", "seed")  # settings that a calibration goes by, besides its own
+POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT),
+                "start_stds": (AMOUNT,)}  # fmt: skip
+RECORDED = ("noise_scale", "prefer_late_layers", "seed")  # settings that a calibration goes by, besides its own
 
 
 def check_policy(settings: Settings, num_layers: int) -> None:
@@ -54,6 +56,10 @@ def check_policy(settings: Settings, num_layers: int) -> None:
         made_for = (policy.calibration or {}).get("model", settings.model)
         if made_for != settings.model:
             notice(f"--noise_policy {wanted} was calibrated for {made_for}")
+        scaled = ((policy.calibration or {}).get("settings") or {}).get("noise_scale") or settings.noise_scale
+        if (scaled == RELATIVE) != (settings.noise_scale == RELATIVE):
+            raise InputError(f"--noise_policy {wanted} was calibrated with --noise_scale {scaled}, and its scales mean "
+                             f"something else under {settings.noise_scale}; give --noise_scale {scaled}")  # fmt: skip
         return
     past = settings.prefer_late_layers
     eligible = num_layers - first_eligible(past, num_layers)
@@ -113,6 +119,8 @@ def check_values(policy: NoisePolicy, where: str, num_layers: int | None) -> Non
     require(not snr or num_layers in (None, len(snr)), where, f"snr is not that of {most} layers")
     wanted = 0 if policy.kind == BY_SNR else len(layers)
     require(len(stds) == wanted, where, f"there are {len(stds)} scales to {wanted} layers")
+    frozen = most if policy.kind == FROZEN else 0
+    require(len(policy.start_stds) == frozen, where, f"start_stds are not those of {frozen} layers")
     for entry in checked((policy.calibration or {}).get("layers"), TRIED, where):
         require(entry["layer"] < most, where, "a measured layer is not of the model")
         require(bool(entry["grid"]), where, "a measured layer has no grid")
@@ -126,7 +134,7 @@ def as_file(policy: NoisePolicy, version: str) -> dict[str, Any]:
 
 def choose_policy(
     settings: Settings, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator,
-    kind: NoiseKind = TokenScaledNoise,
+    kind: NoiseKind = TokenScaledNoise, before: NoisePolicy | None = None,
 ) -> NoisePolicy:  # fmt: skip
     """What `--noise_policy` asks for. All processes call it, and get the same.
 
@@ -138,11 +146,12 @@ def choose_policy(
         batches: a few of the training, as many on each process.
         accelerator: of the run.
         kind: of the noise.
+        before: the policy that this one takes the place of; a base scale that is frozen stays as it was.
 
     Raises:
         InputError: the model overflows, `--branches fork` is not possible, or no noise that is tried does anything.
     """
-    layered, wanted = settings.objective.noise == "layers", settings.noise_policy
+    layered, wanted, kind = settings.objective.noise == "layers", settings.noise_policy, _scaled(settings, kind)
     if wanted not in POLICIES and layered:
         return read_policy(wanted)
     snr = average_snr(model, batches[: settings.snr_batches], settings.noise_std, kind)
@@ -151,7 +160,11 @@ def choose_policy(
         return NoisePolicy(snr=snr.tolist())
     if wanted == "snr":
         layers = select_layers(snr, settings.num_noise_layers, settings.snr_format, first)
-        return NoisePolicy(BY_SNR, layers, snr=snr.tolist())
+        if settings.noise_scale != FROZEN:
+            return NoisePolicy(BY_SNR, layers, snr=snr.tolist())
+        stds = before.start_stds if before is not None else []
+        stds = stds or average_base_std(model, batches[: settings.snr_batches], settings.noise_std).tolist()
+        return NoisePolicy(FROZEN, layers, [stds[layer] for layer in layers], snr.tolist(), start_stds=stds)
     batches, layers = batches[: settings.auto_calib_batches], list(range(first, len(snr)))
     strategy, _ = choose_strategy(model, batches[0], layers[:1], settings.branches)
     state = random_state(accelerator.device)
@@ -185,7 +198,14 @@ def make_noise(
     """The noise of each layer of the policy; on the embedding where the objective wants it there."""
     if settings.objective.noise == "embedding":
         return {EMBEDDING: EmbeddingNoise(settings.neftune_alpha)}
-    return policy.noise(kind, settings.noise_std)
+    noise = policy.noise(_scaled(settings, kind), settings.noise_std)
+    for of_layer in noise.values():
+        of_layer.gradient, of_layer.max_to_signal = settings.noise_gradient, settings.max_noise_to_signal
+    return noise
+
+
+def _scaled(settings: Settings, kind: NoiseKind) -> NoiseKind:
+    return functools.partial(kind, relative=True) if settings.noise_scale == RELATIVE else kind
 
 
 def expected_cost(settings: Settings, policy: NoisePolicy, num_layers: int, strategy: str) -> float:
@@ -219,15 +239,16 @@ def describe(settings: Settings, policy: NoisePolicy, num_layers: int, strategy:
         f"branches: {', '.join(kind.value for kind in objective.branches)}{how}; counting layers, a step costs "
         f"{cost:.2f} times plain fine-tuning"
     )
-    if policy.kind == BY_SNR and policy.layers:
-        lines.append(negligible_noise(torch.tensor(policy.snr), policy.layers) or "")
+    if policy.kind != CALIBRATED and policy.layers:
+        grows = "to which it is in proportion" if settings.noise_scale == RELATIVE else "whose square it grows with"
+        lines.append(negligible_noise(torch.tensor(policy.snr), policy.layers, grows) or "")
     return [line for line in lines if line]
 
 
 def _rows(policy: NoisePolicy, num_layers: int) -> list[list[str]]:
     """The table of the layers, its head first."""
     chosen = ["yes" if layer in policy.layers else "" for layer in range(num_layers)]
-    if policy.kind == BY_SNR:
+    if policy.kind != CALIBRATED:
         return [["layer", "SNR", "noise"]] + [
             [str(layer), f"{policy.snr[layer]:.4g}", chosen[layer]] for layer in range(num_layers)
         ]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 import noisefit
 from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, writing
-from noisefit.method.policy import CALIBRATED, NoisePolicy
+from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run.card import model_card
 from noisefit.run.checkpoint_files import STATE, latest_whole, list_checkpoints
 from noisefit.run.metrics import LINES
@@ -171,9 +171,10 @@ def start_output(settings: Settings, output: OutputFolder, checkpoint: Path | No
 
 
 def write_policy(output: OutputFolder, policy: NoisePolicy) -> None:
-    """`layer_snr.json`: the SNR of every layer, and the indices of those that get noise. Of a calibrated policy also
-    `noise_policy.json`: the scale of each, and all that was measured."""
-    output.write_json("layer_snr.json", {"snr": policy.snr, "selected": policy.layers})
+    """`layer_snr.json`: the SNR of every layer, the indices of those that get noise, and where they are frozen the base
+    scales of all. Of a calibrated policy also `noise_policy.json`: the scale of each, and all that was measured."""
+    frozen = {"base_stds": policy.start_stds} if policy.kind == FROZEN else {}
+    output.write_json("layer_snr.json", {"snr": policy.snr, "selected": policy.layers} | frozen)
     if policy.kind == CALIBRATED:
         output.write_json("noise_policy.json", as_file(policy, noisefit.__version__))
 

@@ -18,10 +18,19 @@ from noisefit.fork.branches import DROPOUT
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
-from noisefit.method.objectives import OBJECTIVES, Objective
-from noisefit.method.snr import SNR_FORMATS
+from noisefit.method.objectives import OBJECTIVES
+from noisefit.run.method_settings import (
+    ABOVE_ZERO,
+    COUNT,
+    NON_NEGATIVE,
+    POLICIES,
+    POSITIVE,
+    SHARE,
+    CalibrationSettings,
+    LossSettings,
+    NoiseSettings,
+)
 
-POLICIES = ("snr", "auto")  # what --noise_policy may be besides a file
 # Schedules that need no further numbers.
 SCHEDULES = (
     "linear",
@@ -32,12 +41,6 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-# Bounds far beyond any use, within which nothing overflows.
-COUNT: dict[str, Any] = dict(low=0, high=10**9)
-POSITIVE: dict[str, Any] = dict(low=1, high=10**9)
-NON_NEGATIVE: dict[str, Any] = dict(low=0, high=1e6)
-ABOVE_ZERO: dict[str, Any] = dict(low=0, high=1e6, open_low=True)
-SHARE: dict[str, Any] = dict(low=0, high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,71 +61,6 @@ class FileSettings:
         None, "a file like --train_data; its cross-entropy, without noise, is measured in training", is_path=True
     )
     trust_remote_code: bool = setting(False, "run code that comes with the base model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSettings:
-    """The noise, and which layers get it."""
-
-    noise_policy: str = setting(
-        "snr", "noisy layers by their SNR, calibrated, or as in the noise_policy.json of a calibrated run",
-        metavar="snr|auto|FILE", is_path=True,
-    )  # fmt: skip
-    noise_std: float = setting(0.1, "noise strength; its square times std(h) is the base scale", **NON_NEGATIVE)
-    num_noise_layers: int = setting(3, "how many decoder layers get noise; 0 is plain fine-tuning", **COUNT)
-    snr_format: str = setting("Largest", "noise goes where the SNR is largest, or lowest", choices=SNR_FORMATS)
-    snr_batches: int = setting(4, "micro-batches a process over which the SNR is averaged", **POSITIVE)
-    prefer_late_layers: float = setting(
-        0.0, "noise only past this share of the depth; the later it begins, the cheaper is a step", **SHARE
-    )
-    snr_every: int = setting(0, "measure and choose layers again every so many steps; 0: once", **COUNT)
-    branches: str = setting(
-        "auto", "clean and noisy branches in one forked pass or in three; auto forks where that is exact",
-        choices=("auto", "fork", "separate"),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationSettings:
-    """Noise that calibrates itself: `--noise_policy auto`."""
-
-    auto_calib_batches: int = setting(2, "micro-batches a process that the noise is tried on", **POSITIVE)
-    auto_scale_factors: list[float] = setting(
-        [0.25, 0.5, 1.0, 1.5, 2.0], "the base scales that are tried, in units of 1 / sqrt(hidden size)",
-        metavar="FACTOR", **ABOVE_ZERO,
-    )  # fmt: skip
-    auto_scale_l2_penalty: float = setting(
-        0.05, "divides a scale's score by 1 + this times log2(factor)^2", **NON_NEGATIVE
-    )
-    auto_max_ce_delta_ratio: float = setting(
-        0.02, "scales that raise the cross-entropy by a larger share are out", **NON_NEGATIVE
-    )
-    auto_max_layers: int = setting(0, "noisy layers at the most; 0: the square root of the layers", **COUNT)
-    auto_depth_bands: int = setting(3, "bands of depth that the noisy layers are spread over", **POSITIVE)
-    auto_target_kl_fraction: float = setting(
-        0.75, "a layer's scale is the smallest whose KL is this share of the chosen layers' median", **SHARE
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossSettings:
-    """What is learnt."""
-
-    loss_mode: str = setting("full", "the objective: NoiseFiT, a part of it, or a baseline", choices=tuple(OBJECTIVES))
-    hybrid_loss_alpha: float = setting(0.5, "weight of the cross-entropy; the soft term has the rest", **SHARE)
-    lambda_consistency: float = setting(0.1, "weight of the consistency term", **NON_NEGATIVE)
-    temperature: float = setting(1.0, "softens the distributions of the soft and consistency terms", low=1e-3, high=1e3)
-    neftune_alpha: float = setting(5.0, "noise strength of --loss_mode neftune", **NON_NEGATIVE)
-    rdrop_alpha: float = setting(1.0, "weight of the symmetric KL of --loss_mode rdrop", **NON_NEGATIVE)
-    rdrop_dropout: float = setting(
-        0.05, "dropout of --loss_mode rdrop in each block, besides the model's and the adapter's own", low=0, high=0.99
-    )
-    loss_chunk_size: int = setting(256, "supervised tokens whose logits are in memory at a time", **POSITIVE)
-
-    @property
-    def objective(self) -> Objective:
-        """What `loss_mode` stands for."""
-        return OBJECTIVES[self.loss_mode]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +219,10 @@ def without_effect(settings: Settings) -> str | None:
     used |= dict.fromkeys(objective.reads, True)
     used |= {
         "noise_std": layers and policy == "snr",
+        # A calibrated base scale is a number, so it is frozen as it is.
+        "noise_scale": layers and (policy == "snr" or settings.noise_scale == "relative"),
+        "noise_gradient": layers,
+        "max_noise_to_signal": layers,
         "prefer_late_layers": layers and measured,
         "snr_batches": not layers or measured,
         "branches": len(objective.branches) > 1,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from noisefit.fork.branches import CLEAN, NOISY, BranchedModel
 from noisefit.fork.decoder import find_decoder
-from noisefit.fork.hooks import pop_noise_to_signal
+from noisefit.fork.hooks import pop_noise_sizes
 from noisefit.inputs.batches import collate
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss
@@ -51,7 +51,7 @@ def step(model, first_noisy=None, lengths=(40, 40, 40, 40), strategy="fork"):
     losses = noisefit_losses if noise else plain_losses
     batch = collate([Example([1 + i % (VOCAB - 1) for i in range(length)], 30) for length in lengths], 0)
     total(model(**batch, noise=noise, strategy=strategy, chunk_losses=losses)).backward()
-    pop_noise_to_signal(model)  # as the loop does once a step
+    pop_noise_sizes(model)  # as the loop does once a step
 
 
 def total(losses):

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from noisefit.base.errors import InputError
 from noisefit.fork.branches import BranchedModel
 from noisefit.fork.exactness import choose_strategy
-from noisefit.fork.hooks import pop_noise_to_signal
+from noisefit.fork.hooks import pop_noise_sizes
 from noisefit.inputs.prompts import Example
 from noisefit.run.evaluation import evaluate
 
@@ -26,7 +26,7 @@ class LogitsFromTokens(LlamaForCausalLM):
 def check(model, requested="auto", layers=(1, 3)):
     branched = BranchedModel(model, 7)
     strategy, reason = choose_strategy(branched, tiny_batch(), list(layers), requested)
-    assert branched.training and pop_noise_to_signal(branched) == {}
+    assert branched.training and pop_noise_sizes(branched) == {}
     return strategy, reason
 
 

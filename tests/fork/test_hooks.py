@@ -10,7 +10,7 @@ from tiny_models import fixed_noise, supervise, tiny_batch, tiny_model
 from noisefit.base.precision import EPS
 from noisefit.fork import hooks
 from noisefit.fork.branches import CLEAN, NOISY, BranchedModel
-from noisefit.fork.hooks import EMBEDDING, pop_noise_to_signal
+from noisefit.fork.hooks import EMBEDDING, pop_noise_sizes
 from noisefit.method.losses import consistency_loss
 from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise, noise_scale, snr_base_std
 
@@ -50,10 +50,10 @@ def test_the_scale_is_computed_once_at_the_fork_and_every_branch_is_recorded(com
     hidden, other = random_hidden(), 3 * random_hidden(1)
 
     def ratio(*tensors):
-        ratios = []
-        hooks._with_noise(TokenScaledNoise(0.5), tensors, range(1, len(tensors) + 1), None, ratios)
-        assert len(ratios) == len(tensors)
-        return torch.stack(ratios).mean()
+        sizes = []
+        hooks._with_noise(TokenScaledNoise(0.5), tensors, range(1, len(tensors) + 1), None, sizes)
+        assert len(sizes) == len(tensors)
+        return torch.stack(sizes).mean(dim=0)[0]
 
     torch.testing.assert_close(ratio(hidden, hidden), ratio(hidden))
     assert len(computed) == 2
@@ -109,12 +109,13 @@ def test_a_plain_function_gives_the_branches_that_an_object_does_and_its_noise_i
     for noise in (objects, functions):
         torch.manual_seed(3)
         assert branched(**batch, noise=noise, strategy=strategy, chunk_losses=collecting(found)) == {}
-        popped = pop_noise_to_signal(model)
-        assert list(popped) == [1, 3] and not any(ratio.requires_grad or ratio.shape for ratio in popped.values())
-        assert pop_noise_to_signal(model) == {}
+        popped = pop_noise_sizes(model)
+        assert list(popped) == [1, 3] and not any(sizes.requires_grad for sizes in popped.values())
+        assert pop_noise_sizes(model) == {}
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0][1], found[0][2], atol=0.01)
     assert all(len(of_layer) == 2 for of_layer in ratios.values())
-    torch.testing.assert_close(popped, {layer: torch.stack(of_layer).mean() for layer, of_layer in ratios.items()})
+    found = {layer: sizes[0] for layer, sizes in popped.items()}
+    torch.testing.assert_close(found, {layer: torch.stack(of_layer).mean() for layer, of_layer in ratios.items()})
 
 
 @pytest.mark.slow
@@ -125,13 +126,14 @@ def test_a_plain_function_gives_the_branches_that_an_object_does_and_its_noise_i
 def test_what_is_recorded_of_an_object_is_the_mean_over_all_draws(noise, strategy):
     branched, batch, sampled = BranchedModel(tiny_model(), 100), supervise(tiny_batch((11, 7))), []
     branched(**batch, noise=noise, strategy=strategy, chunk_losses=collecting([]))
-    [(layer, exact)] = pop_noise_to_signal(branched).items()
+    [(layer, (exact, rms))] = pop_noise_sizes(branched).items()
     functions = {layer: as_function(noise[layer])}
     for _ in range(60):
         with torch.no_grad():
             branched(**batch, noise=functions, strategy=strategy, chunk_losses=collecting([]))
-        sampled.append(pop_noise_to_signal(branched)[layer])
-    assert exact.item() == pytest.approx(torch.stack(sampled).mean().item(), rel=0.02)
+        sampled.append(pop_noise_sizes(branched)[layer])
+    ratio, plain_rms = torch.stack(sampled).mean(dim=0).tolist()
+    assert exact.item() == pytest.approx(ratio, rel=0.02) and rms.item() == pytest.approx(plain_rms)
 
 
 def test_several_passes_before_a_pop_are_averaged_and_eval_mode_records_nothing():
@@ -142,10 +144,10 @@ def test_several_passes_before_a_pop_are_averaged_and_eval_mode_records_nothing(
     def ratio(*batches):
         for batch in batches:
             branched(**batch, noise=noise, chunk_losses=some_loss)
-        return pop_noise_to_signal(model)
+        return pop_noise_sizes(model)
 
     first, second = (ratio(batch)[0] for batch in batches)
-    assert first != second
+    assert (first != second).all()
     torch.testing.assert_close(ratio(*batches)[0], (first + second) / 2)
     model.eval()
     assert ratio(*batches) == {}
@@ -165,7 +167,7 @@ def test_an_objects_strength_scales_its_noise_and_the_recorded_ratio(strategy):
         torch.manual_seed(3)
         branched(**batch, noise=noise, strategy=strategy, chunk_losses=some_loss)
         clean, *noisy = torch.cat(states).chunk(3)
-        return torch.stack(noisy) - clean, pop_noise_to_signal(model)[last]
+        return torch.stack(noisy) - clean, pop_noise_sizes(model)[last][0]
 
     one, ratio = shift(1.0)
     assert ratio > 0.01
@@ -190,4 +192,4 @@ def test_what_comes_of_the_noise_keeps_no_hidden_states_alive():
         branched(**batch, noise=kept, strategy=strategy, chunk_losses=some_loss)
     gc.collect()
     assert len(watched) == 4 + 3 * 4 and not any(reference() is not None for reference in watched)
-    assert pop_noise_to_signal(model).keys() == kept.keys()
+    assert pop_noise_sizes(model).keys() == kept.keys()

@@ -15,7 +15,7 @@ from noisefit.base.errors import InputError
 from noisefit.fork.branches import BranchedModel
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.fork.exactness import choose_strategy
-from noisefit.fork.hooks import pop_noise_to_signal
+from noisefit.fork.hooks import pop_noise_sizes
 from noisefit.method import calibration
 from noisefit.method.calibration import Responses, Rules, choose, measure, record
 from noisefit.method.noise import TokenScaledNoise, noise_scale
@@ -137,7 +137,7 @@ def test_it_is_measured_without_dropout_and_the_model_is_left_as_it_was():
         torch.manual_seed(0)
         found.append(measure(branched, [batch], range(4), FACTORS, "fork"))
         assert branched.training == training
-    assert pop_noise_to_signal(branched) == {}  # it is no part of what the metrics say of a training
+    assert pop_noise_sizes(branched) == {}  # it is no part of what the metrics say of a training
     assert torch.equal(found[0].kl, found[1].kl) and found[0].clean_ce == found[1].clean_ce
 
 

@@ -28,7 +28,8 @@ def log(metrics, step=1, grad_norm=2.0):
 
 def add(metrics, sums, skipped=False, **ratios):
     """A step of five supervised tokens, whose loss is half cross-entropy, half soft, and a tenth consistency."""
-    noise = {-1 if name == "embedding" else int(name[1:]): torch.tensor(value) for name, value in ratios.items()}
+    noise = {-1 if name == "embedding" else int(name[1:]): torch.tensor([value, 8 * value])
+             for name, value in ratios.items()}  # fmt: skip
     ce, soft, consistency = map(torch.tensor, sums)
     losses = {"ce": ce, "soft": soft, "consistency": consistency}
     loss = (0.5 * ce + 0.5 * soft + 0.1 * consistency) / 5
@@ -80,12 +81,14 @@ def test_the_noise_of_every_layer_is_its_mean_over_the_steps_in_which_it_had_som
     add(metrics, [6.0, 3.0, 0.0], l1=0.75, l0=0.125)  # layers were chosen again
     line = log(metrics)
     assert line["layer_noise_to_signal"] == {"0": 0.125, "1": 0.5, "3": 0.5}
-    assert line["noise_to_signal"] == pytest.approx(0.375)
+    assert line["noise_to_signal"] == pytest.approx(0.375) and line["hidden_rms"] == [1.0, 4.0, 4.0]
     add(metrics, [6.0, 3.0, 0.0], embedding=0.5)
-    assert log(metrics)["layer_noise_to_signal"] == {"embedding": 0.5}
+    line = log(metrics)
+    assert line["layer_noise_to_signal"] == {"embedding": 0.5} and line["hidden_rms"] == [4.0]
     add(metrics, [6.0, 3.0, 0.0], l2=float("inf"))
     line = log(metrics)
     assert line["layer_noise_to_signal"] == {"2": None} and line["noise_to_signal"] is None
+    assert line["hidden_rms"] == [None]
     assert "Infinity" not in metrics.path.read_text()
 
 
@@ -121,7 +124,7 @@ def test_a_line_that_is_not_yet_due_survives_in_a_checkpoint(clock, metrics):
              for name, value in metrics.state_dict().items()}  # fmt: skip
     add(metrics, [4.0, 1.0, 0.2], l1=0.5)
     expected = log(metrics)
-    assert expected["layer_noise_to_signal"] == {"1": 0.375}
+    assert expected["layer_noise_to_signal"] == {"1": 0.375} and expected["hidden_rms"] == [3.0]
     metrics.load_state_dict(state)
     add(metrics, [4.0, 1.0, 0.2], l1=0.5)
     again = log(metrics)
