@@ -138,6 +138,6 @@ if __name__ == "__main__":
     if accelerator.is_main_process and content is not None:
         Path(results).write_text(content)
     processes.Accelerator = ShardingAccelerator
-    if "--noise_policy=auto" in flags:
+    if any(flag.startswith(("--noise_policy", "--noise_scale")) for flag in flags):
         torch.randn_like = torch.ones_like
     train_loop.train(parse_arguments(flags))

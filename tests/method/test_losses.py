@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from noisefit.method.losses import (
+    TEMPERATURE_ON,
     add_losses,
     consistency_loss,
     cross_entropy,
@@ -158,3 +159,69 @@ def test_losses_are_added_by_name_and_without_their_graphs(logits):
     assert sums == {"ce": ce[0] + ce[2], "soft": ce[1]} and list(sums) == ["ce", "soft"]
     assert not any(value.requires_grad for value in sums.values())
     assert first == ce[0] and ce[0].requires_grad  # neither what was there before nor what came is changed
+
+
+def softmax_of(z, t):
+    return torch.softmax(z / t, dim=-1)
+
+
+def plain_kl(p, q):
+    return (p * (p.log() - q.log())).sum()
+
+
+@pytest.mark.parametrize("teacher_gradient", [False, True])
+@pytest.mark.parametrize("temperature_on", TEMPERATURE_ON)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_terms_and_both_their_gradients_as_each_program_has_them(
+    logits, temperature, temperature_on, teacher_gradient
+):
+    """By autograd, from the formulas: `teacher` softens the clean teacher alone, and has no factor T^2."""
+    t, how = temperature, (temperature_on, teacher_gradient)
+    clean, noisy_1, noisy_2 = logits
+    soft, consistency = soft_target_loss(clean, noisy_1, t, *how), consistency_loss(noisy_1, noisy_2, t, *how)
+    found = torch.autograd.grad(0.3 * soft + 0.7 * consistency, logits, allow_unused=True)
+
+    def teacher(p):
+        return p if teacher_gradient else p.detach()
+
+    if temperature_on == "both":
+        expected_soft = t**2 * plain_kl(teacher(softmax_of(clean, t)), softmax_of(noisy_1, t))
+        expected_consistency = t**2 * plain_kl(teacher(softmax_of(noisy_2, t)), softmax_of(noisy_1, t))
+    else:
+        expected_soft = plain_kl(teacher(softmax_of(clean, t)), softmax_of(noisy_1, 1))
+        expected_consistency = plain_kl(teacher(softmax_of(noisy_2, 1)), softmax_of(noisy_1, 1))
+    torch.testing.assert_close(soft, expected_soft, rtol=1e-12, atol=0)
+    torch.testing.assert_close(consistency, expected_consistency, rtol=1e-12, atol=0)
+    expected = torch.autograd.grad(0.3 * expected_soft + 0.7 * expected_consistency, logits, allow_unused=True)
+    assert [gradient is None for gradient in found] == [gradient is None for gradient in expected]
+    assert [gradient is None for gradient in found] == [not teacher_gradient, False, not teacher_gradient]
+    for gradient, plain in zip(found, expected, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(gradient, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_a_branch_against_itself_is_not_zero_where_its_teacher_alone_is_softened(logits):
+    same = logits[0]
+    loss = soft_target_loss(same, same, 2.0, "teacher")
+    torch.testing.assert_close(loss, plain_kl(softmax_of(same, 2.0), softmax_of(same, 1.0)))
+    assert consistency_loss(same, same, 2.0, "teacher").item() == 0
+    for how in (("teacher", False), ("both", True)):
+        assert soft_target_loss(same, same, 1.0, *how).item() == 0
+
+
+def test_a_teacher_with_a_gradient_costs_one_more_tensor(logits):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        soft_target_loss(logits[0], logits[1], 1.0, "both", True)
+    assert kept == [(6, 11)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_teachers_gradient_is_the_float64_one_rounded(logits, dtype):
+    low = [x.detach().to(dtype).requires_grad_() for x in logits[:2]]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    for pair in (low, exact):
+        soft_target_loss(*pair, 2.0, "teacher", True).backward()
+    for one, other in zip(low, exact, strict=True):
+        assert one.grad.dtype == dtype
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-2, atol=1e-4)

@@ -117,6 +117,28 @@ def test_a_sharded_run_calibrates_as_one_process_does(llama_folder, tmp_path, mo
             assert cell["ce_change"] == pytest.approx(expected["ce_change"], rel=1e-2, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "flags", [dict(noise_scale="frozen", noise_std=0.5, noise_gradient=True), dict(noise_scale="relative", noise_std=0.2)],
+    ids=str,
+)  # fmt: skip
+def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_path, monkeypatch):
+    """All rows alike and noise that is no draw, as above; the second branch has the noise of the first."""
+    data = tmp_path / "alike.csv"
+    data.write_text("prompt,response\n" + "What is one plus one?,It is two.\n" * 8)
+    flags |= dict(max_steps=3, num_noise_layers=2, teacher_gradient=True)
+    done = train_sharded("none", llama_folder, data, tmp_path / "two", batch_size=2, **flags)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    run(llama_folder, data, tmp_path / "one", **SETTINGS | flags, batch_size=4)
+    one, two = (json.loads((tmp_path / name / "layer_snr.json").read_text()) for name in ("one", "two"))
+    assert two["selected"] == one["selected"] and ("base_stds" in one) == (flags["noise_scale"] == "frozen")
+    assert two.get("base_stds") == pytest.approx(one.get("base_stds"), rel=1e-5)
+    for sharded, plain in zip(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"), strict=True):
+        assert plain["soft_loss"] > 1e-4
+        for name in ("loss", "soft_loss", "grad_norm", "noise_to_signal", "layer_noise_to_signal", "hidden_rms"):
+            assert sharded[name] == pytest.approx(plain[name], rel=1e-3), name
+
+
 def test_in_16_bits_gradients_are_reduced_and_losses_returned_in_float32():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))

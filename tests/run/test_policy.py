@@ -50,6 +50,7 @@ def measures_nothing(monkeypatch):
 
     monkeypatch.setattr(calibration, "measure", refuse)
     monkeypatch.setattr(noise_policy, "average_snr", refuse)
+    monkeypatch.setattr(noise_policy, "average_base_std", refuse)
 
 
 def test_noise_that_does_nothing_is_not_chosen_in_silence(llama_folder, questions, tmp_path):
@@ -142,6 +143,10 @@ def test_layers_chosen_again_get_the_noise_and_are_written_down(llama_folder, da
         dict(noise_policy="auto"),
         dict(noise_policy="auto", snr_every=3),
         dict(noise_policy="FILE"),
+        dict(noise_scale="frozen", noise_std=0.3),
+        dict(noise_scale="frozen", noise_std=0.3, snr_every=3),
+        dict(noise_scale="relative", noise_policy="auto", max_noise_to_signal=0.1),
+        dict(noise_gradient=True, teacher_gradient=True, temperature=2.0, temperature_on="teacher"),
         dict(loss_mode="rdrop"),
         dict(loss_mode="neftune"),
         dict(loss_mode="consistency_only"),
