@@ -9,13 +9,16 @@ from noisefit.report.runs import read_runs
 
 LOSSES = ("loss", "ce_loss", "soft_loss", "consistency_loss")
 SMALL = {"step": 5, "loss": 1.0}
-NOISELESS = dict(soft_loss=None, consistency_loss=None, noise_to_signal=0.0, layer_noise_to_signal={})
+NOISELESS = dict(
+    soft_loss=None, consistency_loss=None, noise_to_signal=0.0, layer_noise_to_signal={}, hidden_rms=[]
+)  # fmt: skip
 
 
 def line(step, **changes):
     """A line of metrics.jsonl as the loop writes it; the numbers differ from step to step and from key to key."""
     numbers = {key: (i + 1) / step for i, key in enumerate(LOSSES)} | {"rdrop_loss": None, "grad_norm": 1.0}
     noise = {"noise_to_signal": 0.2 / step, "layer_noise_to_signal": {"2": 0.1 / step, "10": 0.3 / step}}
+    noise["hidden_rms"] = [2.0 * step, 4.0 * step]
     speed = {"tokens_per_second": 100.0 * step, "peak_memory_gib": 2.5, "skipped_steps": 0}
     return {"step": step, "epoch": step / 8, **numbers, **noise, **speed} | changes
 

@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 MADE_BY = "noisefit.report"  # in both files, by which older ones are known
 BY_LAYER = ("snr", "kl")
 FROM_ZERO = ("tokens_per_second", "peak_memory_gib")  # the others have differences that would be lost from zero
-LOGARITHMIC = ("snr", "kl", "noise_to_signal")  # where they span more than a decade
+LOGARITHMIC = ("snr", "kl", "noise_to_signal", "hidden_rms")  # where they span more than a decade
 # Okabe and Ito's without yellow, and three far from them for any colour vision. Further runs repeat them, dash-dotted.
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #8000E0 #602000 #002080".split()
 MANY = 60  # logged lines from which on a running mean is drawn over them
 FEW = 8  # noisy layers up to which each has an entry in the legend
 # The settings of the method itself, by what their names begin with.
-METHOD = re.compile("loss_(?!chunk)|noise_|num_noise|snr_|prefer_|auto_|hybrid|lambda|temperature|rdrop|neftune")
+METHOD = re.compile(
+    "loss_(?!chunk)|noise_|num_noise|max_noise|snr_|prefer_|auto_|hybrid|lambda|temperature|teacher|rdrop|neftune"
+)
 STYLE = """body { font: 15px/1.45 sans-serif; color: #222; margin: 2em auto; max-width: 1300px; padding: 0 1em }
 img { max-width: 100% } h2 { margin-top: 1.6em; font-size: 1.15em } div { overflow-x: auto }
 table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
@@ -65,9 +67,10 @@ def draw(runs: Sequence[Run]) -> Figure:
         for index, run in enumerate(runs):
             if key in BY_LAYER and run.layers:
                 _draw_layers(axes, run, key, _look(index), with_layers.index(run), len(with_layers))
-            elif key == "noise_to_signal" and len(runs) == 1 and run.noise:  # else the mean over the layers
+            elif len(runs) == 1 and (of_layers := _by_layer(run, key)):  # of several the mean over the layers
                 for layer, colour in _layer_colours(run).items():
-                    _draw_steps(axes, key, run.steps, run.noise[layer], layer, dict(color=colour))
+                    if layer in of_layers:
+                        _draw_steps(axes, key, run.steps, of_layers[layer], layer, dict(color=colour))
             elif key in run.metrics:
                 _draw_steps(axes, key, run.steps, run.metrics[key], run.name, _look(index))
             if key == "ce_loss" and _known(run.evaluation[1]):
@@ -278,6 +281,10 @@ def _has(run: Run, key: str) -> bool:
     if key in BY_LAYER:
         return bool(_known(getattr(layer, key) for layer in run.layers.values()))
     return key in run.metrics or (key == "ce_loss" and bool(_known(run.evaluation[1])))
+
+
+def _by_layer(run: Run, key: str) -> dict[str, list[float]]:
+    return {"noise_to_signal": run.noise, "hidden_rms": run.sizes}.get(key, {})
 
 
 def _look(index: int) -> dict[str, Any]:

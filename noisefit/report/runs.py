@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ LONGEST = 40  # letters of a run's name in the picture
 # What the files hold, for `checked`. Other keys are passed over.
 METRICS = "epoch loss ce_loss soft_loss consistency_loss rdrop_loss learning_rate grad_norm target_tokens"
 METRICS += " tokens_per_second noise_to_signal peak_memory_gib skipped_steps"
-LINE = {"step": NUMBER} | dict.fromkeys(METRICS.split(), MEASURE) | {"layer_noise_to_signal": {EACH: MEASURE}}
+BY_LAYER = {"layer_noise_to_signal": {EACH: MEASURE}, "hidden_rms": (MEASURE,)}  # the latter of the former's layers
+LINE = {"step": NUMBER} | dict.fromkeys(METRICS.split(), MEASURE) | BY_LAYER
 EVALUATION = {"step": NUMBER, "eval_ce_loss": MEASURE}
 SNR = {"snr": [MEASURE], "selected": [INDEX]}
 GRID = [{"scale": MEASURE, "kl": MEASURE, "score": MEASURE}]
@@ -49,6 +51,7 @@ class Run:
         steps: of the logged lines.
         metrics: from a key of metrics.jsonl to its value in each line, for those that have a value in some line.
         noise: from a noisy layer ("embedding" for that) to its noise to signal in each line.
+        sizes: the same of the size of its hidden states.
         evaluation: steps and cross-entropies.
         layers: by index; empty where no file tells.
         settings: by name; empty where they were not recorded.
@@ -58,6 +61,7 @@ class Run:
     steps: list[float]
     metrics: dict[str, list[float]]
     noise: dict[str, list[float]]
+    sizes: dict[str, list[float]]
     evaluation: tuple[list[float], list[float]]
     layers: dict[int, Layer]
     settings: dict[str, Any]
@@ -113,16 +117,24 @@ def read_run(folder: Path, name: str) -> Run:
         raise InputError(f"{folder / 'metrics.jsonl'}: no step was logged yet")
     evaluations = read_lines(folder / "eval_metrics.jsonl", EVALUATION)
     of_layers = [line.pop("layer_noise_to_signal") for line in lines]
+    rms = [
+        dict(zip(values, line.pop("hidden_rms"), strict=False)) for values, line in zip(of_layers, lines, strict=True)
+    ]
     metrics = {key: [line[key] for line in lines] for key in shape if key in lines[0]}
+    metrics["hidden_rms"] = [statistics.fmean(values.values()) if values else math.nan for values in rms]
     if not any(value > 0 for value in metrics["noise_to_signal"]):
         del metrics["noise_to_signal"]  # a run without noise has zeros
     noisy = sorted({key for values in of_layers for key in values}, key=lambda key: (key.isdecimal(), len(key), key))
-    noise = {layer: [values.get(layer, math.nan) for values in of_layers] for layer in noisy}
+    noise, sizes = (
+        {layer: [values.get(layer, math.nan) for values in measured] for layer in noisy}
+        for measured in (of_layers, rms)
+    )
     return Run(
         name=name,
         steps=metrics.pop("step"),
         metrics={key: values for key, values in metrics.items() if not all(map(math.isnan, values))},
         noise={key: values for key, values in noise.items() if not all(map(math.isnan, values))},
+        sizes={key: values for key, values in sizes.items() if not all(map(math.isnan, values))},
         evaluation=([line["step"] for line in evaluations], [line["eval_ce_loss"] for line in evaluations]),
         layers=read_layers(folder),
         settings=read_object(folder / "noisefit_config.json", {}) or {},

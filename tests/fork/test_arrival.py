@@ -114,6 +114,10 @@ def test_in_16_bits_what_is_recorded_is_what_arrived(strategy):
     assert ((noisy != clean).sum(dim=-1) > 0)[mask == 1].all()
 
 
+def squares(logits, targets):
+    return {"all": torch.stack(logits[NOISY]).float().square().sum()}
+
+
 @pytest.mark.parametrize("strategy", ["fork", "separate"])
 def test_a_model_in_16_bits_trains_with_each_kind_of_noise(strategy):
     model, batch = tiny_model(dtype=torch.bfloat16), supervise(tiny_batch())
@@ -122,7 +126,6 @@ def test_a_model_in_16_bits_trains_with_each_kind_of_noise(strategy):
         noise = {1: TokenScaledNoise(0.5, relative=relative), 2: TokenScaledNoise(0.5, relative=relative)}
         for of_layer in noise.values():
             of_layer.gradient = True
-        sums = branched(**batch, noise=noise, strategy=strategy,
-                        chunk_losses=lambda logits, targets: {"all": torch.stack(logits[NOISY]).float().square().sum()})  # fmt: skip
+        sums = branched(**batch, noise=noise, strategy=strategy, chunk_losses=squares)
         sums["all"].backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())

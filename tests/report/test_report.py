@@ -217,7 +217,7 @@ def test_a_line_that_is_being_written_is_passed_over(tmp_path):
 
 @pytest.mark.slow
 def test_records_of_an_older_run_and_of_a_real_one_are_read(tmp_path, llama_folder, questions):
-    newer = ("rdrop_loss", "layer_noise_to_signal", "peak_memory_gib", "skipped_steps")
+    newer = ("rdrop_loss", "layer_noise_to_signal", "hidden_rms", "peak_memory_gib", "skipped_steps")
     older = [{key: value for key, value in line(step).items() if key not in newer} for step in (5, 10)]
     axes, _ = draw_folders(write_run(tmp_path / "old", older))
     assert list(axes) == [*LOSSES, "noise_to_signal", "tokens_per_second"]
@@ -227,7 +227,7 @@ def test_records_of_an_older_run_and_of_a_real_one_are_read(tmp_path, llama_fold
     flags = dict(max_steps=4, logging_steps=1, save_steps=0, eval_data=questions)
     logged = run(llama_folder, questions, tmp_path / "auto", noise_policy="auto", **flags)
     axes, _ = draw_folders(tmp_path / "auto")
-    assert set(axes) == {*LOSSES, "snr", "kl", "noise_to_signal", "tokens_per_second", "peak_memory_gib"}
+    assert set(axes) == {*LOSSES, "snr", "kl", "noise_to_signal", "hidden_rms", "tokens_per_second", "peak_memory_gib"}
     assert list(lines_of(axes["loss"])["auto"].get_ydata()) == [entry["loss"] for entry in logged]
     assert "auto: evaluation" in lines_of(axes["ce_loss"])
     selected = json.loads((tmp_path / "auto" / "noise_policy.json").read_text())["selected"]

@@ -32,7 +32,7 @@ from noisefit.report.runs import read_runs
 def test_what_is_drawn_is_what_the_files_say(tmp_path):
     run = write_run(tmp_path / "a", eval_metrics=evaluations((8, 2.5), (15, 1.5)), layer_snr=snr(12, 2, 10))
     axes, figure = draw_folders(run)
-    assert list(axes) == [*LOSSES, "snr", "noise_to_signal", "tokens_per_second", "peak_memory_gib"]
+    assert list(axes) == [*LOSSES, "snr", "noise_to_signal", "hidden_rms", "tokens_per_second", "peak_memory_gib"]
     for key in (*LOSSES, "tokens_per_second", "peak_memory_gib"):
         assert points(lines_of(axes[key])["a"]) == [(step, line(step)[key]) for step in (5, 10, 15)]
         assert axes[key].get_xlabel() == "optimizer step" and axes[key].get_title()
@@ -52,6 +52,9 @@ def test_one_run_has_a_line_for_each_noisy_layer_and_several_have_their_means(tm
     assert list(drawn) == ["2", "10"]
     assert points(drawn["10"]) == [(step, 0.3 / step) for step in (5, 10, 15)]
     assert legend_of(figure)["layer 10"].get_color() == drawn["10"].get_color() != drawn["2"].get_color()
+    sizes = lines_of(axes["hidden_rms"])
+    assert points(sizes["2"]) == [(5, 10), (10, 20), (15, 30)] and points(sizes["10"]) == [(5, 20), (10, 40), (15, 60)]
+    assert points(lines_of(draw_folders(one, two)[0]["hidden_rms"])["a"]) == [(5, 15), (10, 30), (15, 45)]
     drawn = lines_of(draw_folders(one, two)[0]["noise_to_signal"])
     assert points(drawn["b"]) == [(step, 0.2 / step) for step in (5, 10, 15)] and list(drawn) == ["a", "b"]
     embedding = write_run(tmp_path / "c", [line(5, layer_noise_to_signal={"embedding": 0.4})])
@@ -89,7 +92,7 @@ def test_an_automatic_policy_shows_the_kl_at_the_chosen_or_best_scale(tmp_path):
 
 
 def test_null_leaves_a_gap_and_what_is_always_null_has_no_panel(tmp_path):
-    skipped = dict.fromkeys((*LOSSES, "noise_to_signal", "layer_noise_to_signal"))
+    skipped = dict.fromkeys((*LOSSES, "noise_to_signal", "layer_noise_to_signal", "hidden_rms"))
     lines = [line(1), line(2), line(3, **skipped), line(4), line(5, **skipped), line(6), line(7)]
     axes, _ = draw_folders(write_run(tmp_path / "a", lines))
     for drawn in (lines_of(axes["loss"])["a"], lines_of(axes["noise_to_signal"])["2"]):

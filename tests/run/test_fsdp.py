@@ -118,9 +118,10 @@ def test_a_sharded_run_calibrates_as_one_process_does(llama_folder, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "flags", [dict(noise_scale="frozen", noise_std=0.5, noise_gradient=True), dict(noise_scale="relative", noise_std=0.2)],
+    "flags",
+    [dict(noise_scale="frozen", noise_std=0.5, noise_gradient=True), dict(noise_scale="relative", noise_std=0.2)],
     ids=str,
-)  # fmt: skip
+)
 def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_path, monkeypatch):
     """All rows alike and noise that is no draw, as above; the second branch has the noise of the first."""
     data = tmp_path / "alike.csv"
@@ -132,7 +133,7 @@ def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_pat
     run(llama_folder, data, tmp_path / "one", **SETTINGS | flags, batch_size=4)
     one, two = (json.loads((tmp_path / name / "layer_snr.json").read_text()) for name in ("one", "two"))
     assert two["selected"] == one["selected"] and ("base_stds" in one) == (flags["noise_scale"] == "frozen")
-    assert two.get("base_stds") == pytest.approx(one.get("base_stds"), rel=1e-5)
+    assert two.get("base_stds", []) == pytest.approx(one.get("base_stds", []), rel=1e-3)
     for sharded, plain in zip(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"), strict=True):
         assert plain["soft_loss"] > 1e-4
         for name in ("loss", "soft_loss", "grad_norm", "noise_to_signal", "layer_noise_to_signal", "hidden_rms"):

@@ -66,7 +66,7 @@ def test_the_output_folder(llama_folder, questions, tmp_path):
     assert list(lines[0]) == [
         "step", "epoch", "loss", "ce_loss", "soft_loss", "consistency_loss", "rdrop_loss", "learning_rate",
         "grad_norm", "target_tokens", "tokens_per_second", "noise_to_signal", "layer_noise_to_signal",
-        "peak_memory_gib", "skipped_steps",
+        "hidden_rms", "peak_memory_gib", "skipped_steps",
     ]  # fmt: skip
     # 24 rows in steps of 16: two steps an epoch, two epochs.
     assert [line["step"] for line in lines] == [2, 4] and lines[-1]["epoch"] == 2.0
@@ -76,6 +76,7 @@ def test_the_output_folder(llama_folder, questions, tmp_path):
         by_layer = line["layer_noise_to_signal"]
         assert by_layer == pytest.approx({str(i): 1 / snr["snr"][i] for i in snr["selected"]}, rel=0.3)
         assert line["noise_to_signal"] == pytest.approx(sum(by_layer.values()) / 3) and line["peak_memory_gib"] > 0.1
+        assert len(line["hidden_rms"]) == 3 and line["hidden_rms"] == sorted(line["hidden_rms"])  # deeper ones are larger
     assert lines[0]["target_tokens"] == lines[1]["target_tokens"]  # each line is an epoch
     evaluations = [json.loads(line) for line in (out / "eval_metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in evaluations] == [2, 4]
