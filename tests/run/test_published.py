@@ -1,7 +1,8 @@
-"""The published programs: one step of each, written plainly from its formulas, against the loop under its configuration.
+"""The published programs: one step of each, written plainly from its formulas, and the loop under its configuration.
 
-No fork, no chunks, no closed-form gradients: three passes of the model's own forward for every micro-batch, in float64,
-with a hook on each noisy layer, and autograd through all of it. Both sides draw the same noise and the same dropout.
+The plain step has no fork, no chunks and no gradients in closed form: three passes of the model's own forward for every
+micro-batch, in float64, with a hook on each noisy layer, and autograd through all of it. Both sides draw the same noise
+and the same dropout.
 """
 
 import copy
@@ -27,7 +28,7 @@ from noisefit.inputs.batches import collate, cut_step, epoch_steps
 from noisefit.inputs.prompts import make_examples
 from noisefit.inputs.tables import read_rows
 from noisefit.run.noise_policy import make_noise
-from noisefit.run.settings import Settings, build_parser, parse_arguments
+from noisefit.run.settings import Settings, parse_arguments
 
 # --- The published defaults -------------------------------------------------------------------------------------------
 
@@ -41,7 +42,7 @@ DEFAULTS = {
     "v1": BOTH | dict(
         lambda_consistency=0.1, temperature_on="teacher", teacher_gradient=True, chat_template="chatml",
         noise_policy="snr", noise_std=0.1, num_noise_layers=3, snr_format="Largest", snr_batches=1,
-        noise_gradient=True, epochs=5, max_steps=1000, logging_steps=5,
+        noise_gradient=True, epochs=1000, max_steps=1000, logging_steps=5,
     ),
     "v2": BOTH | dict(
         lambda_consistency=0.05, temperature_on="both", teacher_gradient=False, chat_template="alpaca",
@@ -61,7 +62,6 @@ def test_a_configuration_spells_out_the_published_defaults_and_nothing_else(vers
     """Each of them stands in the file, so that another default of ours never changes what it does."""
     given = yaml.safe_load(config_of(version).read_text())
     assert given.keys() == DEFAULTS[version].keys()
-    assert all(f"--{name}" in build_parser()._option_string_actions for name in given)
     settings = parse_arguments(["--model=m", "--train_data=t", f"--config={config_of(version)}"])
     assert settings == Settings(model="m", train_data="t", **DEFAULTS[version])
 
@@ -226,6 +226,7 @@ class Watch:
 
 
 def norm_in_float64(module, x):
+    """In place of Llama's own, which rounds to float32: the two sides then differ by rounding in float64 alone."""
     return module.weight * x * (x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
 
 
@@ -235,91 +236,102 @@ def longer_llama(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("published") / "llama", max_position_embeddings=512)
 
 
+def plain_model(folder, start):
+    """The model with the adapter of both programs, as it stood before the step."""
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).double()
+    adapter = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert adapter.keys() == start.keys()
+    for name, weight in adapter.items():
+        weight.data = start[name]
+    return model
+
+
+def micro_batches(data, output, question):
+    """Those of the step, under the configurations' own 4 rows a micro-batch and 4 of these a step."""
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    examples, _ = make_examples(tokenizer, read_rows(data)[0], 512, loss_on="all")
+    assert all(question in tokenizer.decode(example.input_ids) for example in examples)
+    [rows] = epoch_steps(examples, 16, 42, epoch=0)
+    batches = [collate(part, tokenizer.pad_token_id) for part in cut_step(rows, 4)]
+    assert len(batches) == 2 and all((batch["attention_mask"] == 0).any() for batch in batches)
+    return batches
+
+
 @pytest.fixture
-def ten_questions(questions):
-    """A step of three micro-batches, under the configurations' own size of 4 rows, with padding in each."""
-    questions.write_text("".join(questions.read_text().splitlines(keepends=True)[:11]))
-    return questions
+def both_sides(longer_llama, questions, tmp_path, monkeypatch):
+    """`(version, flags) -> line of metrics, gradients, plain`, with `plain(program) -> losses, gradients`."""
+
+    def run_both(version, flags):
+        monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_float64)
+        questions.write_text("".join(questions.read_text().splitlines(keepends=True)[:7]))
+        watch, out = Watch(monkeypatch), tmp_path / "out"
+        [line] = run(longer_llama, questions, out, config=config_of(version), max_steps=1, **flags)
+        if version == "v1":
+            selected = json.loads((out / "layer_snr.json").read_text())["selected"]
+            strength = flags["noise_std"] ** 2
+            base_scales = dict.fromkeys(selected, lambda h, real: strength * h[real].std().item())
+            assert len(base_scales) == 3
+        else:
+            policy = json.loads((out / "noise_policy.json").read_text())
+            chosen = zip(policy["selected"], policy["scales"], strict=True)
+            base_scales = {layer: lambda h, real, scale=scale: scale for layer, scale in chosen}
+            assert base_scales
+        question = {"v1": "<|im_start|>user\nWhat is", "v2": "### Instruction:\nWhat is"}[version]
+        batches = micro_batches(questions, out, question)
+        model, t = plain_model(longer_llama, watch.start), flags.get("temperature", 1)
+
+        def plain(program):
+            return plain_step(program, model, batches, base_scales, t, watch.random_state)
+
+        return line, watch.gradients, plain
+
+    return run_both
 
 
 def distance(found, expected):
     """Between two dictionaries of gradients, as a share of the second's norm."""
-    flat_found, flat_expected = (torch.cat([g[name].flatten() for name in expected]) for g in (found, expected))
+    flat_found, flat_expected = (torch.cat([of[name].flatten() for name in expected]) for of in (found, expected))
     return ((flat_found - flat_expected).norm() / flat_expected.norm()).item()
 
 
-FORK = dict(branches="fork", lora_dropout=0)  # with dropout its branches share the prefix's mask
-
-
-@pytest.mark.parametrize(
-    ("version", "flags"),
-    [
-        ("v1", dict(noise_std=1)),
-        ("v1", dict(noise_std=0.7, temperature=2)),
-        ("v1", dict(noise_std=0.7, temperature=2, **FORK)),
-        ("v2", {}),
-        ("v2", dict(temperature=2)),
-        ("v2", dict(temperature=2, **FORK)),
-    ],
-    ids=str,
-)
-def test_a_step_is_that_of_the_published_program(version, flags, longer_llama, ten_questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_float64)  # its own rounds to float32
-    watch, out = Watch(monkeypatch), tmp_path / "out"
-    config = dict(config=config_of(version), max_steps=1)
-    [line] = run(longer_llama, ten_questions, out, **config, **flags)
-
-    # The same step's micro-batches, adapter, noisy layers and base scales, for the other side.
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    examples, _ = make_examples(tokenizer, read_rows(ten_questions)[0], 512, loss_on="all")
-    said = {"v1": "<|im_start|>user\nWhat is", "v2": "### Instruction:\nWhat is"}[version]
-    assert all(said in tokenizer.decode(example.input_ids) for example in examples)
-    [rows] = epoch_steps(examples, 16, 42, epoch=0)
-    batches = [collate(part, tokenizer.pad_token_id) for part in cut_step(rows, 4)]
-    assert len(batches) == 3 and all((batch["attention_mask"] == 0).any() for batch in batches)
-    base_model = AutoModelForCausalLM.from_pretrained(longer_llama)
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(base_model, lora).double()
-    adapter = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    assert adapter.keys() == watch.start.keys()
-    for name, weight in adapter.items():
-        weight.data = watch.start[name]
-    if version == "v1":
-        strength = flags["noise_std"] ** 2
-        selected = json.loads((out / "layer_snr.json").read_text())["selected"]
-        base_scales = dict.fromkeys(selected, lambda h, real: strength * h[real].std().item())
-        assert len(selected) == 3
-    else:
-        policy = json.loads((out / "noise_policy.json").read_text())
-        scales = zip(policy["selected"], policy["scales"], strict=True)
-        base_scales = {layer: lambda h, real, scale=scale: scale for layer, scale in scales}
-        assert base_scales and min(policy["scales"]) > 0
-
-    program = replace(PROGRAMS[version], dropout="lora_dropout" not in flags)
-    t = flags.get("temperature", 1)
-    step = (model, batches, base_scales, t, watch.random_state)
-    losses, gradients = plain_step(program, *step)
+def assert_is(program, line, found, plain):
+    losses, gradients = plain(program)
     for name, value in losses.items():
-        assert line[name] == pytest.approx(value, rel=1e-5), name  # the loop adds up its losses in float32
-        assert value > 1e-3, name  # there is noise to speak of
+        assert line[name] == pytest.approx(value, rel=1e-6), name  # the loop adds up its loss in float32
+        assert value > 0.01, name  # there is noise to speak of
     norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-9)
-    assert watch.gradients.keys() == gradients.keys()
+    assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert distance(watch.gradients, {name: gradient}) < 1e-9, name
+        assert distance(found, {name: gradient}) < 1e-9, name
 
-    # And it is that of no other program: each thing that sets one apart shows by far.
-    others = dict(
-        teacher=detached if program.teacher is whole else whole,
-        sized_by=detached if program.sized_by is whole else whole,
-        consistency=PROGRAMS["v2" if version == "v1" else "v1"].consistency,
-    )  # fmt: skip
-    if t != 1:
-        others["terms"] = second_terms if version == "v1" else first_terms
-    if program.dropout:
-        others["dropout"] = False
-    for name, value in others.items():
-        _, changed = plain_step(replace(program, **{name: value}), *step)
-        print("DIST", name, distance(watch.gradients, changed))
-        assert distance(watch.gradients, changed) > 1e-3, name
-    print("TIGHT", distance(watch.gradients, gradients), max(distance(watch.gradients, {n: g}) for n, g in gradients.items()), losses, base_scales.keys(), {n: line[n]/losses[n]-1 for n in losses})
+
+# The published noise of v1 is too weak to see: it gets more.
+STRONG = {"v1": dict(noise_std=0.5), "v2": {}}
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_step_is_that_of_the_published_program(version, both_sides):
+    """As configured: three passes, each with dropout of its own."""
+    assert_is(PROGRAMS[version], *both_sides(version, STRONG[version]))
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_the_fork_without_dropout_takes_the_same_step(version, both_sides):
+    flags = STRONG[version] | dict(branches="fork", lora_dropout=0, temperature=2)
+    assert_is(replace(PROGRAMS[version], dropout=False), *both_sides(version, flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_each_thing_that_sets_a_published_program_apart_shows(version, both_sides):
+    """With any one of them as it is in the other program, or without dropout, the step is another one by far."""
+    program, other = PROGRAMS[version], PROGRAMS["v2" if version == "v1" else "v1"]
+    line, found, plain = both_sides(version, STRONG[version] | dict(temperature=2))
+    assert_is(program, line, found, plain)
+    for name in ("terms", "consistency", "teacher", "sized_by"):
+        _, gradients = plain(replace(program, **{name: getattr(other, name)}))
+        assert distance(found, gradients) > 0.01, name
+    _, gradients = plain(replace(program, dropout=False))
+    assert distance(found, gradients) > 0.01

@@ -76,7 +76,9 @@ def test_the_output_folder(llama_folder, questions, tmp_path):
         by_layer = line["layer_noise_to_signal"]
         assert by_layer == pytest.approx({str(i): 1 / snr["snr"][i] for i in snr["selected"]}, rel=0.3)
         assert line["noise_to_signal"] == pytest.approx(sum(by_layer.values()) / 3) and line["peak_memory_gib"] > 0.1
-        assert len(line["hidden_rms"]) == 3 and line["hidden_rms"] == sorted(line["hidden_rms"])  # deeper ones are larger
+        assert len(line["hidden_rms"]) == 3 and line["hidden_rms"] == sorted(
+            line["hidden_rms"]
+        )  # deeper ones are larger
     assert lines[0]["target_tokens"] == lines[1]["target_tokens"]  # each line is an epoch
     evaluations = [json.loads(line) for line in (out / "eval_metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in evaluations] == [2, 4]
