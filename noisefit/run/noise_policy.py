@@ -36,6 +36,7 @@ FILE_SHAPE = {"selected": [INDEX], "scales": [AMOUNT], "snr": (AMOUNT,), "num_la
 # Of a policy in a checkpoint.
 POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT),
                 "start_stds": (AMOUNT,)}  # fmt: skip
+LIVES = {FROZEN: "its base scale is kept as it is now", RELATIVE: "relative to each token's size"}
 RECORDED = ("noise_scale", "prefer_late_layers", "seed")  # settings that a calibration goes by, besides its own
 
 
@@ -227,7 +228,8 @@ def describe(settings: Settings, policy: NoisePolicy, num_layers: int, strategy:
         rows = _rows(policy, num_layers)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.append(f"noise in layers: {', '.join(map(str, policy.layers)) or 'none'}")
+        how = f" ({LIVES[settings.noise_scale]})" if settings.noise_scale in LIVES and policy.layers else ""
+        lines.append(f"noise in layers: {', '.join(map(str, policy.layers)) or 'none'}{how}")
     elif objective.noise == "embedding":
         lines.append(f"noise on the embeddings, alpha {settings.neftune_alpha:g}")
     if "rdrop_dropout" in objective.reads:
@@ -249,8 +251,11 @@ def _rows(policy: NoisePolicy, num_layers: int) -> list[list[str]]:
     """The table of the layers, its head first."""
     chosen = ["yes" if layer in policy.layers else "" for layer in range(num_layers)]
     if policy.kind != CALIBRATED:
-        return [["layer", "SNR", "noise"]] + [
-            [str(layer), f"{policy.snr[layer]:.4g}", chosen[layer]] for layer in range(num_layers)
+        stds = policy.start_stds
+        head = ["layer", "SNR", *(["scale"] if stds else []), "noise"]
+        return [head] + [
+            [str(i), f"{policy.snr[i]:.4g}", *([f"{stds[i]:.3g}"] if stds else []), chosen[i]]
+            for i in range(num_layers)
         ]
     scales = dict(zip(policy.layers, policy.base_stds, strict=True))
     tried = {entry["layer"]: entry for entry in (policy.calibration or {}).get("layers", ())}

@@ -10,7 +10,7 @@ from tiny_folder import tiny_folder
 from noisefit.base.errors import InputError
 from noisefit.method import calibration
 from noisefit.method.objectives import OBJECTIVES
-from noisefit.method.policy import BY_SNR, NoisePolicy
+from noisefit.method.policy import BY_SNR, FROZEN, NoisePolicy
 from noisefit.run import noise_policy
 from noisefit.run.noise_policy import check_policy, describe, expected_cost, first_eligible, read_policy
 from noisefit.run.settings import parse_arguments, without_effect
@@ -368,6 +368,17 @@ def test_the_start_of_a_run_shows_every_layer_in_aligned_columns():
     assert len({len(line) for line in table[1:13] if line.endswith("yes")}) == 1
     assert table[13] == "noise in layers: 1, 10"
     assert table[14].endswith("(fork); counting layers, a step costs 2.67 times plain fine-tuning")
+
+
+def test_the_start_of_a_run_says_how_its_base_scale_lives():
+    frozen = NoisePolicy(FROZEN, [1, 3], [0.3, 0.125], snr=[5.0] * 4, start_stds=[0.5, 0.3, 0.2, 0.125])
+    table = describe(parse(noise_scale="frozen"), frozen, 4, "fork")
+    assert table[0].split() == ["layer", "SNR", "scale", "noise"] and table[4].split() == ["3", "5", "0.125", "yes"]
+    assert table[5] == "noise in layers: 1, 3 (its base scale is kept as it is now)"
+    relative = NoisePolicy(layers=[1], snr=[2000.0] * 4)
+    said = describe(parse(noise_scale="relative"), relative, 4, "fork")
+    assert said[5] == "noise in layers: 1 (relative to each token's size)"
+    assert said[-1].endswith("Raise --noise_std, to which it is in proportion")
 
 
 def test_a_calibrated_table_has_score_response_and_scale(calibrated):
