@@ -1,7 +1,7 @@
 """The published evaluation: TruthfulQA by generated letter, and HaluEval QA, from files that you have.
 
-    python -m noisefit.benchmarks truthfulqa DATA --output_csv questions.csv
-    python -m noisefit.benchmarks halueval DATA --output_csv questions.csv
+    python -m noisefit.benchmarks truthfulqa --source FILE --output questions.csv
+    python -m noisefit.benchmarks halueval --source FILE --output questions.csv
     python -m noisefit.benchmarks letters answers.csv [--json]
 
 The first two write questions for `generate.py --chat_template plain`. The answers to TruthfulQA are scored by the
@@ -32,14 +32,14 @@ from noisefit.inputs.tables import describe_skipped, read_records, text_cell
 from noisefit.score import FEW, NEEDED, read_answers
 
 
-def write_questions(name: str, path: str, output_csv: str, overwrite: bool = False) -> None:
+def write_questions(name: str, path: str, output_name: str, overwrite: bool = False) -> None:
     """Make the file that `generate.py` takes, whole or not at all, and say what comes next.
 
     Raises:
         InputError: as `read_questions` and `check_answers_output`.
     """
-    output = Path(os.path.realpath(output_csv))  # a link stays one
-    check_answers_output(output, Path(path), overwrite)
+    output = Path(os.path.realpath(output_name))  # a link stays one
+    check_answers_output(output, Path(path), overwrite, "--output")
     questions, left_out = read_questions(path, BENCHMARKS[name])
     with writing(output), replacing(output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(questions[0]), lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -47,8 +47,8 @@ def write_questions(name: str, path: str, output_csv: str, overwrite: bool = Fal
         writer.writerows(questions)
     notice(
         *(describe_skipped(path, rows, why) for why, rows in left_out.items()),
-        f"the questions, {len(questions)} of them, are in {output_csv}",
-        f"next, the answers: accelerate launch generate.py --model_path ADAPTER --input_csv {shlex.quote(output_csv)} "
+        f"the questions, {len(questions)} of them, are in {output_name}",
+        f"next, the answers: accelerate launch generate.py --model_path ADAPTER --input_csv {shlex.quote(output_name)} "
         f"--chat_template plain --greedy --rounds 1 --max_new_tokens {BENCHMARKS[name].new_tokens}",
     )
 
@@ -109,8 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, title in (("truthfulqa", "TruthfulQA, multiple choice"), ("halueval", "HaluEval QA")):
         command = commands.add_parser(name, help=f"{title}: questions for generate.py", **options)
-        command.add_argument("data", metavar="DATA", type=a_path, help="the benchmark: CSV, JSON Lines or Parquet")
-        command.add_argument("--output_csv", type=a_path, required=True, help="where the questions go")
+        what = "the benchmark's data: CSV, JSON Lines or Parquet"
+        command.add_argument("--source", metavar="FILE", type=a_path, required=True, help=what)
+        command.add_argument("--output", metavar="FILE", type=a_path, required=True, help="CSV for the questions")
         command.add_argument("--overwrite_output", action="store_true", help="replace a file that is already there")
     command = commands.add_parser("letters", help="score the answers to TruthfulQA", **options)
     command.add_argument("file", metavar="FILE", type=a_path, help="CSV of generate.py")
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = score_letters(args.file)
             print(json.dumps(report, indent=2) if args.json else table(report))
         else:
-            write_questions(args.command, args.data, args.output_csv, args.overwrite_output)
+            write_questions(args.command, args.source, args.output, args.overwrite_output)
 
 
 if __name__ == "__main__":

@@ -25,21 +25,24 @@ def default_output(settings: AnswerSettings) -> str:
     return f"{Path(settings.model_path or str(settings.model_id)).resolve().name}_answers.csv"
 
 
-def check_answers_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Raise `InputError` where the final CSV exists already, is the input, or cannot be written. Writes nothing."""
+def check_answers_output(output: Path, source: Path, overwrite: bool, flag: str = "--output_csv") -> None:
+    """Raise `InputError` where the final CSV exists already, is the input, or cannot be written. Writes nothing.
+
+    `flag` is the one that names it, for the line.
+    """
     if output.suffix.lower() != ".csv":
-        raise InputError(f"--output_csv {output}: expected a name that ends in .csv")
+        raise InputError(f"{flag} {output}: expected a name that ends in .csv")
     if output.is_dir():
-        raise InputError(f"--output_csv {output}: a folder, expected a file name")
+        raise InputError(f"{flag} {output}: a folder, expected a file name")
     if output.exists() and source.exists() and output.samefile(source):
-        raise InputError(f"--output_csv {output} is the input itself; choose another name")
+        raise InputError(f"{flag} {output} is the input itself; choose another name")
     if output.exists() and not overwrite:
-        raise InputError(f"--output_csv {output} exists; choose another name, or give --overwrite_output")
-    check_regular(output, "--output_csv ")
+        raise InputError(f"{flag} {output} exists; choose another name, or give --overwrite_output")
+    check_regular(output, f"{flag} ")
     if not output.absolute().parent.is_dir():
-        raise InputError(f"--output_csv {output}: no folder {output.parent}")
+        raise InputError(f"{flag} {output}: no folder {output.parent}")
     if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
-        raise InputError(f"--output_csv {output}: no permission to write in {output.absolute().parent}")
+        raise InputError(f"{flag} {output}: no permission to write in {output.absolute().parent}")
 
 
 @contextmanager

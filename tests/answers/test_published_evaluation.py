@@ -268,7 +268,7 @@ def test_from_the_data_to_the_figures(tmp_path):
         ("halueval", HALUEVAL, HALUEVAL_PROMPTS, 36),
     ]:
         questions, answers = tmp_path / f"{name}.csv", tmp_path / f"{name}_answers.csv"
-        done = call(main, name, save(tmp_path / "data.jsonl", rows), f"--output_csv={questions}")
+        done = call(main, name, "--source", save(tmp_path / "data.jsonl", rows), f"--output={questions}")
         assert done.returncode == 0 and done.stdout == "", done.stderr
         advice = done.stderr.splitlines()[-1].partition("--model_path ADAPTER ")[2]
         words = [*advice.split(), f"--model_id={folder}", f"--output_csv={answers}"]
@@ -328,7 +328,7 @@ BAD = {
 def test_bad_data_is_one_line_and_nothing_is_written(case, tmp_path):
     name, rows, message = BAD[case]
     data = save(tmp_path / "data.jsonl", rows)
-    done = call(main, name, data, f"--output_csv={tmp_path / 'questions.csv'}")
+    done = call(main, name, "--source", data, f"--output={tmp_path / 'questions.csv'}")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"noisefit.benchmarks: error: {data}: ") and message in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
@@ -343,11 +343,11 @@ def test_a_table_without_rows_is_said_to_be_one(tmp_path):
 def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(tmp_path):
     data, output = save(tmp_path / "data.csv", QA_DATA), tmp_path / "questions.csv"
     output.write_text("mine")
-    done = call(main, "halueval", data, f"--output_csv={output}")
+    done = call(main, "halueval", "--source", data, f"--output={output}")
     assert done.returncode == 2 and "exists; choose another name, or give --overwrite_output" in done.stderr
-    assert call(main, "halueval", data, f"--output_csv={data}", "--overwrite_output").returncode == 2
+    assert call(main, "halueval", "--source", data, f"--output={data}", "--overwrite_output").returncode == 2
     assert output.read_text() == "mine" and len(rows_of(data)) == 2 and "knowledge" in rows_of(data)[0]
-    assert call(main, "halueval", data, f"--output_csv={output}", "--overwrite_output").returncode == 0
+    assert call(main, "halueval", "--source", data, f"--output={output}", "--overwrite_output").returncode == 0
     assert len(rows_of(output)) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
@@ -374,7 +374,7 @@ def test_answers_to_something_else_and_a_flag_that_is_none_are_one_line(tmp_path
         (["letters", tmp_path / "a.csv"], "no column 'answer'"),
         (["letters", tmp_path / "a.csv", "--jsn"], "unrecognized arguments: --jsn"),
         (["mmlu", "x"], "invalid choice: 'mmlu'"),
-        (["halueval", "x"], "--output_csv"),
+        (["halueval", "--source", "x"], "--output"),
         ([], "COMMAND"),
     ]:
         done = call(main, *words)
