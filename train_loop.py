@@ -37,11 +37,11 @@ from noisefit.method.losses import (
     symmetric_kl,
 )
 from noisefit.method.noise import TokenScaledNoise
-from noisefit.method.policy import NoisePolicy
+from noisefit.method.policy import NoisePolicy, make_noise
 from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.evaluation import evaluate
 from noisefit.run.metrics import Metrics, start_trackers
-from noisefit.run.noise_policy import choose_policy, describe, make_noise
+from noisefit.run.noise_policy import choose_policy, describe
 from noisefit.run.output import (
     open_output,
     save_model,
@@ -142,7 +142,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         return losses
 
     # --- Where the run stands: at its start, or where a checkpoint was written -------------------------------------
-    metrics = Metrics(accelerator, output.path, num_layers, settings.noise_scale)
+    metrics = Metrics(accelerator, output.path, num_layers, settings)
     checkpoints = Checkpoints(
         output, settings.save_total_limit, not settings.full_finetune, prepared.run, accelerator, model, optimizer,
         schedule, metrics, tokenizer,

@@ -137,7 +137,7 @@ def _with_noise(
         else:
             if is_new or scale is None:
                 seen = hidden if noise.gradient else hidden.detach()
-                scale = noise.capped(noise.scale(seen, mask), hidden.detach(), mask)
+                scale = noise.capped(noise.scale(seen, mask), hidden, mask)
                 meant = noise.mean_size(scale.detach(), mask) if sizes is not None else None
             drawn = noise.draw(scale)
         noisy[i] = add_noise(hidden, drawn)

@@ -214,8 +214,11 @@ class _OneDraw:
 
     def __call__(self, hidden_states: Tensor, branch: int, mask: Tensor | None) -> Tensor:
         if branch == 1:
-            self.unit = self.noise.draw(self.noise.scale(hidden_states, mask))
-        return self.unit * self.scales[branch - 1]
+            scale = self.noise.scale(hidden_states, mask)
+            self.unit, self.most = self.noise.draw(scale), math.inf
+            if self.noise.max_to_signal:
+                self.most = self.noise.limit(scale, hidden_states, mask).item()
+        return self.unit * min(self.scales[branch - 1], self.most)
 
 
 RESPONSES = "responses"

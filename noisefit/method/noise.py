@@ -161,11 +161,14 @@ class TokenScaledNoise:
 
     def capped(self, scale: Tensor, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         """The scale, made smaller by one factor, without gradient, where `max_to_signal` asks for that."""
-        if not self.max_to_signal:
-            return scale
+        return scale * self.limit(scale, hidden_states, mask).clamp(max=1) if self.max_to_signal else scale
+
+    @torch.no_grad()
+    def limit(self, scale: Tensor, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """By how much a scale may be multiplied before `max_to_signal` is reached; a scalar, without gradient."""
+        size = self.mean_size(scale, mask)
         most = self.max_to_signal * mean_magnitude(hidden_states, mask)
-        size = self.mean_size(scale.detach(), mask)
-        return scale * (most / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
+        return most / size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
 class EmbeddingNoise(TokenScaledNoise):

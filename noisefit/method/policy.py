@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from noisefit.method.noise import TokenScaledNoise
+from noisefit.fork.hooks import EMBEDDING
+from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise
 
 BY_SNR, CALIBRATED, FROZEN = "snr", "calibrated", "frozen"
 KINDS = (BY_SNR, CALIBRATED, FROZEN)
@@ -48,3 +49,29 @@ class NoisePolicy:
         if self.kind == BY_SNR:
             return {layer: kind(noise_std=noise_std) for layer in self.layers}
         return {layer: kind(base_std=std) for layer, std in zip(self.layers, self.base_stds, strict=True)}
+
+
+def as_asked(settings: Any, kind: NoiseKind) -> NoiseKind:
+    """Makes noise of this kind as a run's settings have it, besides its strength."""
+    relative = {"relative": True} if settings.noise_scale == RELATIVE else {}
+
+    def make(**strength: float) -> TokenScaledNoise:
+        noise = kind(**strength, **relative)
+        noise.gradient, noise.max_to_signal = settings.noise_gradient, settings.max_noise_to_signal
+        return noise
+
+    return make
+
+
+def make_noise(settings: Any, policy: NoisePolicy, kind: NoiseKind = TokenScaledNoise) -> dict[int, TokenScaledNoise]:
+    """The noise of each layer of the policy; on the embedding where the objective wants it there.
+
+    Args:
+        settings: of a run: its `objective`, `neftune_alpha`, `noise_std`, `noise_scale`, `noise_gradient` and
+            `max_noise_to_signal`.
+        policy: of the run.
+        kind: of the noise.
+    """
+    if settings.objective.noise == "embedding":
+        return {EMBEDDING: EmbeddingNoise(settings.neftune_alpha)}
+    return policy.noise(as_asked(settings, kind), settings.noise_std)

@@ -36,25 +36,29 @@ def layer_snr(
     Returns:
         `[num_layers]`, float32 or wider, on the model's device; ratios, without a unit.
     """
-    noise = kind(noise_std=noise_std)
+    return _snr_of(model, batch, [kind(noise_std=noise_std)] * len(find_decoder_layers(model)))
 
-    def ratio(hidden: Tensor, mask: Tensor) -> Tensor:
-        size = noise.mean_size(noise.scale(hidden, mask), mask)
-        return mean_magnitude(hidden, mask) / (size + EPS)
+
+def _snr_of(model: nn.Module, batch: Mapping[str, Tensor], noise: Sequence[TokenScaledNoise]) -> Tensor:
+    """`layer_snr` with the noise of each layer."""
+
+    def ratio(layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
+        scale = noise[layer].capped(noise[layer].scale(hidden, mask), hidden, mask)
+        return mean_magnitude(hidden, mask) / (noise[layer].mean_size(scale, mask) + EPS)
 
     return _of_each_layer(model, batch, ratio)
 
 
 @torch.no_grad()
 def _of_each_layer(
-    model: nn.Module, batch: Mapping[str, Tensor], measure: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, batch: Mapping[str, Tensor], measure: Callable[[int, Tensor, Tensor], Tensor]
 ) -> Tensor:  # fmt: skip
-    """`measure(hidden states [B, L, H], mask [B, L])`, a scalar, of every decoder block's own output in eval mode."""
+    """`measure(layer, hidden states [B, L, H], mask)`, a scalar, of every decoder block's own output in eval mode."""
     layers = find_decoder_layers(model)
     found: dict[int, Tensor] = {}
 
     def hook(index: int, layer: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found[index] = measure(block_hidden_states(output), batch["attention_mask"])
+        found[index] = measure(index, block_hidden_states(output), batch["attention_mask"])
 
     was_training = model.training
     handles = [layer.register_forward_hook(functools.partial(hook, i)) for i, layer in enumerate(layers)]
@@ -96,23 +100,27 @@ def select_layers(snr: Tensor, count: int, snr_format: str, first: int = 0) -> l
 
 
 def average_snr(
-    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], noise_std: float, kind: NoiseKind = TokenScaledNoise
-) -> Tensor:
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], noise_std: float, kind: NoiseKind = TokenScaledNoise,
+    base_stds: Sequence[float] = (),
+) -> Tensor:  # fmt: skip
     """`layer_snr` averaged over batches and over all processes of the launch; `[num_layers]`, on the CPU, float64.
 
-    Every process passes as many batches as the others.
+    Every process passes as many batches as the others. Where base scales of the layers are given, they take the place
+    of `noise_std`.
     """
-    return _average(layer_snr(model, batch, noise_std, kind) for batch in batches)
+    if not base_stds:
+        return _average(layer_snr(model, batch, noise_std, kind) for batch in batches)
+    noise = [kind(base_std=base_std) for base_std in base_stds]
+    return _average(_snr_of(model, batch, noise) for batch in batches)
 
 
 def average_base_std(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], noise_std: float) -> Tensor:
     """`snr_base_std` of every decoder block's own output, measured and averaged as `average_snr` does."""
-    measure = functools.partial(_base_std, noise_std)
-    return _average(_of_each_layer(model, batch, measure) for batch in batches)
 
+    def base_std(layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
+        return snr_base_std(hidden, noise_std, mask)
 
-def _base_std(noise_std: float, hidden: Tensor, mask: Tensor) -> Tensor:
-    return snr_base_std(hidden, noise_std, mask)
+    return _average(_of_each_layer(model, batch, base_std) for batch in batches)
 
 
 def _average(measured: Iterable[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ PANELS = {  # key: title, unit
     "snr": ("Signal to noise by layer", "SNR"),
     "kl": ("KL by layer, at chosen or best scale", NATS),
     "noise_to_signal": ("Noise to signal", "mean |noise| / mean |h|"),
-    "hidden_rms": ("Size of the noisy hidden states", "root mean square"),
+    "hidden_rms": ("Size of the hidden states that get noise", "root mean square"),
     "tokens_per_second": ("Throughput", "tokens/s"),
     "peak_memory_gib": ("Peak memory", "GiB"),
 }

@@ -29,7 +29,7 @@ STATE, OPTIMIZER, PROCESSES = "checkpoint.json", "optimizer.safetensors", "proce
 LOOP_SHAPE = {**dict.fromkeys(("step", "total_steps", "seen_targets", "bad_steps"), COUNT), "strategy": TEXT,
               "policy": POLICY_SHAPE}  # fmt: skip
 METRICS_SHAPE = {**dict.fromkeys(("steps", "skipped", "targets", "tokens"), COUNT), "seconds": AMOUNT,
-                 "noisy_steps": [COUNT]}  # fmt: skip
+                 "noisy_steps": [COUNT], "started": [COUNT], "told": COUNT}  # fmt: skip
 STATE_SHAPE = {"saved_at": INTEGER, "run": OBJECT, "loop": LOOP_SHAPE, "metrics": METRICS_SHAPE,
                "schedule": {"last_epoch": COUNT}, "scaler": Maybe(OBJECT), "files": {EACH: [ANY]}}  # fmt: skip
 
@@ -215,7 +215,7 @@ def checked_state(state: Any, where: str) -> dict[str, Any]:
     require(loop["bad_steps"] <= loop["step"], where, "bad_steps is more than step")
     require(found["schedule"]["last_epoch"] <= loop["step"], where, "last_epoch is more than step")
     require(loop["strategy"] in STRATEGIES, where, f"strategy is none of {', '.join(STRATEGIES)}")
-    policy_from(loop["policy"], f"{where}: policy", len(metrics["noisy_steps"]) - 1)
+    policy_from(loop["policy"], f"{where}: policy", len(metrics["noisy_steps"]) - 1, found["run"])
     require(all(name == Path(name).name for name in files), where, "files are not names")
     weights = any(name.startswith(("adapter_model.", "model")) for name in files)
     require({OPTIMIZER, PROCESSES} <= set(files) and weights, where, "files are lacking")
@@ -257,7 +257,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
-        if old != new and name not in same:
+        if name not in before:
+            found.append(f"{name} is not known of it, as an older version wrote it")
+        elif old != new and name not in same:
             found.append(f"the {name} have changed" if name in (ROWS, FILES) else f"{name} was {old} and is {new}")
     return found
 

@@ -20,9 +20,8 @@ from noisefit.base.files import append_json_line
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.method.losses import add_losses
 from noisefit.method.objectives import LOSSES
-from noisefit.method.policy import LIVE
 from noisefit.run.memory import peak_memory
-from noisefit.run.runaway import Runaway
+from noisefit.run.runaway import describe_runaway
 from noisefit.run.settings import Settings
 
 LINES = ("metrics.jsonl", "eval_metrics.jsonl")  # the files, in the output folder
@@ -54,13 +53,15 @@ class Metrics:
         accelerator: of the run.
         output: the run's output folder.
         num_layers: of the model.
-        noise_scale: the value of `--noise_scale`, for the line that says that noise runs away.
+        settings: of the run.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path, num_layers: int, noise_scale: str = LIVE):
-        self.accelerator, self.num_layers = accelerator, num_layers
+    def __init__(self, accelerator: Accelerator, output: Path, num_layers: int, settings: Settings):
+        self.accelerator, self.num_layers, self.settings = accelerator, num_layers, settings
         self.path, self.eval_path = (output / name for name in LINES)
-        self.runaway = Runaway(self.path, noise_scale)
+        # Of each layer, as below, the noise to signal of its first step with noise; and whether its growth was told.
+        self._start = torch.zeros(num_layers + 1, device=accelerator.device)
+        self._started, self._told = [0] * (num_layers + 1), 0
         self._reset()
 
     def _reset(self) -> None:
@@ -93,6 +94,8 @@ class Metrics:
         self._loss += loss * target_tokens
         add_losses(self._losses, losses)
         for layer, sizes in noise_sizes.items():
+            if not self._started[layer]:
+                self._start[layer], self._started[layer] = sizes[0], 1
             self._sizes[layer] += sizes
             self._noisy_steps[layer] += 1
         self._steps += 1
@@ -138,9 +141,12 @@ class Metrics:
             "skipped_steps": self._skipped,
         }
         self._reset()
+        start = self.accelerator.reduce(self._start, "mean").tolist()
+        first = {name: start[layer] for name, layer in zip(names_of_layers, noisy, strict=True)}
+        if not self._told and (runaway := describe_runaway(self.settings, step, by_layer, first)):
+            notice(runaway)
+            self._told = 1
         if self.accelerator.is_main_process:
-            if warning := self.runaway.watch(line):
-                notice(warning)
             append_json_line(self.path, line)
         flat = line | {f"noise_to_signal/{layer}": ratio for layer, ratio in by_layer.items()}
         flat |= {f"hidden_rms/{layer}": value for layer, value in zip(names_of_layers, rms, strict=True)}
@@ -153,6 +159,9 @@ class Metrics:
         return own | {
             "loss": self._loss,
             "noise_sizes": self._sizes,
+            "noise_start": self._start,
+            "started": self._started,
+            "told": self._told,
             "steps": self._steps,
             "noisy_steps": self._noisy_steps,
             "skipped": self._skipped,
@@ -164,7 +173,8 @@ class Metrics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo of `state_dict`."""
         own = {name: value.to(self._loss) for name, value in state.items() if isinstance(value, Tensor)}
-        self._loss, self._sizes = own.pop("loss"), own.pop("noise_sizes")
+        self._loss, self._sizes, self._start = own.pop("loss"), own.pop("noise_sizes"), own.pop("noise_start")
+        self._started, self._told = state["started"], state["told"]
         self._losses = {name.removeprefix("losses."): value for name, value in own.items()}
         self._steps, self._skipped, self._noisy_steps = state["steps"], state["skipped"], state["noisy_steps"]
         self._targets, self._tokens = state["targets"], state["tokens"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -19,10 +18,19 @@ from noisefit.base.files import read_text
 from noisefit.base.random_state import random_state, restore_random_state
 from noisefit.base.schema import AMOUNT, COUNT, INDEX, OBJECT, TEXT, Maybe, checked, require
 from noisefit.fork.exactness import choose_strategy
-from noisefit.fork.hooks import EMBEDDING
 from noisefit.method import calibration
-from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise
-from noisefit.method.policy import BY_SNR, CALIBRATED, FROZEN, KINDS, RELATIVE, NoiseKind, NoisePolicy
+from noisefit.method.noise import TokenScaledNoise
+from noisefit.method.policy import (
+    BY_SNR,
+    CALIBRATED,
+    FROZEN,
+    KINDS,
+    NOISE_SCALES,
+    RELATIVE,
+    NoiseKind,
+    NoisePolicy,
+    as_asked,
+)
 from noisefit.method.snr import average_base_std, average_snr, negligible_noise, select_layers
 from noisefit.run.processes import progress_bar
 from noisefit.run.settings import POLICIES, Settings
@@ -36,7 +44,7 @@ FILE_SHAPE = {"selected": [INDEX], "scales": [AMOUNT], "snr": (AMOUNT,), "num_la
 # Of a policy in a checkpoint.
 POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT),
                 "start_stds": (AMOUNT,)}  # fmt: skip
-LIVES = {FROZEN: "its base scale is kept as it is now", RELATIVE: "relative to each token's size"}
+ALIKE = 1.05  # times the smallest SNR, up to which the largest says nothing of the layers
 RECORDED = ("noise_scale", "prefer_late_layers", "seed")  # settings that a calibration goes by, besides its own
 
 
@@ -58,6 +66,7 @@ def check_policy(settings: Settings, num_layers: int) -> None:
         if made_for != settings.model:
             notice(f"--noise_policy {wanted} was calibrated for {made_for}")
         scaled = ((policy.calibration or {}).get("settings") or {}).get("noise_scale") or settings.noise_scale
+        require(scaled in NOISE_SCALES, f"--noise_policy {wanted}", f"its noise_scale is none of {NOISE_SCALES}")
         if (scaled == RELATIVE) != (settings.noise_scale == RELATIVE):
             raise InputError(f"--noise_policy {wanted} was calibrated with --noise_scale {scaled}, and its scales mean "
                              f"something else under {settings.noise_scale}; give --noise_scale {scaled}")  # fmt: skip
@@ -103,11 +112,24 @@ def read_policy(name: str, num_layers: int | None = None) -> NoisePolicy:
     return policy
 
 
-def policy_from(value: Any, where: str, num_layers: int) -> NoisePolicy:
-    """The policy that a checkpoint holds. Raises `InputError` where it is none for a model of so many layers."""
+def policy_from(value: Any, where: str, num_layers: int, run: Mapping[str, Any]) -> NoisePolicy:
+    """The policy that a checkpoint holds.
+
+    Args:
+        value: as it stands there.
+        where: the file, for the line.
+        num_layers: of the model.
+        run: the settings of the run, by name.
+
+    Raises:
+        InputError: it is none for a model of so many layers, or none of such a run.
+    """
     policy = NoisePolicy(**checked(value, POLICY_SHAPE, where))
     require(policy.kind in KINDS, where, f"kind is none of {', '.join(KINDS)}")
     check_values(policy, where, num_layers)
+    measured = FROZEN if run.get("noise_scale") == FROZEN else BY_SNR
+    kinds = {"snr": measured}.get(str(run.get("noise_policy")), CALIBRATED)
+    require(not policy.layers or policy.kind == kinds, where, f"kind is {policy.kind}, that of the run is {kinds}")
     return policy
 
 
@@ -122,6 +144,8 @@ def check_values(policy: NoisePolicy, where: str, num_layers: int | None) -> Non
     require(len(stds) == wanted, where, f"there are {len(stds)} scales to {wanted} layers")
     frozen = most if policy.kind == FROZEN else 0
     require(len(policy.start_stds) == frozen, where, f"start_stds are not those of {frozen} layers")
+    kept = [policy.start_stds[layer] for layer in layers] if frozen else stds
+    require(stds == kept, where, "base_stds are not the start_stds of its layers")
     for entry in checked((policy.calibration or {}).get("layers"), TRIED, where):
         require(entry["layer"] < most, where, "a measured layer is not of the model")
         require(bool(entry["grid"]), where, "a measured layer has no grid")
@@ -152,19 +176,21 @@ def choose_policy(
     Raises:
         InputError: the model overflows, `--branches fork` is not possible, or no noise that is tried does anything.
     """
-    layered, wanted, kind = settings.objective.noise == "layers", settings.noise_policy, _scaled(settings, kind)
+    layered, wanted, kind = settings.objective.noise == "layers", settings.noise_policy, as_asked(settings, kind)
     if wanted not in POLICIES and layered:
         return read_policy(wanted)
-    snr = average_snr(model, batches[: settings.snr_batches], settings.noise_std, kind)
+    stds, measured_on = [], batches[: settings.snr_batches]
+    if layered and wanted == "snr" and settings.noise_scale == FROZEN:
+        stds = list(before.start_stds) if before is not None else []
+        stds = stds or average_base_std(model, measured_on, settings.noise_std).tolist()
+    snr = average_snr(model, measured_on, settings.noise_std, kind, stds)
     first = first_eligible(settings.prefer_late_layers, len(snr))
     if not layered:
         return NoisePolicy(snr=snr.tolist())
     if wanted == "snr":
         layers = select_layers(snr, settings.num_noise_layers, settings.snr_format, first)
-        if settings.noise_scale != FROZEN:
+        if not stds:
             return NoisePolicy(BY_SNR, layers, snr=snr.tolist())
-        stds = before.start_stds if before is not None else []
-        stds = stds or average_base_std(model, batches[: settings.snr_batches], settings.noise_std).tolist()
         return NoisePolicy(FROZEN, layers, [stds[layer] for layer in layers], snr.tolist(), start_stds=stds)
     batches, layers = batches[: settings.auto_calib_batches], list(range(first, len(snr)))
     strategy, _ = choose_strategy(model, batches[0], layers[:1], settings.branches)
@@ -193,22 +219,6 @@ def rules_of(settings: Settings) -> calibration.Rules:
     )
 
 
-def make_noise(
-    settings: Settings, policy: NoisePolicy, kind: NoiseKind = TokenScaledNoise
-) -> dict[int, TokenScaledNoise]:
-    """The noise of each layer of the policy; on the embedding where the objective wants it there."""
-    if settings.objective.noise == "embedding":
-        return {EMBEDDING: EmbeddingNoise(settings.neftune_alpha)}
-    noise = policy.noise(_scaled(settings, kind), settings.noise_std)
-    for of_layer in noise.values():
-        of_layer.gradient, of_layer.max_to_signal = settings.noise_gradient, settings.max_noise_to_signal
-    return noise
-
-
-def _scaled(settings: Settings, kind: NoiseKind) -> NoiseKind:
-    return functools.partial(kind, relative=True) if settings.noise_scale == RELATIVE else kind
-
-
 def expected_cost(settings: Settings, policy: NoisePolicy, num_layers: int, strategy: str) -> float:
     """A step's cost as a ratio to plain fine-tuning's, counting layers: `p + b (1 - p)` for the fork of `b` branches,
     with `p` the share of the layers up to the first noisy one."""
@@ -228,8 +238,16 @@ def describe(settings: Settings, policy: NoisePolicy, num_layers: int, strategy:
         rows = _rows(policy, num_layers)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        how = f" ({LIVES[settings.noise_scale]})" if settings.noise_scale in LIVES and policy.layers else ""
+        how = " (relative to each token's size)" if settings.noise_scale == RELATIVE and policy.layers else ""
+        how = " (its base scale is kept as it is now)" if policy.kind == FROZEN and policy.layers else how
         lines.append(f"noise in layers: {', '.join(map(str, policy.layers)) or 'none'}{how}")
+        if (
+            policy.kind != CALIBRATED
+            and 0 < len(policy.layers) < num_layers
+            and max(policy.snr) < ALIKE * min(policy.snr)
+        ):
+            lines.append("the layers' SNR are nearly the same, so which of them are chosen is nearly chance; "
+                         "--prefer_late_layers chooses by depth")  # fmt: skip
     elif objective.noise == "embedding":
         lines.append(f"noise on the embeddings, alpha {settings.neftune_alpha:g}")
     if "rdrop_dropout" in objective.reads:

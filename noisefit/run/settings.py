@@ -205,8 +205,17 @@ def check_objective(settings: Settings) -> None:
         if policy not in POLICIES and settings.snr_every:
             raise InputError("--snr_every measures the layers again, which --noise_policy FILE fixes; leave one out")
     noiseless = [flag for flag in ("noise_std", "num_noise_layers") if policy == "snr" and not getattr(settings, flag)]
+    if objective.noise == "layers" and noiseless and _is_softened(settings) and "soft" in objective.losses:
+        raise InputError(
+            f"--temperature_on teacher with --temperature {settings.temperature:g} is a loss without noise, too, but "
+            f"--{noiseless[0]} 0 asks for plain fine-tuning; leave one of them out"
+        )
     if objective.noise == "layers" and "ce" not in objective.losses and noiseless:
         raise InputError(f"--{noiseless[0]} 0 leaves --loss_mode {settings.loss_mode} nothing to learn; give it noise")
+
+
+def _is_softened(settings: Settings) -> bool:
+    return settings.temperature_on == "teacher" and settings.temperature != 1
 
 
 def without_effect(settings: Settings) -> str | None:
@@ -217,12 +226,16 @@ def without_effect(settings: Settings) -> str | None:
     used |= {field.name: layers and policy == "auto" for field in fields_of(CalibrationSettings)}
     used |= dict.fromkeys((name for o in OBJECTIVES.values() for name in o.reads), False)
     used |= dict.fromkeys(objective.reads, True)
+    if "temperature_on" in objective.reads:
+        used["temperature_on"] = settings.temperature != 1
+        used["temperature"] = settings.temperature_on == "both" or "soft" in objective.losses
+    noisy = layers and (policy != "snr" or bool(settings.num_noise_layers and settings.noise_std))
     used |= {
         "noise_std": layers and policy == "snr",
         # A calibrated base scale is a number, so it is frozen as it is.
-        "noise_scale": layers and (policy == "snr" or settings.noise_scale == "relative"),
-        "noise_gradient": layers,
-        "max_noise_to_signal": layers,
+        "noise_scale": noisy and (policy == "snr" or settings.noise_scale == "relative"),
+        "noise_gradient": noisy,
+        "max_noise_to_signal": noisy,
         "prefer_late_layers": layers and measured,
         "snr_batches": not layers or measured,
         "branches": len(objective.branches) > 1,

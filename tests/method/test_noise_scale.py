@@ -193,6 +193,21 @@ def test_a_limit_makes_the_noise_that_share_of_the_signal_and_leaves_weaker_nois
     assert torch.equal(noise.capped(torch.zeros_like(scale), hidden, MASK), torch.zeros_like(scale))
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_the_gradient_under_a_limit_takes_its_factor_for_a_constant(name):
+    hidden, drawn = random_hidden((2, 6, 9)), random_hidden((2, 6, 9), seed=1)
+    free, limited = (kind_of(name, gradient=True, max_to_signal=limit) for limit in (0.0, 0.01))
+    found = []
+    for noise in (free, limited):
+        watched = hidden.clone().requires_grad_()
+        scale = noise.capped(noise.scale(watched, MASK), watched, MASK)
+        masked_mean(scale * drawn, MASK).backward()
+        found.append((watched.grad, noise.mean_size(scale, MASK)))
+    factor = found[1][1] / found[0][1]
+    assert factor < 0.5
+    torch.testing.assert_close(found[1][0], found[0][0] * factor)
+
+
 def test_the_limit_holds_in_the_pass_and_in_what_is_recorded():
     model, batch = tiny_model(), supervise(tiny_batch())
     branched = BranchedModel(model, 100)

@@ -119,14 +119,14 @@ def test_a_sharded_run_calibrates_as_one_process_does(llama_folder, tmp_path, mo
 
 @pytest.mark.parametrize(
     "flags",
-    [dict(noise_scale="frozen", noise_std=0.5, noise_gradient=True), dict(noise_scale="relative", noise_std=0.2)],
+    [dict(noise_scale="frozen", noise_std=0.5, noise_gradient=True), dict(noise_scale="relative", noise_policy="auto")],
     ids=str,
 )
 def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_path, monkeypatch):
     """All rows alike and noise that is no draw, as above; the second branch has the noise of the first."""
     data = tmp_path / "alike.csv"
     data.write_text("prompt,response\n" + "What is one plus one?,It is two.\n" * 8)
-    flags |= dict(max_steps=3, num_noise_layers=2, teacher_gradient=True)
+    flags |= dict(max_steps=3, teacher_gradient=True)
     done = train_sharded("none", llama_folder, data, tmp_path / "two", batch_size=2, **flags)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)

@@ -197,7 +197,7 @@ def tiny_run(out: Path, run: dict) -> Checkpoints:
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     model, optimizer = accelerator.prepare(model, optimizer)
     optimizer.step()
-    metrics = Metrics(accelerator, out, num_layers=4)
+    metrics = Metrics(accelerator, out, 4, Settings(model="m", train_data="t"))
     output = OutputFolder(out)
     parts = (accelerator, model, optimizer, schedule, metrics, byte_tokenizer())
     return Checkpoints(output, 1, True, run, *parts)

@@ -22,7 +22,7 @@ from noisefit.inputs.batches import epoch_steps
 from noisefit.inputs.prompts import make_examples
 from noisefit.inputs.tables import read_rows
 from noisefit.method.objectives import OBJECTIVES
-from noisefit.run.noise_policy import make_noise
+from noisefit.method.policy import make_noise
 
 SETTINGS = dict(
     batch_size=3, gradient_accumulation_steps=2, epochs=2, learning_rate=2e-2, temperature=2.0, hybrid_loss_alpha=0.3,

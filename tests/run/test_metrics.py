@@ -13,13 +13,14 @@ from accelerate.state import AcceleratorState
 from noisefit.base.errors import InputError
 from noisefit.method.objectives import LOSSES
 from noisefit.run.metrics import Metrics
+from noisefit.run.settings import Settings
 from noisefit.run.steps import take_step
 
 
 @pytest.fixture
 def metrics(tmp_path):
     AcceleratorState._reset_state(True)
-    return Metrics(Accelerator(cpu=True), tmp_path, num_layers=4)
+    return Metrics(Accelerator(cpu=True), tmp_path, 4, Settings(model="m", train_data="t"))
 
 
 def log(metrics, step=1, grad_norm=2.0):
@@ -73,6 +74,15 @@ def test_the_loss_is_the_one_that_was_optimized_whatever_the_weights(metrics):
 def test_a_loss_that_the_objective_does_not_have_is_null(metrics):
     add(metrics, [6.0, 3.0, 0.0])
     assert log(metrics)["rdrop_loss"] is None and log(metrics)["ce_loss"] is None
+
+
+def test_trackers_get_the_noise_and_the_size_of_each_layer_by_its_name(metrics, monkeypatch):
+    sent = []
+    monkeypatch.setattr(metrics.accelerator, "log", lambda line, step: sent.append(line))
+    add(metrics, [6.0, 3.0, 0.0], l1=0.25, l3=0.5)
+    line = log(metrics)
+    assert sent[0]["noise_to_signal/1"] == 0.25 and sent[0]["hidden_rms/3"] == 4.0 and sent[0]["hidden_rms/1"] == 2.0
+    assert not {"layer_noise_to_signal", "hidden_rms", "rdrop_loss"} & set(sent[0]) and line["rdrop_loss"] is None
 
 
 def test_the_noise_of_every_layer_is_its_mean_over_the_steps_in_which_it_had_some(metrics):

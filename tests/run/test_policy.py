@@ -7,10 +7,11 @@ import torch
 from running import MEASURED, metrics_of, run, words
 from tiny_folder import tiny_folder
 
+import train_loop
 from noisefit.base.errors import InputError
 from noisefit.method import calibration
 from noisefit.method.objectives import OBJECTIVES
-from noisefit.method.policy import BY_SNR, FROZEN, NoisePolicy
+from noisefit.method.policy import BY_SNR, CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run import noise_policy
 from noisefit.run.noise_policy import check_policy, describe, expected_cost, first_eligible, read_policy
 from noisefit.run.settings import parse_arguments, without_effect
@@ -378,6 +379,9 @@ def test_the_start_of_a_run_says_how_its_base_scale_lives():
     relative = NoisePolicy(layers=[1], snr=[2000.0] * 4)
     said = describe(parse(noise_scale="relative"), relative, 4, "fork")
     assert said[5] == "noise in layers: 1 (relative to each token's size)"
+    assert said[6].startswith("the layers' SNR are nearly the same")
+    assert "nearly the same" not in str(describe(parse(), NoisePolicy(layers=[1], snr=[5.0, 5.5]), 2, "fork"))
+    assert "(" not in describe(parse(noise_scale="frozen"), NoisePolicy(CALIBRATED, [1], [0.1]), 2, "fork")[3]
     assert said[-1].endswith("Raise --noise_std, to which it is in proportion")
 
 
@@ -409,7 +413,7 @@ def test_calibration_leaves_the_random_generators_alone(llama_folder, data, tmp_
         return found
 
     monkeypatch.setattr(calibration, "measure", watch)
-    make = noise_policy.make_noise
+    make = train_loop.make_noise
     monkeypatch.setattr("train_loop.make_noise", lambda *args: states.append(torch.get_rng_state()) or make(*args))
     run(llama_folder, data, tmp_path / "out", **FAST | dict(max_steps=1), noise_policy="auto")
     assert torch.equal(states[0], states[1])

@@ -27,7 +27,7 @@ from noisefit.fork.decoder import find_decoder
 from noisefit.inputs.batches import collate, cut_step, epoch_steps
 from noisefit.inputs.prompts import make_examples
 from noisefit.inputs.tables import read_rows
-from noisefit.run.noise_policy import make_noise
+from noisefit.method.policy import make_noise
 from noisefit.run.settings import Settings, parse_arguments
 
 # --- The published defaults -------------------------------------------------------------------------------------------
