@@ -91,7 +91,7 @@ class LossSettings:
     temperature: float = setting(1.0, "softens the distributions of the soft and consistency terms", low=1e-3, high=1e3)
     temperature_on: str = setting(
         "both", "it softens both sides of a term, times T^2; or the clean teacher alone, as in the first published "
-        "program", choices=TEMPERATURE_ON,
+        "program, which flattens the predictions also where there is no noise", choices=TEMPERATURE_ON,
     )  # fmt: skip
     teacher_gradient: bool = setting(
         False,
