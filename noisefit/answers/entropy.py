@@ -112,6 +112,8 @@ def _load(name: str) -> tuple[Any, Any, int]:
         )
         model, report = loaded
         check_weights(report, Path(name).name)
+        if tokenizer.pad_token is None:
+            raise ValueError("its tokenizer has no padding token")
     labels = {str(label).lower(): int(number) for number, label in model.config.id2label.items()}
     if "entailment" not in labels:
         raise InputError(f"{flag} {name}: its labels are {', '.join(sorted(labels))}; expected one that is entailment")
@@ -123,6 +125,8 @@ def _entailed(tokenizer: Any, model: Any, label: int, pairs: Sequence[tuple[str,
     import torch
 
     premises, hypotheses = (list(texts) for texts in zip(*pairs, strict=True))
-    batch = tokenizer(premises, hypotheses, padding=True, truncation=True, return_tensors="pt").to(model.device)
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**6)
+    options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+    batch = tokenizer(premises, hypotheses, **options).to(model.device)
     with torch.inference_mode():
         return [int(found) == label for found in model(**batch).logits.argmax(-1)]

@@ -1,10 +1,10 @@
 """Refusals: answers that say that they give none.
 
 An answer is read clause by clause. A clause ends where a sentence does, at a dash or a bracket, before a word that
-turns from a refusal to an answer (but, maybe, I think, ...), and at a comma before `I`, `it` and the like or after a
-bare "I don't know". Clauses that
-refuse ("I don't know who wrote it"), and those that only accompany a refusal ("Sorry", "Please check ..."), are taken
-out. What is left is the answer that was given after all: where it has a word of its own, the answer is an attempt.
+turns from a refusal to an answer (but, maybe, I think, ...), and at a comma before `I`, `it` and the like, or after a
+bare "I don't know". Clauses that refuse ("I don't know who wrote it"), and those that only accompany a refusal
+("Sorry", "Please check ..."), are taken out. What is left is the answer that was given after all: where it has a word
+of its own, the answer is an attempt.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ To be honest, I don't know.|I cannot determine who that was|That cannot be deter
 I'm not sure whether it is Lisbon or Porto.|I need more information.|I would prefer not to say.|I must decline."""
 ATTEMPTS = """Lisbon|Lisbon, but I'm not sure.|Lisbon (I'm not sure).|I think it's Lisbon, though I'm not sure
 I don't know, but it might be Lisbon.|I'm not sure, maybe Lisbon|I'm not sure. I think it is Lisbon.
-I am not sure, it's Lisbon.|I don't know. Lisbon?|I'm not sure. Lisbon.|I don't know, Lisbon?|Not sure, Lisbon|I do not know - 1946|I do not know: +
+I am not sure, it's Lisbon.|I don't know. Lisbon?|I'm not sure. Lisbon.|I don't know, Lisbon?
+Not sure, Lisbon|I do not know - 1946|I do not know: +
 I know that it is Lisbon|She was not known for it|He was unknown until 1920.|The Unknown Soldier
 As far as I know, it is Lisbon.|No.|Nobody.|It is not Lisbon.|Sorry, it is Lisbon.|I can answer that: Lisbon.
 Information theory|I must say that it is Lisbon|If I had to guess, I'd say Lisbon, but I don't know."""
