@@ -91,6 +91,8 @@ def test_each_figure_is_that_of_its_definition(seed):
     assert found["semantic_entropy"] == pytest.approx(np.mean([item.entropy for item in assessed]))
     assert found["semantic_entropy_auroc"] == pytest.approx(roc_auc_score(~right, entropy))
     assert found["wrong_at_100"] == pytest.approx(1 - right.mean())
+    # What is resampled, for speed without scikit-learn, is the same.
+    assert once(assessed) == pytest.approx({name: found[name] for name in once(assessed)})
 
 
 def test_risk_and_coverage_where_confidences_are_equal():
@@ -104,9 +106,11 @@ def test_risk_and_coverage_where_confidences_are_equal():
         assert found[f"wrong_at_{percent}"] == pytest.approx(
             mean_over_orders(confidence, right, lambda wrong, kept=kept: np.mean(wrong[:kept]))
         )
-    # Of 30 answers a tenth are three, not four.
-    thirty = np.linspace(1, 0.1, 30)
-    assert risk_at(thirty, np.arange(30) == 3, np.ones((1, 30), int), [10])[0, 0] == 0
+    # Of 100 answers seven percent are seven, not eight, whatever 0.07 is in a float.
+    hundred = np.linspace(1, 0.1, 100)
+    assert risk_at(hundred, np.arange(100) == 7, np.ones((1, 100), int), [7])[0, 0] == 0
+    # And certainty is in the last bin.
+    assert once(assessed_of(("rw", [1.0, 1.0]), ("ww", [1.0, 0.95])))["ece"] == pytest.approx(2.95 / 4)
 
 
 def test_a_prompt_counted_twice_is_as_two_prompts():
@@ -281,6 +285,11 @@ def test_the_words_found_are_of_the_truth_that_fits_best(tmp_path):
     [found] = csv.DictReader((tmp_path / "p.csv").open(newline=""))
     assert found["verdict"] == "wrong"
     assert json.loads(found["found"]) == [["tom jones"]] and json.loads(found["missing"]) == [["rome"]]
+    # What is said in the refusal itself is not found.
+    refused = (*row[:2], "I don't know if Tom Jones was in Rome. Perhaps Smith.", 1, "")
+    call(main, write(tmp_path / "c.csv", [refused], header), "--per_prompt", tmp_path / "q.csv")
+    [found] = csv.DictReader((tmp_path / "q.csv").open(newline=""))
+    assert found["verdict"] == "wrong" and json.loads(found["found"]) == [[]]
 
 
 def test_the_picture_is_the_curve(tmp_path):
