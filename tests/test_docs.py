@@ -10,6 +10,7 @@ from noisefit.answers.settings import build_parser as build_answer_parser
 from noisefit.benchmarks import build_parser as build_benchmark_parser
 from noisefit.run.settings import build_parser
 from noisefit.score import build_parser as build_score_parser
+from noisefit.threshold import build_parser as build_threshold_parser
 
 
 def test_each_test_that_a_promise_names_exists():
@@ -31,6 +32,7 @@ def test_each_flag_that_the_documents_give_to_a_program_exists():
         "train_loop.py": build_parser()._option_string_actions,
         "generate.py": build_answer_parser()._option_string_actions,
         "noisefit.score": build_score_parser()._option_string_actions,
+        "noisefit.threshold": build_threshold_parser()._option_string_actions,
         "noisefit.benchmarks": flags_of_commands(build_benchmark_parser()),
     }
     found = 0

@@ -20,7 +20,11 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAMES = {"yaml": "pyyaml", "huggingface_hub": "huggingface_hub"}  # of modules, where the package's is another
+NAMES = {
+    "yaml": "pyyaml",
+    "sklearn": "scikit_learn",
+    "huggingface_hub": "huggingface_hub",
+}  # of modules, where the package's is another
 
 
 def quietly(command: list[object], **options: object) -> subprocess.CompletedProcess[str]:

@@ -25,13 +25,14 @@ def default_output(settings: AnswerSettings) -> str:
     return f"{Path(settings.model_path or str(settings.model_id)).resolve().name}_answers.csv"
 
 
-def check_answers_output(output: Path, source: Path, overwrite: bool, flag: str = "--output_csv") -> None:
+def check_answers_output(output: Path, source: Path, overwrite: bool, flag: str = "--output_csv",
+                         suffix: str = ".csv") -> None:  # fmt: skip
     """Raise `InputError` where the final CSV exists already, is the input, or cannot be written. Writes nothing.
 
-    `flag` is the one that names it, for the line.
+    `flag` is the one that names it, for the line; `suffix` what its name ends in.
     """
-    if output.suffix.lower() != ".csv":
-        raise InputError(f"{flag} {output}: expected a name that ends in .csv")
+    if output.suffix.lower() != suffix:
+        raise InputError(f"{flag} {output}: expected a name that ends in {suffix}")
     if output.is_dir():
         raise InputError(f"{flag} {output}: a folder, expected a file name")
     if output.exists() and source.exists() and output.samefile(source):

@@ -143,23 +143,40 @@ class Prompt:
     truth: str | None = None  # the decisive part, where the file names it in a column `answer`
     group: str = ""
     question: str = ""  # where the prompt says more: a passage that holds the answer, say
+    aliases: tuple[str, ...] = ()  # other true answers
+    unanswerable: bool = False  # the file has a column `answer`, and it is empty here: only a refusal is right
+    logprobs: tuple[float, ...] | None = None  # of the answers, in nats
+
+
+def truths(prompt: Prompt) -> list[list[str]]:
+    """What an answer may hold to be true: the parts of one of these. An alias counts whole, but for its article."""
+    truth = " ".join(words(prompt.truth or "")) or _as_it_stands(prompt.truth or "")
+    parts = [truth] if truth else decisive_parts(prompt.question or prompt.prompt, prompt.reference)
+    return [parts, *([alias] for text in prompt.aliases if (alias := _without_article(text)))]
+
+
+def _without_article(text: str) -> str:
+    found = words(text)
+    return " ".join(found[1:] if len(found) > 1 and found[0] in ("a", "an", "the") else found) or _as_it_stands(text)
 
 
 def score_prompt(prompt: Prompt) -> dict[str, float]:
     """Each of `METRICS` for one prompt, averaged over its rounds.
 
-    Self-consistency is the share of pairs of rounds whose normalised answers are the same; 1 for a single round.
+    Of several true answers the one that fits an answer best counts. Self-consistency is the share of pairs of rounds
+    whose normalised answers are the same; 1 for a single round.
     """
-    truth = " ".join(words(prompt.truth or "")) or _as_it_stands(prompt.truth or "")
-    parts = [truth] if truth else decisive_parts(prompt.question or prompt.prompt, prompt.reference)
+    alternatives = truths(prompt)
     answers = [normalize(answer) for answer in prompt.answers]
     pairs = [a == b for a, b in combinations(answers, 2)]
-    true = float(np.mean([holds(answer, parts) for answer in prompt.answers]))
+    true = float(np.mean([any(holds(answer, parts) for parts in alternatives) for answer in prompt.answers]))
+    references = (prompt.reference, *prompt.aliases)
+    same = {normalize(text) for text in references}
     return {
         "hallucination_rate": 1 - true,
         "contains_truth": true,
-        "exact_match": float(np.mean([answer == normalize(prompt.reference) for answer in answers])),
-        "token_f1": float(np.mean([token_f1(answer, prompt.reference) for answer in prompt.answers])),
+        "exact_match": float(np.mean([answer in same for answer in answers])),
+        "token_f1": float(np.mean([max(token_f1(a, text) for text in references) for a in prompt.answers])),
         "self_consistency": float(np.mean(pairs)) if pairs else 1.0,
     }
 
@@ -172,9 +189,7 @@ def summarize(prompts: Sequence[Prompt], seed: int = 0) -> dict[str, float | lis
         values = np.array([score[metric] for score in scores])
         summary[metric] = float(values.mean())
         summary[f"{metric}_ci"] = bootstrap_interval(values, seed)
-    answers = sum(len(prompt.answers) for prompt in prompts)
-    right = sum(round(s["contains_truth"] * len(p.answers)) for s, p in zip(scores, prompts, strict=True))
-    return summary | {"prompts": len(prompts), "answers": answers, "right": right, "wrong": answers - right}
+    return summary | {"prompts": len(prompts), "answers": sum(len(prompt.answers) for prompt in prompts)}
 
 
 def compare(first: Sequence[Prompt], second: Sequence[Prompt], seed: int = 0) -> dict[str, float | list[float]]:

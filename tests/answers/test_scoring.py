@@ -169,7 +169,7 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["hallucination_rate"] == 0.5 and found["answers"] == 4
-    assert found["prompts"] == found["right"] == found["wrong"] == 2
+    assert found["prompts"] == found["right"] == 2 and found["wrong"] == found["not_attempted"] == 1
     assert found["by"]["kind"]["book"]["hallucination_rate"] == 0.5
     assert found["others"][0]["hallucination_rate"] == 0.25
     assert found["others"][0]["compared_with_first"]["difference"] == -0.25

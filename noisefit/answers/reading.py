@@ -1,0 +1,116 @@
+"""Reading the answers of `generate.py`, and what a file says of the truth and of confidence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from noisefit.answers.scoring import Prompt
+from noisefit.base.errors import InputError
+from noisefit.base.files import read_text
+from noisefit.inputs.tables import name_rows, read_records, text_cell
+
+NEEDED = ("prompt", "response", "generated_response")
+LOGPROB = "logprob"
+ALIASES = ("answers", "aliases")
+
+
+def read_answers(path: str, by: str | None) -> list[Prompt]:
+    """The answers of a file, a prompt with all its rounds each, in order of first appearance.
+
+    Raises:
+        InputError: as `read_records`; a row without prompt or reference; one prompt with two references or groups; a
+            round with fewer answers than another; a list of true answers that is none; a log-probability that is none,
+            or missing in some rows.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    rounds: Counter[str] = Counter()
+    without: list[int] = []
+    for row, record in read_records(path, (*NEEDED, by) if by else NEEDED):
+        prompt, reference = (text_cell(path, row, column, record.get(column)) for column in NEEDED[:2])
+        if not prompt or not reference:
+            raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
+        facts = {
+            "response": reference,
+            **{column: text_cell(path, row, column, record.get(column)) for column in ("answer", "question")},
+            **{column: _texts(path, row, column, record.get(column)) for column in ALIASES},
+        }
+        if by and by not in ALIASES:
+            facts[by] = text_cell(path, row, by, record.get(by))
+        entry = found.setdefault(prompt, {"facts": facts, "answers": [], "logprobs": [], "row": row, "empty": False})
+        for column, value in facts.items():
+            if entry["facts"][column] != value:
+                raise InputError(f"{path}: rows {entry['row']} and {row} give one prompt two values of {column!r}")
+        entry["empty"] |= record.get("answer") is not None and not facts["answer"]
+        entry["answers"].append(text_cell(path, row, NEEDED[2], record.get(NEEDED[2])))
+        logprob = _logprob(path, row, record.get(LOGPROB))
+        entry["logprobs"].append(logprob)
+        without += [row] if logprob is None else []
+        rounds[str(record.get("round"))] += 1
+    if not found:
+        raise InputError(f"{path}: it has no rows")
+    if len(set(rounds.values())) > 1:
+        counts = ", ".join(f"{count} of round {name}" for name, count in rounds.items())
+        raise InputError(f"{path}: answers are missing: {counts}")
+    some = len(without) < sum(rounds.values())
+    if without and some:
+        raise InputError(
+            f"{path}: {name_rows(without)}: no {LOGPROB}, which other rows have; expected one in every row, or the "
+            "column left out"
+        )
+    return [
+        Prompt(
+            prompt, facts["response"], tuple(entry["answers"]), facts["answer"], _group(facts, by), facts["question"],
+            tuple(dict.fromkeys((*facts["answers"], *facts["aliases"]))), entry["empty"],
+            tuple(entry["logprobs"]) if some else None,
+        )
+        for prompt, entry in found.items()
+        for facts in [entry["facts"]]
+    ]  # fmt: skip
+
+
+def read_phrases(path: str | None) -> tuple[str, ...]:
+    """The phrases of `--refusals FILE`, one a line; empty lines are none.
+
+    Raises:
+        InputError: the file cannot be read, or has no phrase.
+    """
+    if path is None:
+        return ()
+    phrases = tuple(line.strip() for line in read_text(Path(path), "--refusals ").splitlines() if line.strip())
+    if not phrases:
+        raise InputError(f"--refusals {path}: it has no lines; expected a phrase that refuses on each")
+    return phrases
+
+
+def _group(facts: dict[str, Any], by: str | None) -> str:
+    value = facts[by] if by else ""
+    return value if isinstance(value, str) else ", ".join(value)
+
+
+def _texts(path: str, row: int, column: str, cell: Any) -> tuple[str, ...]:
+    """A list of true answers: as JSON where the cell is text; empty ones are left out."""
+    if isinstance(cell, str) and cell.strip():
+        with suppress(ValueError, RecursionError):
+            cell = json.loads(cell)
+    elif isinstance(cell, str) or cell is None:
+        return ()
+    if not isinstance(cell, list) or not all(isinstance(text, str) for text in cell):
+        raise InputError(f'{path}: row {row}: {column} is {str(cell)[:40]!r}, expected a list of texts: ["a", "b"]')
+    return tuple(stripped for text in cell if (stripped := text.strip()))
+
+
+def _logprob(path: str, row: int, cell: Any) -> float | None:
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return None
+    try:
+        value = math.nan if isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not -math.inf < value <= 0:
+        raise InputError(f"{path}: row {row}: {LOGPROB} is {str(cell)[:40]!r}, expected a number that is at most 0")
+    return value
