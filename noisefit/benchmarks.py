@@ -1,11 +1,11 @@
-"""The published evaluation: TruthfulQA by generated letter, and HaluEval QA, from files that you have.
+"""Benchmarks as questions for `generate.py`, from files that you have; and the letters of TruthfulQA's answers.
 
-    python -m noisefit.benchmarks truthfulqa --source FILE --output questions.csv
-    python -m noisefit.benchmarks halueval --source FILE --output questions.csv
+    python -m noisefit.benchmarks NAME --source FILE --output questions.csv
     python -m noisefit.benchmarks letters answers.csv [--json]
 
-The first two write questions for `generate.py --chat_template plain`. The answers to TruthfulQA are scored by the
-third, those to HaluEval by `noisefit.score`.
+TruthfulQA by generated letter and HaluEval QA are those of the published evaluation, for `--chat_template plain`.
+TriviaQA, NQ-open, PopQA and SimpleQA are questions for the chat format. The answers to TruthfulQA are scored by
+`letters`, all others by `noisefit.score`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ def write_questions(name: str, path: str, output_name: str, overwrite: bool = Fa
         writer = csv.DictWriter(file, list(questions[0]), lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
         writer.writerows(questions)
+    plain = "--chat_template plain " * BENCHMARKS[name].plain
     notice(
         *(describe_skipped(path, rows, why) for why, rows in left_out.items()),
         f"the questions, {len(questions)} of them, are in {output_name}",
         f"next, the answers: accelerate launch generate.py --model_path ADAPTER --input_csv {shlex.quote(output_name)} "
-        f"--chat_template plain --greedy --rounds 1 --max_new_tokens {BENCHMARKS[name].new_tokens}",
+        f"{plain}--greedy --rounds 1 --max_new_tokens {BENCHMARKS[name].new_tokens}",
     )
 
 
@@ -105,11 +106,13 @@ def table(report: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
     options: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
-    parser = OneLineParser(prog="python -m noisefit.benchmarks", description="The published evaluation.", **options)
+    parser = OneLineParser(
+        prog="python -m noisefit.benchmarks", description="Benchmarks, from files of their data.", **options
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, title in (("truthfulqa", "TruthfulQA, multiple choice"), ("halueval", "HaluEval QA")):
-        command = commands.add_parser(name, help=f"{title}: questions for generate.py", **options)
-        what = "the benchmark's data: CSV, JSON Lines or Parquet"
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(name, help=f"{benchmark.title}: questions for generate.py", **options)
+        what = "the benchmark's data: CSV, TSV, JSON, JSON Lines or Parquet"
         command.add_argument("--source", metavar="FILE", type=a_path, required=True, help=what)
         command.add_argument("--output", metavar="FILE", type=a_path, required=True, help="CSV for the questions")
         command.add_argument("--overwrite_output", action="store_true", help="replace a file that is already there")

@@ -8,6 +8,7 @@ from running import ROOT
 
 from noisefit.answers.settings import build_parser as build_answer_parser
 from noisefit.benchmarks import build_parser as build_benchmark_parser
+from noisefit.judge import build_parser as build_judge_parser
 from noisefit.run.settings import build_parser
 from noisefit.score import build_parser as build_score_parser
 from noisefit.threshold import build_parser as build_threshold_parser
@@ -33,6 +34,7 @@ def test_each_flag_that_the_documents_give_to_a_program_exists():
         "generate.py": build_answer_parser()._option_string_actions,
         "noisefit.score": build_score_parser()._option_string_actions,
         "noisefit.threshold": build_threshold_parser()._option_string_actions,
+        "noisefit.judge": build_judge_parser()._option_string_actions,
         "noisefit.benchmarks": flags_of_commands(build_benchmark_parser()),
     }
     found = 0

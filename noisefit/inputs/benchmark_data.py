@@ -1,18 +1,21 @@
-"""The published evaluation's questions, from files of its data: TruthfulQA by letter, and HaluEval QA.
+"""Questions of benchmarks, from files of their data.
 
-The prompts are those of the published programs, to the last line end.
+The prompts of TruthfulQA, by letter, and HaluEval QA are those of the published evaluation, to the last line end. Those
+of TriviaQA, NQ-open, PopQA and SimpleQA are the questions alone, for the chat format.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from string import ascii_uppercase as LETTERS
 from typing import Any, NamedTuple
 
 from noisefit.base.errors import InputError
-from noisefit.inputs.tables import read_records
+from noisefit.base.files import read_text
+from noisefit.inputs.tables import is_unicode, read_records
 
 Record = dict[str, Any]
 Question = dict[str, str]
@@ -22,6 +25,7 @@ MARKS = {"label": ("fail",), "score": ("0", "0.0"), "hallucination": ("yes",)}
 INCOMPLETE = "with an empty or missing cell"
 MARKED = "whose answer is marked as a hallucination, so no truth to compare with"
 REPEATED = "with the prompt of an earlier row"
+UNANSWERED = "whose answer is not published"
 
 
 def truthfulqa_question(where: str, record: Record) -> Question | str:
@@ -57,6 +61,7 @@ def truthfulqa_question(where: str, record: Record) -> Question | str:
         "response": choices[right],
         "answer": LETTERS[right],
         "choices": str(len(choices)),
+        "answers": _listed([choices[right]]),
     }
 
 
@@ -73,21 +78,83 @@ def halueval_question(where: str, record: Record) -> Question | str:
     truth = answer or _text(where, record, "right_answer")
     if not question or not truth:
         return INCOMPLETE
-    return {"prompt": f"{passage}\n\n{question}\n\n", "response": truth, "question": question}
+    return {
+        "prompt": f"{passage}\n\n{question}\n\n",
+        "response": truth,
+        "question": question,
+        "answers": _listed([truth]),
+    }
+
+
+def triviaqa_question(where: str, record: Record) -> Question | str:
+    """A row of TriviaQA, of its own files (`Question`, `Answer`) or of the hub's (`question`, `answer`).
+
+    Its true answers are its value, its aliases, and where they are given those that people wrote.
+
+    Raises:
+        InputError: the answer is no object, or holds something else than texts.
+    """
+    named = {name.lower(): value for name, value in record.items()}
+    cell = _parsed(f"{where}: answer", named.get("answer"))
+    if cell is None:
+        return INCOMPLETE
+    if not isinstance(cell, dict):
+        raise InputError(f"{where}: answer: expected an object with value and aliases, as in rc.nocontext")
+    answer = {name.lower().replace("_", ""): value for name, value in cell.items()}
+    found = [_text(f"{where}: answer", answer, "value")]
+    for name in ("aliases", "normalizedaliases", "humananswers"):
+        found += _texts(f"{where}: answer: {name}", answer.get(name))
+    if "<unk>" in found:  # the value of the hub's test rows
+        return UNANSWERED
+    return _chat_question(_text(where, named, "question"), found)
+
+
+def nq_open_question(where: str, record: Record) -> Question | str:
+    """A row of NQ-open, whose `answer` is a list of texts. Raises `InputError` where it is none."""
+    return _chat_question(_text(where, record, "question"), _texts(f"{where}: answer", record.get("answer")))
+
+
+def popqa_question(where: str, record: Record) -> Question | str:
+    """A row of PopQA, whose `possible_answers` is a list, in JSON. Raises `InputError` where it is none."""
+    found = _texts(f"{where}: possible_answers", record.get("possible_answers"))
+    return _chat_question(_text(where, record, "question"), found)
+
+
+def simpleqa_question(where: str, record: Record) -> Question | str:
+    """A row of SimpleQA, one `problem` and one `answer`. Raises `InputError` where they are not text."""
+    return _chat_question(_text(where, record, "problem"), [_text(where, record, "answer")])
+
+
+def _chat_question(question: str, answers: Sequence[str]) -> Question | str:
+    """The question alone; the first of the true answers is the reference, and all stand in `answers`, each once."""
+    each: dict[str, str] = {}
+    for text in filter(None, map(str.strip, answers)):
+        each.setdefault(text.casefold(), text)
+    if not question or not each:
+        return INCOMPLETE
+    return {"prompt": question.strip(), "response": next(iter(each.values())), "answers": _listed([*each.values()])}
 
 
 class Benchmark(NamedTuple):
     """How a benchmark's data become questions."""
 
+    title: str
     question: Callable[[str, Record], Question | str]
     layouts: tuple[tuple[str, ...], ...]  # a file must have the columns of one
-    new_tokens: int  # an answer, in the published program
+    new_tokens: int  # an answer; in the published program, where there is one
+    plain: bool = False  # the prompt as it stands, as published; else in the chat format
 
 
 BENCHMARKS = {
-    "truthfulqa": Benchmark(truthfulqa_question, (("question", "choices", "label"), ("question", "mc1_targets")), 3),
-    "halueval": Benchmark(halueval_question, (("question", "answer"), ("question", "right_answer")), 36),
-}
+    "truthfulqa": Benchmark("TruthfulQA, multiple choice", truthfulqa_question,
+                            (("question", "choices", "label"), ("question", "mc1_targets")), 3, plain=True),
+    "halueval": Benchmark("HaluEval QA", halueval_question,
+                          (("question", "answer"), ("question", "right_answer")), 36, plain=True),
+    "triviaqa": Benchmark("TriviaQA", triviaqa_question, (("question", "answer"), ("Question", "Answer")), 32),
+    "nq_open": Benchmark("NQ-open", nq_open_question, (("question", "answer"),), 32),
+    "popqa": Benchmark("PopQA", popqa_question, (("question", "possible_answers"),), 32),
+    "simpleqa": Benchmark("SimpleQA", simpleqa_question, (("problem", "answer"),), 32),
+}  # fmt: skip
 
 
 def read_questions(path: str, benchmark: Benchmark) -> tuple[list[Question], dict[str, list[int]]]:
@@ -97,9 +164,12 @@ def read_questions(path: str, benchmark: Benchmark) -> tuple[list[Question], dic
         The questions, and the numbers of the rows left out by the reason.
 
     Raises:
-        InputError: as `read_records`; the file has the columns of no layout, a row cannot be used, or none is left.
+        InputError: as `read_records`, which reads all but a `.json` that is one document, a list of rows or TriviaQA's
+            own with the list in `Data`; the file has the columns of no layout, a row cannot be used, or none is left.
     """
-    records = read_records(path, ())
+    records = _document_rows(Path(path))
+    if records is None:
+        records = read_records(path, ())
     if not records:
         raise InputError(f"{path}: it has no rows")
     columns = dict.fromkeys(column for _, record in records for column in record)
@@ -117,6 +187,25 @@ def read_questions(path: str, benchmark: Benchmark) -> tuple[list[Question], dic
     if not questions:
         raise InputError(f"{path}: no question to use: each row is one {'; or '.join(left_out)}")
     return list(questions.values()), left_out
+
+
+def _document_rows(path: Path) -> list[tuple[int, Record]] | None:
+    """The rows of a `.json` file that is one document, numbered from 1; `None` where it is none, but lines."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return None
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError, InputError):
+        return None  # whoever reads its lines says what is wrong
+    rows = found.get("Data") if isinstance(found, dict) else found
+    if not isinstance(rows, list):
+        return None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {number} is a JSON {type(row).__name__}, expected an object")
+        if not is_unicode(row):
+            raise InputError(f"{path}: row {number} holds half of a surrogate pair (\\ud800 or so), which is no text")
+    return list(enumerate(rows, start=1))
 
 
 def _text(where: str, record: Record, column: str) -> str:
@@ -143,3 +232,17 @@ def _choices(where: str, value: Any) -> list[str]:
     if not 2 <= len(value) <= len(LETTERS):
         raise InputError(f"{where}: {len(value)} choices, expected 2 to {len(LETTERS)}, a letter each")
     return value
+
+
+def _texts(where: str, value: Any) -> list[str]:
+    """A cell that holds a list of texts, in a CSV as JSON, without the blank ones; none where the cell is empty."""
+    found = _parsed(where, value) if value != "" else None
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise InputError(f"{where}: expected a list of texts")
+    return [text for text in found if text.strip()]
+
+
+def _listed(answers: Sequence[str]) -> str:
+    return json.dumps(list(answers), ensure_ascii=False)

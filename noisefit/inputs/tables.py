@@ -16,7 +16,7 @@ from typing import Any
 from noisefit.base.errors import InputError, notice
 
 COLUMNS = ("prompt", "response")
-READERS = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 ROWS_NAMED = 5  # of the rows that are skipped
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is not UTF-8
 
@@ -90,8 +90,8 @@ def read_records(
     """Read a table whole.
 
     Args:
-        path: `.csv`, `.jsonl` (or `.json` with one object a line) or `.parquet`. Text is UTF-8, with or without a
-            byte-order mark. The cells of a CSV are text, whatever they look like.
+        path: `.csv` (or `.tsv`, with tabs for its commas), `.jsonl` (or `.json` with one object a line) or `.parquet`.
+            Text is UTF-8, with or without a byte-order mark. The cells of a CSV are text, whatever they look like.
         columns: the columns that the file must have.
         others: whether its other columns are wanted too. Those of a Parquet file that hold bytes are left out.
 
@@ -171,10 +171,11 @@ def _require_columns(path: Path, found: Iterable[str], columns: tuple[str, ...])
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Rows as Python's own `csv` module reads them. Blank lines are no rows."""
     csv.field_size_limit(sys.maxsize)
+    delimiter, name = ("\t", "tabs") if path.suffix.lower() == ".tsv" else (",", "commas")
     # Undecodable bytes become lone surrogates, so that the row they stand in can be named.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Strict: a quote that is never closed, or that ends before its cell does, is an error.
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
         header: list[str] = []
         last_line = 0
         try:
@@ -190,7 +191,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 elif len(cells) != len(header):
                     raise InputError(
                         f"{path}: {where} has {len(cells)} cells, expected {len(header)} as in the header; "
-                        'put cells that hold commas in "double quotes"'
+                        f'put cells that hold {name} in "double quotes"'
                     )
                 else:
                     yield dict(zip(header, cells, strict=True))
@@ -216,7 +217,7 @@ def _read_json_lines(path: Path, columns: tuple[str, ...]) -> list[tuple[int, di
                 raise InputError(f"{path}: row {number} is nested too deeply; expected one object a line") from None
             except ValueError as error:  # no JSON, or a number of thousands of digits
                 raise InputError(f"{path}: row {number} is not JSON ({error}); expected one object a line") from None
-            if not _is_unicode(record):
+            if not is_unicode(record):
                 raise InputError(
                     f"{path}: row {number} holds half of a surrogate pair (\\ud800 or so), which is no text"
                 )
@@ -260,7 +261,8 @@ def _holds_bytes(kind: Any) -> bool:
                 pyarrow.types.is_fixed_size_binary(kind) or pyarrow.types.is_binary_view(kind))  # fmt: skip
 
 
-def _is_unicode(value: Any) -> bool:
+def is_unicode(value: Any) -> bool:
+    """Whether the texts in a value of JSON are text: half of a surrogate pair is none."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

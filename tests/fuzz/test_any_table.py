@@ -94,9 +94,12 @@ def test_any_objects_as_json_lines(folder, objects):
 LIKELY = st.lists(CELL | st.just("x"), max_size=4)
 FLAGS = st.lists(st.integers(0, 1), max_size=4)
 TARGETS = st.fixed_dictionaries({"choices": LIKELY | JSON, "labels": FLAGS | JSON})
+VALUE = st.fixed_dictionaries({}, optional={"value": CELL | JSON, "aliases": LIKELY | JSON})
 CELLS = {
     "question": CELL | JSON, "choices": LIKELY | LIKELY.map(json.dumps) | JSON, "label": st.integers(-1, 4) | JSON,
-    "mc1_targets": TARGETS | TARGETS.map(json.dumps) | JSON, "passage": CELL | JSON, "answer": CELL | JSON,
+    "mc1_targets": TARGETS | TARGETS.map(json.dumps) | JSON, "passage": CELL | JSON,
+    "answer": CELL | LIKELY | VALUE | VALUE.map(json.dumps) | JSON, "problem": CELL | JSON,
+    "possible_answers": LIKELY | LIKELY.map(json.dumps) | JSON,
 }  # fmt: skip
 
 
