@@ -29,7 +29,7 @@ from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import replacing, writing
 from noisefit.inputs.benchmark_data import BENCHMARKS, LETTERS, read_questions
 from noisefit.inputs.tables import describe_skipped, read_records, text_cell
-from noisefit.score import FEW, NEEDED, read_answers
+from noisefit.score import FEW, read_answers
 
 
 def write_questions(name: str, path: str, output_name: str, overwrite: bool = False) -> None:
@@ -69,7 +69,9 @@ def score_letters(path: str) -> dict[str, Any]:
     Raises:
         InputError: as `read_answers`; or a row does not name its right letter and the number of its choices.
     """
-    for row, record in read_records(path, (*NEEDED, "answer", "choices")):
+    for row, record in read_records(path, ("answer", "choices")):
+        if "generated_response" not in record:
+            raise InputError(f"{path}: it has the questions and no answers; give them to generate.py first")
         right, choices = (text_cell(path, row, column, record.get(column)) for column in ("answer", "choices"))
         if choices not in map(str, range(2, len(LETTERS) + 1)):
             raise InputError(f"{path}: row {row}: choices is {choices[:40]!r}, expected 2 to {len(LETTERS)}")

@@ -42,7 +42,8 @@ def truthfulqa_question(where: str, record: Record) -> Question | str:
         return INCOMPLETE
     if "choices" in record:
         choices = _choices(f"{where}: choices", _parsed(f"{where}: choices", record["choices"]))
-        numbers, label = [str(i) for i in range(len(choices))], str(record.get("label")).strip()
+        numbers = [str(i) for i in range(len(choices))]
+        label = str(record.get("label")).strip().removesuffix(".0")  # of a column with gaps pandas makes 1.0
         if label not in numbers:
             raise InputError(f"{where}: label is {label[:40]!r}, expected 0 to {numbers[-1]}, a choice's number")
         right = int(label)

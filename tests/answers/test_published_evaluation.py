@@ -21,7 +21,7 @@ from noisefit.answers.settings import parse_arguments
 from noisefit.base.errors import InputError
 from noisefit.benchmarks import letter_of, main, score_letters, write_questions
 from noisefit.inputs.prompts import prompt_ids
-from noisefit.inputs.tables import read_prompts
+from noisefit.inputs.tables import read_prompts, read_records
 from noisefit.inputs.templates import set_chat_template
 from noisefit.score import score
 
@@ -379,3 +379,16 @@ def test_answers_to_something_else_and_a_flag_that_is_none_are_one_line(tmp_path
     ]:
         done = call(main, *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
+def test_a_label_that_pandas_made_a_float_is_a_choices_number(tmp_path):
+    data = save(tmp_path / "data.jsonl", [{"question": "A?", "choices": ["x", "y"], "label": 1.0}])
+    write_questions("truthfulqa", str(data), str(tmp_path / "q.csv"))
+    [(_, question)] = read_records(tmp_path / "q.csv", ())
+    assert question["answer"] == "B"
+
+
+def test_questions_without_answers_are_said_to_be_that(tmp_path):
+    (tmp_path / "q.csv").write_text("prompt,response,answer,choices\nWhy?,So.,A,2\n")
+    done = call(main, "letters", tmp_path / "q.csv")
+    assert done.returncode == 2 and "the questions and no answers; give them to generate.py first" in done.stderr
