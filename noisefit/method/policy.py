@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from noisefit.method.noise import TokenScaledNoise
+from noisefit.fork.hooks import EMBEDDING
+from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise
 
 BY_SNR, CALIBRATED, FROZEN = "snr", "calibrated", "frozen"
 KINDS = (BY_SNR, CALIBRATED, FROZEN)
@@ -48,3 +50,25 @@ class NoisePolicy:
         if self.kind == BY_SNR:
             return {layer: kind(noise_std=noise_std) for layer in self.layers}
         return {layer: kind(base_std=std) for layer, std in zip(self.layers, self.base_stds, strict=True)}
+
+
+def scaled(kind: NoiseKind, noise_scale: str) -> NoiseKind:
+    """The kind of noise as `--noise_scale` has it."""
+    return functools.partial(kind, relative=True) if noise_scale == RELATIVE else kind
+
+
+def make_noise(settings: Any, policy: NoisePolicy, kind: NoiseKind = TokenScaledNoise) -> dict[int, TokenScaledNoise]:
+    """The noise of each layer of the policy; on the embedding where the objective wants it there.
+
+    Args:
+        settings: of a run: its `objective` and `neftune_alpha`, and `noise_std`, `noise_scale`, `noise_gradient` and
+            `max_noise_to_signal`.
+        policy: of the run.
+        kind: of the noise.
+    """
+    if settings.objective.noise == "embedding":
+        return {EMBEDDING: EmbeddingNoise(settings.neftune_alpha)}
+    noise = policy.noise(scaled(kind, settings.noise_scale), settings.noise_std)
+    for of_layer in noise.values():
+        of_layer.gradient, of_layer.max_to_signal = settings.noise_gradient, settings.max_noise_to_signal
+    return noise
