@@ -91,15 +91,16 @@ class Answerer:
         processors = self._processors(torch.tensor(keys, device=self.device), mask)
         processors = LogitsProcessorList([drawn.first, *processors, drawn.last])
         rows = self._generate(ids, mask, cache, self.config, logits_processor=processors)[:, ids.shape[1] :].tolist()
-        log_p = torch.stack(drawn.of_tokens, dim=1).tolist()
+        log_p, errors = (torch.stack(steps, dim=1).tolist() for steps in zip(*drawn.of_tokens, strict=True))
         del cache, drawn, processors  # the passes of `_answer` need memory too
-        found = zip(tasks, rows, log_p, keys, strict=True)
+        found = zip(tasks, rows, log_p, errors, keys, strict=True)
         return [(job.index, number, self._answer(job, *of_row)) for (job, number), *of_row in found]
 
-    def _answer(self, job: Job, tokens: list[int], log_p: list[float], key: int) -> Answer:
+    def _answer(self, job: Job, tokens: list[int], log_p: list[float], errors: list[float], key: int) -> Answer:
         tokens = self._own_tokens(tokens)
         value = sum(log_p[: len(tokens)])
-        if self.model.dtype == torch.float32 and is_near_border(value):
+        # In 16 bits the errors are larger than any grid of use, and the answers differ as well.
+        if self.model.dtype == torch.float32 and is_near_border(value, sum(errors[: len(tokens)])):
             value = answer_log_p(self.model, job.input_ids, tokens)
         answer = Answer(self._text(tokens), round_log_p(value), len(tokens))
         if self.noisy is None:

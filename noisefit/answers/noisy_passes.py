@@ -49,7 +49,7 @@ class NoisyPasses:
             with self.hooks.applying(Pass(noise, numbers, batch_size=1, fork_layer=INPUT)):
                 logits = answer_logits(self.model, prompt, answer, len(numbers))
             tokens = torch.tensor(answer, device=logits.device)
-            found += [float(token_log_p(of_pass, tokens).sum()) for of_pass in logits]
+            found += [float(token_log_p(of_pass, tokens)[0].sum()) for of_pass in logits]
         return found
 
 

@@ -3,8 +3,8 @@
 It is the model's own distribution: what temperature, penalties and top-p make of it is not asked. To read it where the
 tokens are drawn costs a pass over the logits, where a pass of its own would cost as much as the answers. But the last
 bits of float32 logits depend on the batch, and a rounded number can flip at a border of its grid for any difference. So
-an answer within `TOLERANCE` of a border is passed through the model again, alone and without a cache or padding, which
-is one computation whatever the batch; and away from borders no difference within the tolerance matters.
+an answer that is nearer to a border than its error can be is passed through the model again, alone, without cache and
+padding: one computation, whatever the batch. Away from the borders no such error matters.
 """
 
 from __future__ import annotations
@@ -17,40 +17,43 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-DIGITS = 4  # significant ones at the least; and never fewer than three decimals
-# Of the sum, in float32. A logit's error moves `log p` by at most twice that error times `1 - p`, which is less than
-# `-log p`: so a sum's relative error is bounded by twice the largest error of a logit, however small the sum.
-TOLERANCE = 1e-5
+DECIMALS = DIGITS = 3  # so many decimals, and so many significant digits at the least
+# The error of a float32 logit, in units of the last place of the largest. Measured (tests/answers/test_probability.py,
+# and docs/answers.md) it is under a fifth of this.
+LOGIT_ERROR = 20 * torch.finfo(torch.float32).eps
 
 
 def round_log_p(value: float) -> float:
-    """To `DIGITS` significant digits, and to three decimals where these are more; never to a negative zero."""
+    """To `DECIMALS` decimals, and to more where these are fewer than `DIGITS` significant digits. No negative zero."""
     if value == 0 or not math.isfinite(value):
         return value + 0.0
-    return round(value, DIGITS - 1 + max(0, -math.floor(math.log10(abs(value))))) + 0.0
+    return round(value, max(DECIMALS, DIGITS - 1 - math.floor(math.log10(abs(value))))) + 0.0
 
 
-def is_near_border(value: float, tolerance: float = TOLERANCE) -> bool:
-    """Whether a value that differs by this share at the most could be rounded to another number."""
-    return round_log_p(value * (1 - tolerance)) != round_log_p(value * (1 + tolerance))
+def is_near_border(value: float, error: float) -> bool:
+    """Whether a value with this error could be rounded to another number."""
+    return round_log_p(value - error) != round_log_p(value + error)
 
 
-def token_log_p(logits: Tensor, tokens: Tensor) -> Tensor:
-    """`log softmax(logits)` at one token a row.
+def token_log_p(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`log softmax(logits)` at one token a row, and its error where the logits are float32.
 
-    The largest logit is left out of the sum of exponentials: for `p` near 1 its rounding would be all of `log p`.
+    The largest logit is left out of the sum of exponentials: for `p` near 1 its rounding would be all of `log p`. An
+    error of the logits of `d` at the most moves `log p` by `2 d (1 - p)` at the most.
 
     Args:
         logits: `[N, V]`, float32 or wider; minus infinity is a token that the model rules out.
         tokens: `[N]`, int64.
 
     Returns:
-        `[N]`, float64.
+        Each `[N]`, float64.
     """
     largest, at = logits.max(dim=-1, keepdim=True)
     others = (logits - largest).exp_().scatter_(-1, at, 0.0).sum(dim=-1, keepdim=True)
     below = (logits.gather(-1, tokens.unsqueeze(-1)) - largest).double()
-    return (below - others.double().log1p()).squeeze(-1)
+    log_p = below - others.double().log1p()
+    error = -log_p.expm1() * LOGIT_ERROR * (1 + largest.double().abs())
+    return log_p.squeeze(-1), error.squeeze(-1)
 
 
 class LogPOfDrawn:
@@ -58,11 +61,11 @@ class LogPOfDrawn:
     there the token that greedy search is about to take.
 
     Attributes:
-        of_tokens: for each step `[rows]`, float64; of a row that has ended they mean nothing.
+        of_tokens: for each step what `token_log_p` says of each row; of one that has ended it means nothing.
     """
 
     def __init__(self) -> None:
-        self.of_tokens: list[Tensor] = []
+        self.of_tokens: list[tuple[Tensor, Tensor]] = []
         self.first, self.last = _Keep(), _Read(self)
 
 
@@ -108,4 +111,5 @@ def answer_logits(model: Any, prompt: list[int], answer: list[int], copies: int 
 def answer_log_p(model: Any, prompt: list[int], answer: list[int]) -> float:
     """`log p` of an answer to a prompt, by a pass for it alone: a function of the two and the model."""
     [logits] = answer_logits(model, prompt, answer)
-    return float(token_log_p(logits, torch.tensor(answer, device=logits.device)).sum())
+    log_p, _ = token_log_p(logits, torch.tensor(answer, device=logits.device))
+    return float(log_p.sum())
