@@ -89,7 +89,7 @@ class _Read(LogitsProcessor):
 
 
 def answer_logits(model: Any, prompt: list[int], answer: list[int], copies: int = 1) -> Tensor:
-    """The logits that each token of an answer is drawn from, all in one pass without a cache.
+    """The logits that each token of an answer is drawn from, all in one pass over prompt and answer, without a cache.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -100,14 +100,15 @@ def answer_logits(model: Any, prompt: list[int], answer: list[int], copies: int 
     Returns:
         `[copies, len(answer), V]`, float32 or wider.
     """
-    ids = torch.tensor([prompt + answer[:-1]], device=next(model.parameters()).device).expand(copies, -1)
+    ids = torch.tensor([prompt + answer], device=next(model.parameters()).device).expand(copies, -1)
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = len(answer)
-    logits: Tensor = model(**inputs).logits[:, -len(answer) :]
+        inputs["logits_to_keep"] = len(answer) + 1
+    logits: Tensor = model(**inputs).logits[:, -len(answer) - 1 : -1]
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+@torch.no_grad()
 def answer_log_p(model: Any, prompt: list[int], answer: list[int]) -> float:
     """`log p` of an answer to a prompt, by a pass for it alone: a function of the two and the model."""
     [logits] = answer_logits(model, prompt, answer)

@@ -99,13 +99,12 @@ def _recorded_policy(folder: Path, num_layers: int, by_file: bool, noise_scale: 
 
 
 def _object(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, and --noise_passes needs this record of the adapter's run")
     try:
         return json.loads(read_text(path))
-    except FileNotFoundError:
-        problem = "no such file"
-    except (ValueError, RecursionError, OSError, InputError) as error:
-        problem = " ".join(str(error).split())[:200]
-    raise InputError(f"--noise_passes needs the records of the adapter's run: {path}: {problem}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON: {' '.join(str(error).split())[:200]}") from None
 
 
 def read_policy(name: str, num_layers: int | None = None, where: str | None = None) -> NoisePolicy:
