@@ -17,17 +17,22 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-DECIMALS = DIGITS = 3  # so many decimals, and so many significant digits at the least
+DECIMALS = 3
+FEWEST, MOST = 3, 5  # significant digits
 # The error of a float32 logit, in units of the last place of the largest. Measured (tests/answers/test_probability.py,
 # and docs/answers.md) it is under a fifth of this.
 LOGIT_ERROR = 20 * torch.finfo(torch.float32).eps
 
 
 def round_log_p(value: float) -> float:
-    """To `DECIMALS` decimals, and to more where these are fewer than `DIGITS` significant digits. No negative zero."""
+    """To `DECIMALS` decimals, but for `FEWEST` significant digits at the least and `MOST` at the most.
+
+    Zero has no sign, and what is not finite stays as it is.
+    """
     if value == 0 or not math.isfinite(value):
         return value + 0.0
-    return round(value, max(DECIMALS, DIGITS - 1 - math.floor(math.log10(abs(value))))) + 0.0
+    ahead = 1 + math.floor(math.log10(abs(value)))  # digits before the point; negative where zeros follow it
+    return round(value, min(max(DECIMALS, FEWEST - ahead), MOST - ahead)) + 0.0
 
 
 def is_near_border(value: float, error: float) -> bool:
@@ -66,22 +71,28 @@ class LogPOfDrawn:
 
     def __init__(self) -> None:
         self.of_tokens: list[tuple[Tensor, Tensor]] = []
-        self.first, self.last = _Keep(), _Read(self)
+        self.first, self.last = KeepLogits(), ReadDrawn(self)
 
 
-class _Keep(LogitsProcessor):
+class KeepLogits(LogitsProcessor):
+    """Keeps the logits of a step as the model gives them."""
+
     logits: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`[rows, V]`: the scores as they are."""
         self.logits = scores
         return scores
 
 
-class _Read(LogitsProcessor):
+class ReadDrawn(LogitsProcessor):
+    """Finds the token that is left the likeliest in the logits that were kept."""
+
     def __init__(self, owner: LogPOfDrawn):
         self.owner = owner
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`[rows, V]`: the scores as they are."""
         kept, self.owner.first.logits = self.owner.first.logits, None
         assert kept is not None
         self.owner.of_tokens.append(token_log_p(kept, scores.argmax(dim=-1)))
