@@ -18,9 +18,11 @@ from pathlib import Path
 
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from noisefit.answers.generation import Answerer, Job, answer_all
+from noisefit.answers.generation import Answerer, answer_all
+from noisefit.answers.jobs import Abstention, Job
 from noisefit.answers.journal import Journal, alone_with, check_answers_output, default_output, write_answers
 from noisefit.answers.loading import (
+    base_config,
     check_vocabulary,
     context_length,
     digest,
@@ -29,9 +31,11 @@ from noisefit.answers.loading import (
     load_answer_tokenizer,
     model_fingerprint,
 )
+from noisefit.answers.noisy_passes import NoisyPasses
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.settings import names_of
+from noisefit.inputs.noise_records import read_noise
 from noisefit.inputs.prompts import naming_row, prompt_ids
 from noisefit.inputs.tables import describe_skipped, read_prompts
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
@@ -51,6 +55,9 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
     check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
     check_chat_template(settings.chat_template)
     base = find_base(settings)
+    noise = None
+    if settings.noise_passes:
+        noise = read_noise(Path(str(settings.model_path)), base_config(settings, base).num_hidden_layers)
     # In the plain format a prompt is what stands in the file, white space and all: a benchmark's may end in lines.
     records, prompts, skipped = read_prompts(settings.input_csv, strip=settings.chat_template != "plain")
     if skipped:
@@ -86,13 +93,15 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
         "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
         "model": model_fingerprint(settings, base, accelerator.device),
         "prompt_date": today,
+        "noise": digest(repr((settings.noise_passes, noise)).encode()) if noise else None,
     }
     journal.check(record)
 
     # --- Answering, what is left of it, shared out over the processes ------------------------------------------------
     model = load_answer_model(settings, base, accelerator.device)
     check_vocabulary(model, jobs)
-    answerer = Answerer(model, tokenizer, settings)
+    noisy = NoisyPasses(model, noise.make(), settings.noise_passes) if noise else None
+    answerer = Answerer(model, tokenizer, settings, noisy)
     if answerer.not_applied:
         asked = ", ".join(f"{name}={value}" for name, value in answerer.not_applied.items())
         notice(f"the model's generation_config.json asks for {asked}; not applied: the flags alone decide")
@@ -120,11 +129,17 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
     progress.close()
     fresh = gather_object([journal.read_own(wanted)])
     if accelerator.is_main_process:
-        answers = done | {key: text for part in fresh for key, text in part.items()}
+        answers = done | {key: answer for part in fresh for key, answer in part.items()}
         if settings.greedy:
             answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, settings.rounds + 1)}
-        write_answers(output, records, answers, settings.rounds)
+        below = settings.abstain_below
+        abstention = None if below is None else Abstention(below, settings.refusal)
+        write_answers(output, records, answers, settings.rounds, abstention)
         journal.remove()
+        if abstention:
+            replaced = sum(map(abstention.replaces, answers.values()))
+            notice(f"{replaced} of {len(answers)} answers have a confidence under {below:g} and are now "
+                   f"{settings.refusal!r}; the column answer_before_abstaining has all as they were")  # fmt: skip
     notice(f"the answers are in {output}")
     if "response" in records[0]:
         program = "noisefit.benchmarks letters" if {"answer", "choices"} <= records[0].keys() else "noisefit.score"

@@ -5,15 +5,17 @@
 A random Llama (4 layers, width 256, vocabulary 32,000), prompts of 20 to 40 tokens, 50 new tokens an answer, and the
 sampling settings of `generate.py`'s defaults on both sides. The loop is the published way: `generate` with
 `do_sample`, for one prompt and one round at a time. It is timed on a share of the work, spread evenly over it, as the
-whole takes long; the ratio is of answers a second.
+whole takes long; the ratio is of answers a second. The last lines say what `logprob` costs: its share of the time of
+`generate.py`, and how many answers were near a border of its rounding and took a pass of their own.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,7 +24,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from noisefit.answers.generation import Answerer, Job, answer_all
+from noisefit.answers import generation, probability
+from noisefit.answers.generation import Answerer, answer_all
+from noisefit.answers.jobs import Job
 from noisefit.answers.settings import DrawSettings
 from noisefit.inputs.prompts import prompt_ids
 from noisefit.inputs.templates import set_chat_template
@@ -55,6 +59,24 @@ def one_at_a_time(answerer: Answerer, jobs: list[Job]) -> int:
     return made
 
 
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The function, adding what each call takes to `seconds`."""
+
+    def call(*args: Any) -> Any:
+        start = now()
+        result = function(*args)
+        seconds.append(now() - start)
+        return result
+
+    return call
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", type=int, default=208)
@@ -76,16 +98,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     some = jobs[:: max(1, round(1 / args.share))]
 
     one_at_a_time(answerer, some[:1])  # warms up
-    start = time.perf_counter()
-    alone = one_at_a_time(answerer, some) / (time.perf_counter() - start)
-    start = time.perf_counter()
+    start = now()
+    alone = one_at_a_time(answerer, some) / (now() - start)
+    of_tokens: list[float] = []
+    again: list[float] = []
+    generation.answer_log_p = timed(generation.answer_log_p, again)  # type: ignore[assignment]
+    reader = probability.ReadDrawn
+    reader.__call__ = timed(reader.__call__, of_tokens)  # type: ignore[method-assign]
+    start = now()
     answers = sum(len(batch) for batch in answer_all(answerer, jobs, 0))
-    together = answers / (time.perf_counter() - start)
+    took = now() - start
+    together = answers / took
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{len(prompts)} prompts x {len(rounds)} rounds of {SAMPLING.max_new_tokens} tokens on {where}")
     print(f"{'one prompt at a time':<24}{alone:>9.1f} answers a second (timed on {len(some)} prompts)")
     print(f"{'generate.py':<24}{together:>9.1f} answers a second")
     print(f"{'ratio':<24}{together / alone:>9.1f}")
+    print(f"{'logprob, each token':<24}{sum(of_tokens) / took:>9.1%} of the time")
+    print(f"{'logprob, passes again':<24}{sum(again) / took:>9.1%} of the time, for {len(again)} of {answers} answers")
 
 
 if __name__ == "__main__":

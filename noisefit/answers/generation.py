@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from transformers import (
 )
 
 from noisefit.answers.gumbel import CheckFinite, GumbelSampling, RepetitionPenalty, answer_key
+from noisefit.answers.jobs import Answer, Answered, Job, left_pad, plan_batches
+from noisefit.answers.noisy_passes import NoisyPasses
+from noisefit.answers.probability import LogPOfDrawn, answer_log_p, is_near_border, round_log_p
 from noisefit.answers.settings import DrawSettings
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory
 from noisefit.inputs.prompts import end_token_ids, prompt_ids, token_ids
@@ -31,37 +36,6 @@ FIRST_BATCH_SIZE = 256  # answers at a time, where memory allows
 TOLERANCE = 0.05  # of the largest logit; a cache repeated wrongly is off by about 1
 
 
-@dataclass(frozen=True)
-class Job:
-    """A prompt and the rounds in which it is to be answered."""
-
-    index: int  # of the prompt in the file
-    prompt: str
-    input_ids: list[int]
-    rounds: tuple[int, ...]
-    occurrence: int = 0  # how often the same prompt stood in the file before
-
-
-def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[list[Job]]:
-    """Jobs as batches of at most `batch_size` answers, prompts of similar length together, the longest first.
-
-    A job of more rounds than that is cut.
-    """
-    pieces = []
-    for job in sorted(jobs, key=lambda job: (-len(job.input_ids), job.index)):
-        for start in range(0, len(job.rounds), batch_size):
-            pieces.append(replace(job, rounds=job.rounds[start : start + batch_size]))
-    batches: list[list[Job]] = []
-    size = batch_size
-    for piece in pieces:
-        size += len(piece.rounds)
-        if size > batch_size:
-            batches.append([])
-            size = len(piece.rounds)
-        batches[-1].append(piece)
-    return batches
-
-
 class Answerer:
     """A model that answers batches of prompts.
 
@@ -69,9 +43,14 @@ class Answerer:
         model: a causal language model in eval mode.
         tokenizer: with the chat template of the prompts.
         sampling: how tokens are drawn; greedy takes the likeliest and ignores the rest but the repetition penalty.
+        noisy: passes with noise over each answer, where they are asked for.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: DrawSettings):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: DrawSettings,
+        noisy: NoisyPasses | None = None,
+    ):  # fmt: skip
+        self.noisy = noisy
         self.model: Any = model  # GenerationMixin's methods are not known to the type checker
         self.tokenizer = tokenizer
         self.sampling = sampling
@@ -98,24 +77,39 @@ class Answerer:
         self.shares_prefill = self._can_share_prefill()
 
     @torch.no_grad()
-    def answer(self, batch: Sequence[Job]) -> list[tuple[int, int, str]]:
-        """Answer every round of every job.
-
-        Returns:
-            `(index, round, answer)`, where the answer is the new tokens alone, cut at the end of the turn, stripped.
-        """
+    def answer(self, batch: Sequence[Job]) -> list[Answered]:
+        """Answer every round of every job; an answer is the new tokens alone."""
         ids, mask = left_pad([job.input_ids for job in batch], self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
         prompt_of_row = torch.tensor([i for i, job in enumerate(batch) for _ in job.rounds], device=self.device)
-        tasks = [(job.index, round_number) for job in batch for round_number in job.rounds]
-        keys = [answer_key(self.sampling.seed, job.prompt, r, job.occurrence) for job in batch for r in job.rounds]
+        tasks = [(job, round_number) for job in batch for round_number in job.rounds]
+        keys = [answer_key(self.sampling.seed, job.prompt, r, job.occurrence) for job, r in tasks]
         share = self.shares_prefill and len(tasks) > len(batch)
         cache = self._prefill(ids, mask, prompt_of_row) if share else None
         ids, mask = ids[prompt_of_row], mask[prompt_of_row]
+        drawn = LogPOfDrawn()
         processors = self._processors(torch.tensor(keys, device=self.device), mask)
-        output = self._generate(ids, mask, cache, self.config, logits_processor=processors)
-        texts = [self._text(row) for row in output[:, ids.shape[1] :].tolist()]
-        return [(index, number, text) for (index, number), text in zip(tasks, texts, strict=True)]
+        processors = LogitsProcessorList([drawn.first, *processors, drawn.last])
+        rows = self._generate(ids, mask, cache, self.config, logits_processor=processors)[:, ids.shape[1] :].tolist()
+        log_p, errors = (torch.stack(steps, dim=1).tolist() for steps in zip(*drawn.of_tokens, strict=True))
+        del cache, drawn, processors  # the passes of `_answer` need memory too
+        found = zip(tasks, rows, log_p, errors, keys, strict=True)
+        return [(job.index, number, self._answer(job, *of_row)) for (job, number), *of_row in found]
+
+    def _answer(self, job: Job, tokens: list[int], log_p: list[float], errors: list[float], key: int) -> Answer:
+        tokens = self._own_tokens(tokens)
+        value = sum(log_p[: len(tokens)])
+        # In 16 bits the errors are larger than any grid of use, and the answers differ as well.
+        if self.model.dtype == torch.float32 and is_near_border(value, sum(errors[: len(tokens)])):
+            value = answer_log_p(self.model, job.input_ids, tokens)
+        answer = Answer(self._text(tokens), round_log_p(value), len(tokens))
+        if self.noisy is None:
+            return answer
+        noisy = self.noisy.log_p(job.input_ids, tokens, key)
+        spread = statistics.pstdev(noisy) if all(map(math.isfinite, noisy)) else math.nan
+        return answer._replace(
+            noise_logprob_mean=round_log_p(sum(noisy) / len(noisy)), noise_logprob_spread=round_log_p(spread)
+        )
 
     def _processors(self, keys: Tensor, mask: Tensor) -> LogitsProcessorList:
         """In the order in which transformers applies them."""
@@ -182,9 +176,22 @@ class Answerer:
                 raise InputError(f"the model with its tokenizer cannot generate: {reason}") from None
         return bool((logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max())
 
-    def _text(self, tokens: list[int]) -> str:
+    def _own_tokens(self, tokens: list[int]) -> list[int]:
+        """A row without what stands behind the answer's end: up to the token that ended it, that one included."""
+        end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
+        tokens = tokens if end is None else tokens[: end + 1]
+        if not self.end_text or self.end_text not in self._decoded(tokens):
+            return tokens
+        # The end of the turn as several tokens: the first ones whose text holds it.
+        at = bisect.bisect_left(range(len(tokens)), True, key=lambda i: self.end_text in self._decoded(tokens[: i + 1]))
+        return tokens[: at + 1]
+
+    def _decoded(self, tokens: list[int]) -> str:
         ends = [i for i, token in enumerate(tokens) if token in self.stop_ids]
-        text = str(self.tokenizer.decode(tokens[: ends[0]] if ends else tokens, skip_special_tokens=True))
+        return str(self.tokenizer.decode(tokens[: ends[0]] if ends else tokens, skip_special_tokens=True))
+
+    def _text(self, tokens: list[int]) -> str:
+        text = self._decoded(tokens)
         return (text.partition(self.end_text)[0] if self.end_text else text).strip()
 
 
@@ -208,15 +215,7 @@ def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizer
     return sorted(token for token in found if token is not None)
 
 
-def left_pad(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `attention_mask`, `[rows, longest]` int64, padded on the left."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
-def answer_all(answerer: Answerer, jobs: Sequence[Job], batch_size: int) -> Iterator[list[tuple[int, int, str]]]:
+def answer_all(answerer: Answerer, jobs: Sequence[Job], batch_size: int) -> Iterator[list[Answered]]:
     """Answer all jobs, a batch at a time.
 
     Args:

@@ -10,13 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from noisefit.answers.jobs import Abstention, Answer, Answered
 from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, append_whole, check_regular, sync_file, write_json, writing
 
 SETTINGS, PROCESSES = "settings.json", "processes"
 
-Answers = dict[tuple[int, int], str]
+Answers = dict[tuple[int, int], Answer]
 """`(index of the prompt, round)` to the answer."""
 
 
@@ -154,16 +155,17 @@ class Journal:
                 continue
             for line in path.read_bytes().split(b"\n")[:-1]:  # the last piece has no line end: it is empty, or cut
                 try:
-                    index, round_number, text = json.loads(line)
+                    index, round_number, *facts = json.loads(line)
+                    answer = Answer(*facts)
                 except (ValueError, TypeError, RecursionError):
                     continue  # a cut line that a later run ended
-                if isinstance(text, str) and (index, round_number) in wanted:
-                    answers[index, round_number] = text
+                if _is_whole(answer) and (index, round_number) in wanted:
+                    answers[index, round_number] = answer
         return answers
 
-    def append(self, answers: Iterable[tuple[int, int, str]]) -> None:
+    def append(self, answers: Iterable[Answered]) -> None:
         """Add answers to this process's file, all of them or none."""
-        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
+        lines = "".join(json.dumps([index, number, *answer]) + "\n" for index, number, answer in answers)
         # A line that a kill cut short is ended first, or the next one would be lost with it.
         append_whole(self.path, b"\n" * _ends_within_a_line(self.path) + lines.encode())
         sync_file(self.path)
@@ -186,31 +188,52 @@ class Journal:
             self.folder.rmdir()
 
 
-def write_answers(output: Path, records: Sequence[Mapping[str, Any]], answers: Answers, rounds: int) -> None:
-    """Write the final CSV, whole or not at all: the input's columns, `generated_response`, `round`.
+def write_answers(
+    output: Path, records: Sequence[Mapping[str, Any]], answers: Answers, rounds: int,
+    abstention: Abstention | None = None,
+) -> None:  # fmt: skip
+    """Write the final CSV, whole or not at all: the input's columns, `generated_response`, `round`, and the figures.
 
     Args:
         output: where.
         records: the prompts' rows, in the input's order.
         answers: one for every row and round.
         rounds: how many; those of one prompt stand together, numbered from 1.
+        abstention: which answers are replaced, and by what.
     """
-    columns = [*dict.fromkeys(name for record in records for name in record), "generated_response", "round"]
+    columns = dict.fromkeys(name for record in records for name in record)
     beside = partial_folder(output) / ".noisefit_answers.tmp"
     with writing(output):
         try:
             with beside.open("w", encoding="utf-8", newline="") as file:
                 # Every cell is quoted: Python before 3.13 leaves a lone carriage return bare, and readers cut there.
+                columns |= dict.fromkeys(_cells(answers[0, 1], 1, abstention))
                 writer = csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
                 writer.writeheader()
                 for index, record in enumerate(records):
                     for number in range(1, rounds + 1):
-                        writer.writerow({**record, "generated_response": answers[index, number], "round": number})
+                        writer.writerow({**record, **_cells(answers[index, number], number, abstention)})
             sync_file(beside)
             os.replace(beside, output)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+
+
+def _cells(answer: Answer, number: int, abstention: Abstention | None) -> dict[str, Any]:
+    """What the CSV says of an answer, by column."""
+    figures = {name: value for name, value in answer._asdict().items() if name != "text" and value is not None}
+    if abstention is None:
+        return {"generated_response": answer.text, "round": number} | figures
+    text = abstention.refusal if abstention.replaces(answer) else answer.text
+    return {"generated_response": text, "round": number} | figures | {"answer_before_abstaining": answer.text}
+
+
+def _is_whole(answer: Answer) -> bool:
+    """Whether an answer that was read has what it must: each of its cells is text, or a number."""
+    figures = (answer.logprob, answer.noise_logprob_mean, answer.noise_logprob_spread)
+    numbers = all(type(figure) is float for figure in figures if figure is not None) and answer.logprob is not None
+    return isinstance(answer.text, str) and numbers and type(answer.tokens) is int
 
 
 def _has_answers(folder: Path) -> bool:

@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from noisefit.answers.generation import Job
+from noisefit.answers.jobs import Job
 from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.inputs.model_checks import (
@@ -85,11 +92,17 @@ def load_answer_tokenizer(settings: AnswerSettings, base: str) -> PreTrainedToke
         return AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
 
 
-def context_length(settings: AnswerSettings, base: str) -> int | None:
-    """The most tokens that the base model takes, prompt and answer together; `None` if it names no limit."""
+def base_config(settings: AnswerSettings, base: str) -> PretrainedConfig:
+    """The configuration of the base model's decoder."""
     with loading("--model_id", base, "a model"):
         config = checked_config(AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code))
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    decoder: PretrainedConfig = config.get_text_config(decoder=True)
+    return decoder
+
+
+def context_length(settings: AnswerSettings, base: str) -> int | None:
+    """The most tokens that the base model takes, prompt and answer together; `None` if it names no limit."""
+    return getattr(base_config(settings, base), "max_position_embeddings", None)
 
 
 def model_fingerprint(settings: AnswerSettings, base: str, device: torch.device) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, hide_token
 from noisefit.base.errors import InputError
-from noisefit.base.settings import add_flags, check_fields, setting
+from noisefit.base.settings import add_flags, check_fields, not_default, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,21 @@ class DrawSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfidenceSettings:
+    """How sure the model is of its answers, and what becomes of those that it is not sure of."""
+
+    noise_passes: int = setting(
+        0, "passes over each answer with noise as in the adapter's training: the mean and the spread of its logprob "
+        "under that; 0: none", low=0, high=10**6,
+    )  # fmt: skip
+    abstain_below: float | None = setting(
+        None, "answers whose confidence, exp(logprob), is lower are replaced by the refusal; default: none is",
+        low=0, high=1,
+    )  # fmt: skip
+    refusal: str = setting("I do not know.", "what --abstain_below answers instead")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerModelSettings:
     """The model."""
 
@@ -67,16 +82,17 @@ class AnswerModelSettings:
 GROUPS: dict[str, type] = {
     "what goes in and what comes out": AnswerFileSettings,
     "how answers are drawn": DrawSettings,
+    "how sure it is": ConfidenceSettings,
     "the model": AnswerModelSettings,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerSettings(AnswerModelSettings, DrawSettings, AnswerFileSettings):
+class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, AnswerFileSettings):
     """All settings of answering, checked.
 
     Raises:
-        InputError: a value is out of its range, or neither adapter nor base model is given.
+        InputError: a value is out of its range, neither adapter nor base model is given, or flags do not go together.
     """
 
     def __post_init__(self) -> None:
@@ -87,6 +103,12 @@ class AnswerSettings(AnswerModelSettings, DrawSettings, AnswerFileSettings):
             raise InputError("--input_csv is required: a file with a column prompt; see --help")
         if self.temperature == 0:
             raise InputError("--temperature: 0 would divide by zero; for the likeliest token use --greedy")
+        if self.noise_passes and not self.model_path:
+            raise InputError("--noise_passes: a base model alone was trained with no noise; give --model_path")
+        if not self.refusal.strip():
+            raise InputError("--refusal: it is empty; expected the text of an answer")
+        if self.abstain_below is None and "refusal" in not_default(self):
+            raise InputError("--refusal says what --abstain_below answers; give a threshold there, or leave it out")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,8 @@ from noisefit.base.errors import InputError, notice
 
 COLUMNS = ("prompt", "response")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+ANSWER_COLUMNS = ("generated_response", "round", "logprob", "tokens", "noise_logprob_mean", "noise_logprob_spread",
+                  "answer_before_abstaining")  # fmt: skip
 ROWS_NAMED = 5  # of the rows that are skipped
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is not UTF-8
 
@@ -78,7 +80,7 @@ def read_prompts(path: str | os.PathLike[str], strip: bool = True) -> tuple[list
     """
     records = dict(read_records(path, ("prompt",)))
     rows, skipped = _complete_rows(path, records.items(), ("prompt",), strip)
-    taken = [name for name in ("generated_response", "round") if any(name in record for record in records.values())]
+    taken = [name for name in ANSWER_COLUMNS if any(name in record for record in records.values())]
     if taken:
         raise InputError(f"{path}: it has a column {taken[0]!r} already, which is one of the answers'; rename it")
     return [records[row.number] for row in rows], rows, skipped

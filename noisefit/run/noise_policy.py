@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from noisefit.base.errors import InputError, notice
-from noisefit.base.files import read_text
 from noisefit.base.random_state import random_state, restore_random_state
-from noisefit.base.schema import AMOUNT, COUNT, INDEX, OBJECT, TEXT, Maybe, checked, require
+from noisefit.base.schema import AMOUNT, INDEX, OBJECT, TEXT, Maybe, checked, require
 from noisefit.fork.exactness import choose_strategy
+from noisefit.inputs.noise_records import check_values, read_policy
 from noisefit.method import calibration
 from noisefit.method.noise import TokenScaledNoise
 from noisefit.method.policy import (
@@ -35,12 +32,6 @@ from noisefit.method.snr import average_base_std, average_snr, negligible_noise,
 from noisefit.run.processes import progress_bar
 from noisefit.run.settings import POLICIES, Settings
 
-FILE = "noise_policy.json"
-CELL = dict.fromkeys(("factor", "scale", "kl", "ce_change", "score"), AMOUNT)
-TRIED = ({"layer": INDEX, "best_score": AMOUNT, "grid": [CELL]},)  # what a calibration measured
-# Of the file, which may have been written by hand: 'selected' and 'scales' alone are needed.
-FILE_SHAPE = {"selected": [INDEX], "scales": [AMOUNT], "snr": (AMOUNT,), "num_layers": Maybe(COUNT),
-              "model": Maybe(TEXT), "layers": TRIED, "settings": Maybe({"noise_scale": Maybe(TEXT)})}  # fmt: skip
 # Of a policy in a checkpoint.
 POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT),
                 "start_stds": (AMOUNT,)}  # fmt: skip
@@ -87,31 +78,6 @@ def first_eligible(share: float, num_layers: int) -> int:
     return math.ceil(round(share * num_layers, 6))
 
 
-def read_policy(name: str, num_layers: int | None = None) -> NoisePolicy:
-    """The policy of a file that a calibrated run left, or of one by hand with `selected` and `scales`.
-
-    Args:
-        name: the value of `--noise_policy`.
-        num_layers: of the model that it is for, where that is to be checked.
-
-    Raises:
-        InputError: no such file, or not a policy for such a model.
-    """
-    flag = f"--noise_policy {name}"
-    if not os.path.isfile(name):
-        raise InputError(f"{flag}: expected snr, auto, or a {FILE} that a run left")
-    try:
-        content = json.loads(read_text(Path(name)))
-    except (ValueError, RecursionError, InputError) as error:
-        raise InputError(f"{flag}: cannot be read: {' '.join(str(error).split())[:200]}") from None
-    found = checked(content, FILE_SHAPE, flag)
-    made_for = found["num_layers"] if found["num_layers"] is not None else num_layers
-    require(num_layers in (None, made_for), flag, f"it is for a model of {made_for} layers, this one has {num_layers}")
-    policy = NoisePolicy(CALIBRATED, found["selected"], found["scales"], found["snr"], content)
-    check_values(policy, flag, num_layers)
-    return policy
-
-
 def policy_from(value: Any, where: str, num_layers: int, run: Mapping[str, Any]) -> NoisePolicy:
     """The policy that a checkpoint holds.
 
@@ -131,24 +97,6 @@ def policy_from(value: Any, where: str, num_layers: int, run: Mapping[str, Any])
     kinds = {"snr": measured}.get(str(run.get("noise_policy")), CALIBRATED)
     require(not policy.layers or policy.kind == kinds, where, f"kind is {policy.kind}, that of the run is {kinds}")
     return policy
-
-
-def check_values(policy: NoisePolicy, where: str, num_layers: int | None) -> None:
-    """Raise `InputError` where a policy has what none of a model of so many layers has."""
-    most = math.inf if num_layers is None else num_layers
-    layers, snr, stds = policy.layers, policy.snr, policy.base_stds
-    require(sorted(set(layers)) == layers, where, "the layers are not in ascending order")
-    require(max(layers, default=0) < most, where, f"there is no layer {max(layers, default=0)} in a model of {most}")
-    require(not snr or num_layers in (None, len(snr)), where, f"snr is not that of {most} layers")
-    wanted = 0 if policy.kind == BY_SNR else len(layers)
-    require(len(stds) == wanted, where, f"there are {len(stds)} scales to {wanted} layers")
-    frozen = most if policy.kind == FROZEN else 0
-    require(len(policy.start_stds) == frozen, where, f"start_stds are not those of {frozen} layers")
-    kept = [policy.start_stds[layer] for layer in layers] if frozen else stds
-    require(stds == kept, where, "base_stds are not the start_stds of its layers")
-    for entry in checked((policy.calibration or {}).get("layers"), TRIED, where):
-        require(entry["layer"] < most, where, "a measured layer is not of the model")
-        require(bool(entry["grid"]), where, "a measured layer has no grid")
 
 
 def as_file(policy: NoisePolicy, version: str) -> dict[str, Any]:

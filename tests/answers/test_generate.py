@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import signal
 import time
 from dataclasses import FrozenInstanceError
@@ -14,6 +15,7 @@ from tiny_folder import tiny_folder
 from transformers import AutoTokenizer
 
 import generate
+from noisefit.answers.jobs import Abstention, Answer
 from noisefit.answers.journal import Journal, write_answers
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.base.errors import InputError
@@ -52,7 +54,8 @@ def rows_of(path):
 
 def test_the_csv_has_the_inputs_columns_and_every_round_in_order(adapter, asked, tmp_path):
     rows = answer(tmp_path / "out.csv", model_path=adapter, input_csv=asked)
-    assert list(rows[0]) == ["id", "prompt", "response", "generated_response", "round"]
+    assert list(rows[0]) == ["id", "prompt", "response", "generated_response", "round", "logprob", "tokens"]
+    assert all(float(row["logprob"]) < 0 and 1 <= int(row["tokens"]) <= 10 for row in rows)
     assert [(row["id"], row["round"]) for row in rows] == [(str(i), str(r)) for i in range(13) for r in (1, 2, 3)]
     assert rows[4]["response"] == "It is, so 1" and len({row["generated_response"] for row in rows}) > 13
     assert {path.name for path in tmp_path.iterdir()} == {"asked.csv", "out.csv"}
@@ -61,9 +64,15 @@ def test_the_csv_has_the_inputs_columns_and_every_round_in_order(adapter, asked,
 @pytest.mark.slow
 def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
     expected = answer(tmp_path / "0.csv", model_path=adapter, input_csv=asked)
+    noisy = answer(tmp_path / "noisy 0.csv", model_path=adapter, input_csv=asked, noise_passes=3)
+    assert list(noisy[0])[-4:] == ["logprob", "tokens", "noise_logprob_mean", "noise_logprob_spread"]
+    assert [dict(list(row.items())[:-2]) for row in noisy] == expected  # the noise changes no other column
     for size in (1, 3, 16):
         answer(tmp_path / f"{size}.csv", model_path=adapter, input_csv=asked, batch_size=size)
         assert (tmp_path / f"{size}.csv").read_bytes() == (tmp_path / "0.csv").read_bytes()
+    for size in (1, 16):
+        answer(tmp_path / f"noisy {size}.csv", model_path=adapter, input_csv=asked, batch_size=size, noise_passes=3)
+        assert (tmp_path / f"noisy {size}.csv").read_bytes() == (tmp_path / "noisy 0.csv").read_bytes()
     assert answer(tmp_path / "seed.csv", model_path=adapter, input_csv=asked, seed=1) != expected
     unmerged = answer(tmp_path / "unmerged.csv", model_path=adapter, input_csv=asked, no_merge=True)
     same = [a["generated_response"] == b["generated_response"] for a, b in zip(unmerged, expected, strict=True)]
@@ -76,8 +85,8 @@ def test_two_processes_give_the_file_of_one(adapter, asked, tmp_path):
     one_prompt.write_text("prompt\nWhy?\n")
     for name, file in [("all", asked), ("fewer prompts than processes", one_prompt)]:
         expected, found = tmp_path / f"{name} 1.csv", tmp_path / f"{name} 2.csv"
-        answer(expected, model_path=adapter, input_csv=file)
-        flags = words(model_path=adapter, input_csv=file, output_csv=found, **FAST)
+        answer(expected, model_path=adapter, input_csv=file, noise_passes=2)
+        flags = words(model_path=adapter, input_csv=file, output_csv=found, noise_passes=2, **FAST)
         done = launch("generate.py", *flags, processes=2)
         assert done.returncode == 0, done.stderr
         assert "processes: 2" in done.stderr
@@ -122,14 +131,15 @@ def kill_when_there_are(wanted: int, output: Path, processes: int = 1, **flags: 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_file(adapter, asked, tmp_path):
-    flags = dict(model_path=adapter, input_csv=asked, batch_size=2, **FAST | dict(max_new_tokens=40))
+    flags = dict(model_path=adapter, input_csv=asked, batch_size=2, noise_passes=2, **FAST | dict(max_new_tokens=40))
     assert answer_all_of_it(tmp_path / "whole.csv", **flags)[0] == [0]
     output, partial = tmp_path / "killed.csv", tmp_path / "killed.csv.partial"
     assert any([kill_when_there_are(wanted, output, **flags) for wanted in (2, 11, 20)])
     with (partial / "process-0.jsonl").open("ab") as file:
         file.write(b'[12, 3, "cut sh')  # what a kill within a write leaves
-    status, said = answer_all_of_it(output, **flags | dict(seed=5))
-    assert status == [2] and "unfinished run with other settings (seed)" in said
+    for other, name in ((dict(seed=5), "seed"), (dict(noise_passes=3), "noise")):
+        status, said = answer_all_of_it(output, **flags | other)
+        assert status == [2] and f"unfinished run with other settings ({name})" in said
     status, said = answer_all_of_it(output, **flags)
     assert status == [0] and "answers are there already" in said, said
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
@@ -195,12 +205,61 @@ def test_answers_of_any_text_survive_the_way_to_the_score(tmp_path):
     journal = Journal(tmp_path / "out.csv", 0)
     journal.folder.mkdir()
     journal.start({}, 1)
-    journal.append((i, 1, text) for i, text in enumerate(texts))
+    journal.append((i, 1, Answer(text, -0.1 * i, i + 1)) for i, text in enumerate(texts))
     wanted = {(i, 1) for i in range(len(texts))}
     records = [{"prompt": f"Question, {i}?", "response": f'"{text}" is it.'} for i, text in enumerate(texts)]
     write_answers(tmp_path / "out.csv", records, journal.read(wanted), rounds=1)
-    assert [row["generated_response"] for row in rows_of(tmp_path / "out.csv")] == texts
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["generated_response"] for row in rows] == texts
+    assert [(float(row["logprob"]), row["tokens"]) for row in rows] == [(-0.1 * i, str(i + 1)) for i in range(5)]
     assert score([str(tmp_path / "out.csv")], by=None)["right"] == 4  # the empty one is not
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['"So."', '"So.", null, 3', '"So.", -0.5, 3.5', '"So.", -0.5', '["So."], -0.5, 3', '"So.", "-0.5", 3',
+     '"So.", true, 3', '"So.", -0.5, 3, "x", 0.1', '"So.", -0.5, 3, 1.0, 0.1, 7'],
+)  # fmt: skip
+def test_a_line_of_the_journal_that_is_no_answer_is_answered_again(line, tmp_path):
+    journal = Journal(tmp_path / "out.csv", 0)
+    journal.folder.mkdir()
+    journal.start({}, 1)
+    journal.path.write_text(f"[0, 1, {line}]" + '\n[1, 1, "So.", -0.5, 3]\n')
+    assert journal.read({(0, 1), (1, 1)}) == {(1, 1): Answer("So.", -0.5, 3)}
+
+
+def test_an_answer_that_is_less_sure_than_the_threshold_is_replaced(tmp_path):
+    (tmp_path / "out.csv.partial").mkdir()
+    answers = {(i, 1): Answer(f"Answer {i}", logprob, 2, -1.0, 0.5) for i, logprob in enumerate((-0.5, -0.7, 0.0, -90))}
+    for below, replaced in ((math.exp(-0.5), [1, 3]), (0.4, [3]), (0.0, []), (1.0, [0, 1, 3])):
+        write_answers(tmp_path / "out.csv", [{"prompt": "a"}] * 4, answers, 1, Abstention(below, "No idea."))
+        rows = rows_of(tmp_path / "out.csv")
+        assert list(rows[0])[-3:] == ["noise_logprob_mean", "noise_logprob_spread", "answer_before_abstaining"]
+        said = ["No idea." if i in replaced else f"Answer {i}" for i in range(4)]
+        assert [row["generated_response"] for row in rows] == said
+        assert [row["answer_before_abstaining"] for row in rows] == [f"Answer {i}" for i in range(4)]
+
+
+def test_abstaining_replaces_answers_and_says_how_many(adapter, asked, tmp_path, capsys):
+    plain = answer(tmp_path / "plain.csv", model_path=adapter, input_csv=asked)
+    middle = sorted(float(row["logprob"]) for row in plain)[20]
+    rows = answer(
+        tmp_path / "out.csv", model_path=adapter, input_csv=asked, abstain_below=math.exp(middle) * (1 + 1e-9)
+    )
+    assert list(rows[0])[-3:] == ["logprob", "tokens", "answer_before_abstaining"]
+    unsure = [float(row["logprob"]) <= middle for row in plain]
+    assert 21 <= sum(unsure) < 39
+    for row, before, is_unsure in zip(rows, plain, unsure, strict=True):
+        assert row.pop("answer_before_abstaining") == before["generated_response"]
+        assert row == before | ({"generated_response": "I do not know."} if is_unsure else {})
+    assert f"{sum(unsure)} of 39 answers have a confidence under" in capsys.readouterr().err
+
+
+def test_greedy_rounds_have_the_same_noise(adapter, asked, tmp_path):
+    rows = answer(tmp_path / "a.csv", model_path=adapter, input_csv=asked, greedy=True, noise_passes=2, rounds=2)
+    assert len(rows) == 26 and all(a | {"round": "2"} == b for a, b in zip(rows[::2], rows[1::2], strict=True))
+    spreads = [float(row["noise_logprob_spread"]) for row in rows]
+    assert all(spread > 0 for spread in spreads) and len(set(spreads)) > 8
 
 
 def answers_in(partial) -> int:
@@ -243,6 +302,11 @@ def test_the_questions_must_be_given(flags):
         AnswerSettings(model_path="a")
 
 
+def test_a_base_model_alone_has_no_noise():
+    with pytest.raises(InputError, match="--noise_passes: a base model alone was trained with no noise"):
+        parse_arguments(["--model_id", "a", "--input_csv", "q.csv", "--noise_passes", "2"])
+
+
 def test_settings_of_a_program_are_held_to_the_rules_of_the_command_line():
     given = dict(model_id="m", input_csv="q.csv")
     flags = ["--model_id=m", "--input_csv=q.csv"]
@@ -279,6 +343,16 @@ def pickled(adapter, folder):
 REFUSED = {
     "no prompt column": (lambda a, t: dict(input_csv=write(t, "question\nWhy?\n")), "no column 'prompt'"),
     "answers' column": (lambda a, t: dict(input_csv=write(t, "prompt,round\nWhy?,1\n")), "column 'round' already"),
+    "answers' figures": (lambda a, t: dict(input_csv=write(t, "prompt,tokens\nWhy?,1\n")), "column 'tokens' already"),
+    "an answer before": (
+        lambda a, t: dict(input_csv=write(t, "prompt,answer_before_abstaining\nWhy?,1\n")),
+        "'answer_before_abstaining' already",
+    ),
+    "noise of no run": (
+        lambda a, t: dict(model_path=copy_without(a, t, "noisefit_config.json"), noise_passes=1),
+        "noisefit_config.json: no such file, and --noise_passes needs this record of the adapter's run",
+    ),
+    "noise of a run without": (lambda a, t: dict(model_path=noiseless(a, t), noise_passes=1), "had no noise"),
     "missing input": (lambda a, t: dict(input_csv=t / "missing.csv"), "no such file"),
     "no adapter": (lambda a, t: dict(model_path=t), "no adapter_config.json in it"),
     "missing adapter": (lambda a, t: dict(model_path=t / "missing"), "no such folder"),
@@ -315,6 +389,13 @@ REFUSED = {
     "unclosed quote": (lambda a, t: dict(input_csv=write(t, 'prompt\n"Why?\n')), "a quote in it is never closed"),
     "one name twice": (lambda a, t: dict(input_csv=write(t, "id,id,prompt\n1,2,Why?\n")), "'id' appears 2 times"),
 }
+
+
+def noiseless(adapter, folder):
+    copy = copy_without(adapter, folder, "nothing")
+    config = json.loads((copy / "noisefit_config.json").read_text())
+    (copy / "noisefit_config.json").write_text(json.dumps(config | {"loss_mode": "basefit"}))
+    return copy
 
 
 def a_folder(folder):
@@ -368,6 +449,12 @@ def test_bad_input_is_refused_and_nothing_is_written(case, adapter, asked, tmp_p
         ("--rounds 0", "not a whole number from 1 to 1e+06"),
         ("--repetition_penalty 0", "above 0"),
         ("--round 3", "did you mean --rounds"),
+        ("--abstain_below 1.5", "not a number from 0 to 1"),
+        ("--abstain_below -0.1", "not a number from 0 to 1"),
+        ("--abstain_below nan", "not a number from 0 to 1"),
+        ("--abstain_below 0.5 --refusal=", "--refusal: it is empty"),
+        ("--refusal No.", "--refusal says what --abstain_below answers"),
+        ("--noise_passes -1", "not a whole number from 0"),
     ],
 )
 def test_bad_flags(flags, message):

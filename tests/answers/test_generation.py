@@ -7,7 +7,8 @@ import torch
 from tiny_folder import byte_tokenizer
 from tiny_models import tiny_model
 
-from noisefit.answers.generation import Answerer, Job, answer_all, left_pad, plan_batches
+from noisefit.answers.generation import Answerer, answer_all
+from noisefit.answers.jobs import Answer, Job, left_pad, plan_batches
 from noisefit.answers.settings import DrawSettings
 from noisefit.base.errors import InputError
 from noisefit.inputs.prompts import prompt_ids
@@ -38,10 +39,10 @@ def jobs_for(answerer: Answerer, rounds=(1, 2, 3)) -> list[Job]:
     return [Job(i, prompt, prompt_ids(answerer.tokenizer, prompt), rounds) for i, prompt in enumerate(PROMPTS)]
 
 
-def answers_of(answerer: Answerer, batch_size: int, rounds=(1, 2, 3)) -> dict:
+def answers_of(answerer: Answerer, batch_size: int, rounds=(1, 2, 3)) -> dict[tuple[int, int], Answer]:
     found = [answer for batch in answer_all(answerer, jobs_for(answerer, rounds), batch_size) for answer in batch]
     assert len(found) == len(PROMPTS) * len(rounds)
-    return {(index, number): text for index, number, text in found}
+    return {(index, number): answer for index, number, answer in found}
 
 
 @pytest.mark.slow
@@ -49,7 +50,7 @@ def answers_of(answerer: Answerer, batch_size: int, rounds=(1, 2, 3)) -> dict:
 def test_any_batch_size_and_shared_prefill_or_not_give_the_same_answers(model_type):
     model = answerer(model_type)
     expected = answers_of(model, 1)
-    assert len(set(expected.values())) > len(PROMPTS)  # rounds differ
+    assert len({answer.text for answer in expected.values()}) > len(PROMPTS)  # rounds differ
     for batch_size in (2, 7, 100):
         assert answers_of(model, batch_size) == expected
     assert model.shares_prefill
@@ -94,8 +95,10 @@ def test_batched_greedy_answers_equal_those_of_plain_generate(model_type):
             pad_token_id=0, eos_token_id=model.stop_ids,
         )  # fmt: skip
         tokens = output[0, ids.shape[1] :].tolist()
-        assert len(tokens) <= 12 and found[job.index, 1] == model._text(tokens)
-    assert max(len(model.tokenizer(text)["input_ids"]) for text in found.values()) >= 10  # some reach the limit
+        assert len(tokens) <= 12 and found[job.index, 1].text == model._text(tokens)
+    assert (
+        max(len(model.tokenizer(answer.text)["input_ids"]) for answer in found.values()) >= 10
+    )  # some reach the limit
 
 
 @pytest.mark.slow
@@ -142,9 +145,10 @@ def test_an_answer_ends_at_the_end_of_the_turn(single):
     script(model, said)
     job = Job(0, "Is it?", prompt_ids(tokenizer, "Is it?"), (1,))
     made = []
-    original = answers._text
-    answers._text = lambda tokens: made.append(len(tokens)) or original(tokens)
-    assert answers.answer([job]) == [(0, 1, "Yes: it is.")]
+    original = answers._own_tokens
+    answers._own_tokens = lambda tokens: made.append(len(tokens)) or original(tokens)
+    own = len(tokenizer(" Yes: it is.<|im_end|>", add_special_tokens=False)["input_ids"])
+    assert answers.answer([job]) == [(0, 1, Answer("Yes: it is.", 0.0, own))]  # the end's tokens are the answer's own
     assert made[0] < len(said)  # it stopped there and did not only cut there
 
 
