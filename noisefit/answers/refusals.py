@@ -1,0 +1,5 @@
+"""Answers that refuse."""
+
+from noisefit.base.refusal import REFUSAL
+
+__all__ = ["REFUSAL"]
