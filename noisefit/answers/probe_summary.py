@@ -37,7 +37,7 @@ def summary(path: str, cells: Sequence[Mapping[str, str]]) -> tuple[list[str], n
         values = np.array([float(own[name]) for own in cells if own.get(name)])
         if len(values):
             low, middle, high = np.percentile(values, [10, 50, 90])
-            lines.append(f"  {name:<22}median {middle:>8.3f}   10% to 90%: {low:.3f} to {high:.3f}")
+            lines.append(f"  {name:<24}median {middle:>8.3f}   10% to 90%: {low:.3f} to {high:.3f}")
     values = np.array([float(own[CHAT]) for own in cells if own.get(CHAT)])
     parting = part(values)
     if parting.threshold is None:

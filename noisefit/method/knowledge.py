@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
-from noisefit.base.errors import LocalError
+from noisefit.base.errors import InputError, LocalError
 from noisefit.base.precision import at_least_float32
 from noisefit.fork.branches import CLEAN, NOISY, Branch, BranchedModel, Logits, Losses
 from noisefit.fork.exactness import choose_strategy
@@ -62,8 +63,8 @@ class Probe:
         self.pad_token_id, self.noise_passes, self.noise_std, self.seed = pad_token_id, noise_passes, noise_std, seed
         self.branches: tuple[Branch, ...] = (NOISY,) * noise_passes or (CLEAN,)
         self.noise_layers = list(noise_layers) if noise_passes else []
-        batch, requested = self._batch([example, example]), "auto" if noise_passes > 1 else "separate"
-        self.strategy, _ = choose_strategy(self.model, batch, self.noise_layers, requested, self.branches)
+        batch = self._batch([example, example])
+        self.strategy, _ = choose_strategy(self.model, batch, self.noise_layers, "auto", self.branches)
 
     def __call__(self, items: Sequence[Item]) -> list[list[float]]:
         """Score a batch.
@@ -75,6 +76,9 @@ class Probe:
 
             In float32 they do not depend on the batch: a value that rounding could turn either way is computed again,
             with its item alone.
+
+        Raises:
+            InputError: a value is not finite.
         """
         values = self._values(items)
         if self.exact and len(items) > 1:
@@ -105,6 +109,9 @@ class Probe:
             own = [float(means.mean())]
             if self.noise_passes:
                 own += [float(means.std(correction=0)), float(spread[start : start + len(places)].mean())]
+            if not all(map(math.isfinite, own)):
+                raise InputError("the model computes no finite log-probability: its weights are not finite, or it "
+                                 "overflows in its dtype; try float32")  # fmt: skip
             values.append(own)
             start += len(places)
         return values
