@@ -138,3 +138,16 @@ def test_one_pass_over_the_rows():
     list(score_all(probe, all_items, 4))
     hook.remove()
     assert rows == [4, 4, 2]
+
+
+def test_each_row_layer_pass_and_seed_has_noise_of_its_own():
+    model, item = tiny_model().eval(), items(1)[0]
+    other = Item(item.input_ids, item.decisive, item.answer, "another")
+    hidden = torch.ones(2, len(item.input_ids), 32, dtype=torch.float64)
+    drawn = []
+    for seed in (0, 1):
+        probe = Probe(model, 0, item, 2, [1, 2], 0.25, seed)
+        for layer in (1, 2):
+            for branch in (1, 2):
+                drawn += list(probe._noise(layer, [item, other])(hidden, branch, None))
+    assert len({tuple(row.flatten().tolist()) for row in drawn}) == 16
