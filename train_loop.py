@@ -123,16 +123,18 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         notice(*describe(settings, policy, num_layers, strategy), reason)
         return policy, strategy
 
-    def chunk_losses(logits: Logits, target_tokens: Tensor) -> Losses:
+    def chunk_losses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:
         """The losses of one chunk of supervised tokens, by name: each a sum over the tokens.
 
-        `logits` has the `[N, V]` of each branch by its kind, targets are `[N]`. What is not in the result is not in the
-        loss; each name in it needs a weight.
+        `logits` has the `[N, V]` of each branch by its kind, targets are `[N]`, and so are their weights in the
+        cross-entropy, where they are not all 1. What is not in the result is not in the loss; each name in it needs a
+        weight.
         """
         clean, noisy, dropout = logits[CLEAN], logits[NOISY], logits[DROPOUT]
         losses: Losses = {}
         if "ce" in weights:
-            losses["ce"] = mean_over_branches(cross_entropy(z, target_tokens) for z in clean or noisy or dropout)
+            targets = target_tokens, target_weights
+            losses["ce"] = mean_over_branches(cross_entropy(z, *targets) for z in clean or noisy or dropout)
         if "soft" in weights:
             losses["soft"] = mean_over_branches(soft_target_loss(clean[0], z, temperature, *teaching) for z in noisy)
         if "consistency" in weights:
@@ -164,7 +166,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     model.train()
     with StopSignals() as stop, progress_bar(accelerator, total_steps, "training", "step", step) as progress:
         if accelerator.is_main_process:
-            start_output(settings, output, checkpoint)
+            start_output(settings, output, checkpoint, prepared.scores)
             write_policy(output, policy)
         start_trackers(accelerator, settings)
         for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):

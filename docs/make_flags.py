@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from noisefit.answers.probe_settings import GROUPS as PROBE_GROUPS
 from noisefit.answers.settings import GROUPS as ANSWER_GROUPS
 from noisefit.base.command_line import ALIASES, SWITCHES
 from noisefit.base.settings import default_text, fields_of
@@ -27,10 +28,13 @@ the same names and check the same rules.
 """
 
 
+PROGRAMS = (("train_loop.py", GROUPS), ("generate.py", ANSWER_GROUPS), ("python -m noisefit.probe", PROBE_GROUPS))
+
+
 def page() -> Iterator[str]:
     """The lines of docs/flags.md."""
     yield HEAD
-    for program, groups in (("train_loop.py", GROUPS), ("generate.py", ANSWER_GROUPS)):
+    for program, groups in PROGRAMS:
         yield f"## `{program}`\n"
         for title, cls in groups.items():
             yield f"### {title[0].upper()}{title[1:]}\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from running import ROOT
 
+from noisefit.answers.probe_settings import build_parser as build_probe_parser
 from noisefit.answers.settings import build_parser as build_answer_parser
 from noisefit.benchmarks import build_parser as build_benchmark_parser
 from noisefit.judge import build_parser as build_judge_parser
@@ -32,6 +33,7 @@ def test_each_flag_that_the_documents_give_to_a_program_exists():
     flags = {
         "train_loop.py": build_parser()._option_string_actions,
         "generate.py": build_answer_parser()._option_string_actions,
+        "noisefit.probe": build_probe_parser()._option_string_actions,
         "noisefit.score": build_score_parser()._option_string_actions,
         "noisefit.threshold": build_threshold_parser()._option_string_actions,
         "noisefit.judge": build_judge_parser()._option_string_actions,

@@ -12,9 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from noisefit.answers.scoring import EMPTY_WORDS, symbols, words
-
-REFUSAL = "I do not know."
+from noisefit.method.decisive import EMPTY_WORDS, symbols, words
 
 _APOSTROPHES = re.compile("[’‘ʼ´`′＇]")
 _PRONOUN = r"(?:i|it|that|this|he|she|they|we|there|the answer|it's|that's)"

@@ -1,14 +1,13 @@
 """How true answers are: each is compared with its reference, and the shares are averaged over prompts.
 
 The references are sentences ("The capital of Portugal is Lisbon."). What decides is the part that the question does not
-already say: `decisive_parts`.
+already say: `decisive_parts`, of `noisefit/method/decisive.py`.
 """
 
 from __future__ import annotations
 
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +16,13 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
+from noisefit.method.decisive import decisive_parts, holds, named_part, symbols, words
+
+__all__ = ["decisive_parts", "holds", "symbols", "words"]  # they were defined here
+
 METRICS = ("hallucination_rate", "contains_truth", "exact_match", "token_f1", "self_consistency")
 RESAMPLES = 10_000
 BATCH = 2_000_000  # resampled values in memory at a time
-
-# Words that carry no fact by themselves.
-EMPTY_WORDS = frozenset(
-    """a an the is are was were be been being do does did has have had in on at by to from for with as or its it this
-    that there which who whom whose what when where why how began begin begun started occurred happened took
-    place""".split()
-)
-NAMING_WORDS = frozenset({"is", "are", "was", "were", "by"})  # a name is likely to follow
-JOINING_WORDS = frozenset({"of", "and"})  # these hold a name together, as in "Gateway of India"
 
 
 def normalize(text: str) -> str:
@@ -51,88 +45,6 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * common / (len(got) + len(wanted))
 
 
-def words(text: str) -> list[str]:
-    """The words that the decisive-part rule compares: lower case, without accents, punctuation or a possessive `'s`.
-
-    A number keeps its sign and its decimals, and loses the commas between thousands; `C++` and `C#` keep their signs.
-    Chinese and Japanese are written without spaces: each of their characters is a word.
-    """
-    plain = re.sub(f"[{_ACCENTS}]", "", unicodedata.normalize("NFKD", text.lower().replace("\u2212", "-")))
-    found = _WORD.findall(re.sub(r"['’]s\b", "", unicodedata.normalize("NFC", plain)))
-    return [word.replace(",", "").removeprefix("+") for word in found]
-
-
-_ACCENTS = "\u0300-\u036f"  # of Latin, Greek and Cyrillic letters; elsewhere marks are vowels, or other consonants
-_MARKS = "".join(letter for letter in map(chr, range(0x0370, 0xFE00)) if unicodedata.category(letter).startswith("M"))
-_ALONE = "\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"  # kana and Han characters
-_WORD = re.compile(
-    rf"[{_ALONE}]|(?:(?<![\w.,])[-+<>≤≥])?\d+(?:,\d{{3}})*(?:\.\d+)*(?!\.?\w)"
-    rf"|(?:(?![{_ALONE}])[\w{_MARKS}])+(?:[+#]+(?![\w+#]))?"
-)
-
-
-def decisive_parts(prompt: str, reference: str) -> list[str]:
-    """What an answer must hold to be true: the runs of words of the reference that the question does not already say.
-
-    The reference is cut at words that carry no fact (is, in, by, ...) and at words of the question, in this form or
-    with another ending ("founded" says "founder" too); what stands together stays together. "The capital of Portugal is
-    Lisbon." to "What is the capital of Portugal?" leaves "lisbon". Behind `is`, `was` or `by` a name keeps the words
-    that it shares with the question ("Panama City"). To a question for a time only the parts with a number count.
-    Where no word is left, its symbols decide (+, €, an emoji), those that the question does not already have; and where
-    there are none either, the whole reference.
-    """
-    said = {_stem(word) for word in words(prompt)}
-    segments: list[list[str]] = [[]]
-    keeps_names = [False]
-    for word in words(reference):
-        if word in EMPTY_WORDS:
-            segments.append([])
-            keeps_names.append(word in NAMING_WORDS)
-        else:
-            segments[-1].append(word)
-    runs: list[list[str]] = []
-    for segment, keeps_name in zip(segments, keeps_names, strict=True):
-        is_said = [_stem(word) in said or word in JOINING_WORDS for word in segment]
-        if keeps_name and not all(is_said):
-            runs.append(segment)
-            continue
-        runs.append([])
-        for word in segment:
-            if _stem(word) in said:
-                runs.append([])
-            else:
-                runs[-1].append(word)
-    parts = [part for run in runs if (part := " ".join(_without_joining_ends(run)))]
-    if re.match(r"when\b|(in )?(what|which) year\b", " ".join(words(prompt))):
-        parts = [part for part in parts if re.search(r"\d", part)] or parts
-    asked = symbols(prompt)
-    parts = parts or [symbol for symbol in symbols(reference) if symbol not in asked]
-    return parts or [" ".join(words(reference)) or _as_it_stands(reference)]
-
-
-def symbols(text: str) -> list[str]:
-    """The signs that stand together in a text, without the punctuation around them: `+`, `€`, an emoji."""
-    runs = re.findall(r"[^\w\s]+", _as_it_stands(text))
-    kept = [run.strip(_AROUND) for run in runs]
-    return [run for run in kept if any(unicodedata.category(sign).startswith("S") for sign in run)]
-
-
-def holds(answer: str, parts: Sequence[str]) -> bool:
-    """Whether every part stands in the answer: words as whole words, symbols as they are."""
-    text = f" {' '.join(words(answer))} "
-    return all(f" {part} " in text if words(part) else _has_symbol(answer, part) for part in parts)
-
-
-def _has_symbol(answer: str, part: str) -> bool:
-    text = _as_it_stands(answer)
-    return part in (*symbols(text), *text.split(), text) and text != ""
-
-
-def _as_it_stands(text: str) -> str:
-    # Without the sign that asks for a coloured picture: it is the same emoji.
-    return unicodedata.normalize("NFC", text.replace("\ufe0f", "")).strip()
-
-
 @dataclass(frozen=True)
 class Prompt:
     """One question with its reference and the answers of all rounds."""
@@ -150,14 +62,14 @@ class Prompt:
 
 def truths(prompt: Prompt) -> list[list[str]]:
     """What an answer may hold to be true: the parts of one of these. An alias counts whole, but for its article."""
-    truth = " ".join(words(prompt.truth or "")) or _as_it_stands(prompt.truth or "")
+    truth = named_part(prompt.truth or "")
     parts = [truth] if truth else decisive_parts(prompt.question or prompt.prompt, prompt.reference)
     return [parts, *([alias] for text in prompt.aliases if (alias := _without_article(text)))]
 
 
 def _without_article(text: str) -> str:
     found = words(text)
-    return " ".join(found[1:] if len(found) > 1 and found[0] in ("a", "an", "the") else found) or _as_it_stands(text)
+    return " ".join(found[1:]) if len(found) > 1 and found[0] in ("a", "an", "the") else named_part(text)
 
 
 def score_prompt(prompt: Prompt) -> dict[str, float]:
@@ -232,21 +144,4 @@ def group_by(prompts: Sequence[Prompt]) -> Mapping[str, list[Prompt]]:
     return groups
 
 
-def _without_joining_ends(words: list[str]) -> list[str]:
-    while words and words[0] in JOINING_WORDS:
-        words = words[1:]
-    while words and words[-1] in JOINING_WORDS:
-        words = words[:-1]
-    return words
-
-
-def _stem(word: str) -> str:
-    """A word without a common ending, if enough of it is left to tell it from others."""
-    for ending in ("ing", "ed", "er", "or", "es", "s"):
-        if word.endswith(ending) and len(word) - len(ending) >= 4:
-            return word.removesuffix(ending)
-    return word
-
-
-_AROUND = "".join(sign for sign in string.punctuation if not unicodedata.category(sign).startswith("S")) + "‘’“”–—…"
 _PUNCTUATION = frozenset(string.punctuation + "‘’“”–—…")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, hide_token
 from noisefit.base.errors import InputError
+from noisefit.base.refusal import REFUSAL
 from noisefit.base.settings import add_flags, check_fields, not_default, setting
 
 
@@ -56,7 +57,7 @@ class ConfidenceSettings:
         None, "answers whose confidence, exp(logprob), is lower are replaced by the refusal; default: none is",
         low=0, high=1,
     )  # fmt: skip
-    refusal: str = setting("I do not know.", "what --abstain_below answers instead")
+    refusal: str = setting(REFUSAL, "what --abstain_below answers instead")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,8 +39,9 @@ Logits = Mapping[Branch, Sequence[Tensor]]
 Losses = dict[str, Tensor]
 """A loss's name to its sum over tokens, a scalar."""
 
-ChunkLosses = Callable[[Logits, Tensor], Losses]
-"""`(logits, target_tokens [N]) -> losses` of one chunk of tokens."""
+ChunkLosses = Callable[..., Losses]
+"""`(logits, target_tokens [N]) -> losses` of one chunk of tokens; of a batch with weights
+`(logits, target_tokens [N], target_weights [N]) -> losses`."""
 
 
 class BranchedModel(nn.Module):
@@ -76,6 +77,7 @@ class BranchedModel(nn.Module):
         attention_mask: Tensor,
         target_positions: Tensor | None = None,
         target_tokens: Tensor | None = None,
+        target_weights: Tensor | None = None,
         *,
         branches: Sequence[Branch] = BRANCHES,
         noise: Mapping[int, Noise | NoiseFunction] | None = None,
@@ -91,6 +93,7 @@ class BranchedModel(nn.Module):
             target_positions: `[N]`, int64, the positions that predict a supervised token, as indices into the
                 `B * L` positions of the batch.
             target_tokens: `[N]`, int64, the token that each of them predicts. `N` may be 0.
+            target_weights: `[N]`, the weights of these tokens, for `chunk_losses`; `None` where all are 1.
             branches: of which kind each one is.
             noise: the index of a layer, or `EMBEDDING`, to its noise: a `Noise`, or a function of hidden states, the
                 number of the branch (of the noisy ones, from 1) and the mask. Empty: clean and noisy branches are one,
@@ -131,7 +134,8 @@ class BranchedModel(nn.Module):
         if clean_states is not None:
             states = torch.cat([clean_states.unsqueeze(0).to(states), states])
         states = states.flatten(1, 2).index_select(1, target_positions)
-        return self.sum_losses(states, target_tokens, chunk_losses, branches, strategy == "full_logits")
+        are_logits = strategy == "full_logits"
+        return self.sum_losses(states, target_tokens, chunk_losses, branches, are_logits, target_weights)
 
     def sum_losses(
         self,
@@ -140,6 +144,7 @@ class BranchedModel(nn.Module):
         chunk_losses: ChunkLosses,
         branches: Sequence[Branch] = BRANCHES,
         are_logits: bool = False,
+        target_weights: Tensor | None = None,
     ) -> Losses:
         """The sums of the losses, a chunk of supervised tokens at a time, all but the last computed again in backward.
 
@@ -149,6 +154,7 @@ class BranchedModel(nn.Module):
             target_tokens: `[N]`, int64.
             chunk_losses, branches: as for `forward`.
             are_logits: whether `states` are logits.
+            target_weights: `[N]`, or `None`, as for `forward`.
         """
         check_branches(branches)
         # Backward begins with the last chunk, so keeping its logits takes no more memory than computing them again. The
@@ -157,17 +163,19 @@ class BranchedModel(nn.Module):
         # Without a supervised token there is one empty chunk: its zero is tied to every parameter, which must all take
         # part in the gradient reduction or the other processes hang.
         sizes = [part for part in (count % size, *[size] * (count // size)) if part] or [0]
-        chunks = list(zip(states.split(sizes, dim=1), target_tokens.split(sizes), strict=True))
+        # What `chunk_losses` gets besides the logits.
+        targets = [part.split(sizes) for part in (target_tokens, target_weights) if part is not None]
+        chunks = list(zip(states.split(sizes, dim=1), zip(*targets, strict=True), strict=True))
         sums: Losses = {}
-        for chunk, tokens in chunks[:-1]:
-            arguments = (chunk, tokens, chunk_losses, branches, are_logits)
+        for chunk, chunk_targets in chunks[:-1]:
+            arguments = (chunk, chunk_targets, chunk_losses, branches, are_logits)
             sums = _added(sums, checkpoint(self._chunk_sums, *arguments, use_reentrant=False))
         return _added(sums, self._chunk_sums(*chunks[-1], chunk_losses, branches, are_logits))
 
     def _chunk_sums(
         self,
         states: Tensor,
-        target_tokens: Tensor,
+        targets: tuple[Tensor, ...],
         chunk_losses: ChunkLosses,
         branches: Sequence[Branch],
         are_logits: bool,
@@ -178,7 +186,7 @@ class BranchedModel(nn.Module):
         of_kind: dict[Branch, list[Tensor]] = {kind: [] for kind in Branch}
         for kind, part in zip(branches, each, strict=True):
             of_kind[kind].append(part)
-        return chunk_losses(of_kind, target_tokens)
+        return chunk_losses(of_kind, *targets)
 
 
 def _added(sums: Losses, more: Losses) -> Losses:

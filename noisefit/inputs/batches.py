@@ -80,7 +80,8 @@ def collate(rows: Sequence[Example], pad_token_id: int, device: torch.device | s
 
     Returns:
         `input_ids` and `attention_mask`, `[B, L]` int64; `target_positions` and `target_tokens`, `[N]` int64, see
-        `BranchedModel.forward`. The indices are made here, on the CPU, as finding them on a GPU would stall it.
+        `BranchedModel.forward`. The indices are made here, on the CPU, as finding them on a GPU would stall it. Where
+        some row's weight is not 1, also `target_weights`, `[N]` float32.
     """
     length = max((len(example.input_ids) for example in rows), default=1)
     input_ids = torch.full((max(len(rows), 1), length), pad_token_id)
@@ -100,4 +101,7 @@ def collate(rows: Sequence[Example], pad_token_id: int, device: torch.device | s
         "target_positions": torch.cat(positions),
         "target_tokens": torch.cat(tokens),
     }
+    if any(example.weight != 1 for example in rows):
+        counts = torch.tensor([example.num_targets for example in rows])
+        batch["target_weights"] = torch.tensor([example.weight for example in rows]).repeat_interleave(counts)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

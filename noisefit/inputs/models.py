@@ -121,6 +121,46 @@ def quantization_options(quantization: str, dtype: torch.dtype, device: torch.de
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Of weights that are not trained: the launch's mixed precision."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def load_base(
+    settings: ModelSettings, name: str, accelerator: Accelerator, dtype: torch.dtype, trust_remote_code: bool = False,
+    finite: bool = False,
+) -> Any:  # fmt: skip
+    """A causal language model as it is, without an adapter, on the CPU unless it is quantized.
+
+    Args:
+        settings: how it is loaded.
+        name: of the model, or its folder.
+        accelerator: of the run.
+        dtype: of its weights.
+        trust_remote_code: whether code that comes with the model may run.
+        finite: whether to refuse weights that are not finite, or that the model has no place for.
+
+    Raises:
+        InputError: no such model in safetensors.
+    """
+    options: dict[str, Any] = {"dtype": dtype}
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    options |= quantization_options(settings.quantization, frozen_dtype(accelerator), accelerator.device)
+    with loading("--model", name, "weights as safetensors"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
+        model, report = loaded
+        check_weights(report, name)
+        if finite:
+            wrong = [*report["unexpected_keys"]]
+            wrong += [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is not of this model or not finite")
+    return model
+
+
 def load_model(
     settings: ModelSettings, name: str, accelerator: Accelerator, checkpoint: Path | None = None,
     trust_remote_code: bool = False,
@@ -140,24 +180,9 @@ def load_model(
     Raises:
         InputError: no such model in safetensors, or the checkpoint's adapter is not of this model.
     """
-    frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    options: dict[str, Any] = {"dtype": torch.float32 if settings.full_finetune else frozen_dtype}
-    if settings.attn_implementation is not None:
-        options["attn_implementation"] = settings.attn_implementation
-    options |= quantization_options(settings.quantization, frozen_dtype, accelerator.device)
     whole = checkpoint if settings.full_finetune else None
-    with loading("--model", str(whole or name), "weights as safetensors"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            whole or name, use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True, **options,
-        )  # fmt: skip
-        model, report = loaded
-        check_weights(report, str(whole or name))
-        if whole is not None:
-            wrong = [*report["unexpected_keys"]]
-            wrong += [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
-            if wrong:
-                raise ValueError(f"{wrong[0]} is not of this model or not finite")
+    dtype = torch.float32 if settings.full_finetune else frozen_dtype(accelerator)
+    model = load_base(settings, str(whole or name), accelerator, dtype, trust_remote_code, finite=whole is not None)
     if settings.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if settings.gradient_checkpointing:

@@ -34,12 +34,13 @@ class PromptSettings:
 class Example:
     """A row as token ids; from `target_start` on they are supervised. `target_start` is at least 1.
 
-    `is_cut` says that the end of its answer had no place.
+    `is_cut` says that the end of its answer had no place. `weight` is that of its cross-entropy.
     """
 
     input_ids: list[int]
     target_start: int
     is_cut: bool = False
+    weight: float = 1.0
 
     @property
     def num_targets(self) -> int:
@@ -103,7 +104,7 @@ def make_examples(
             continue
         target_start = len(prompt) if loss_on == "response" else 1
         ids = prompt + answer
-        examples.append(Example(ids[:max_length], max(target_start, 1), len(ids) > max_length))
+        examples.append(Example(ids[:max_length], max(target_start, 1), len(ids) > max_length, row.weight))
     return examples, dropped
 
 

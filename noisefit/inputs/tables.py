@@ -25,11 +25,15 @@ UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a
 
 @dataclass(frozen=True)
 class Row:
-    """One question and its answer; `number` counts a file's rows from 1, the header of a CSV not counted."""
+    """One question and its answer; `number` counts a file's rows from 1, the header of a CSV not counted.
+
+    `weight` is that of its cross-entropy in training.
+    """
 
     number: int
     prompt: str
     response: str
+    weight: float = 1.0
 
 
 def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) -> tuple[list[Row], list[int]]:

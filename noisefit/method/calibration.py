@@ -224,8 +224,9 @@ class _OneDraw:
 RESPONSES = "responses"
 
 
-def _sum_responses(logits: Logits, target_tokens: Tensor) -> Losses:
-    """Of one chunk: the clean cross-entropy, that at each scale, and the symmetric KL at each; sums over tokens."""
+def _sum_responses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:
+    """Of one chunk: the clean cross-entropy, that at each scale, and the symmetric KL at each; sums over tokens, which
+    count alike, whatever their rows' weights in training."""
     [clean], noisy = logits[CLEAN], logits[NOISY]
     ce = [cross_entropy(branch, target_tokens) for branch in (clean, *noisy)]
     return {RESPONSES: torch.stack([*ce, *(symmetric_kl(clean, branch, 1.0) for branch in noisy)])}

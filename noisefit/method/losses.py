@@ -17,17 +17,20 @@ from torch import Tensor
 from noisefit.base.precision import at_least_float32
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over tokens of `-log softmax(logits)[target]`.
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum over tokens of `-log softmax(logits)[target]`, times the token's weight where there are weights.
 
     Args:
         logits: `[N, V]`; low-precision input is computed in float32.
         targets: `[N]`, int64, the token that each row predicts.
+        weights: `[N]`; `None` for 1 each.
 
     Returns:
         A scalar tensor; 0, still tied to `logits`, where `N` is 0.
     """
-    return F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
+    if weights is None:
+        return F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
+    return (F.cross_entropy(at_least_float32(logits), targets, reduction="none") * weights).sum()
 
 
 TEMPERATURE_ON = ("both", "teacher")

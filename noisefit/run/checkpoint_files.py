@@ -26,6 +26,7 @@ from noisefit.run.noise_policy import POLICY_SHAPE, policy_from, read_policy
 from noisefit.run.settings import POLICIES, Settings
 
 STATE, OPTIMIZER, PROCESSES = "checkpoint.json", "optimizer.safetensors", "processes.safetensors"
+SCORES = "knowledge.csv"  # what the base model knows of the rows, where the run goes by it
 LOOP_SHAPE = {**dict.fromkeys(("step", "total_steps", "seen_targets", "bad_steps"), COUNT), "strategy": TEXT,
               "policy": POLICY_SHAPE}  # fmt: skip
 METRICS_SHAPE = {**dict.fromkeys(("steps", "skipped", "targets", "tokens"), COUNT), "seconds": AMOUNT,
@@ -268,6 +269,8 @@ def _rows_digest(examples: Sequence[Example]) -> str:
     content = hashlib.sha256()
     for example in examples:
         content.update(array("q", [example.target_start, len(example.input_ids), *example.input_ids]).tobytes())
+        if example.weight != 1:
+            content.update(array("d", [example.weight]).tobytes())
     return content.hexdigest()
 
 

@@ -30,6 +30,7 @@ from noisefit.fork.decoder import find_decoder_layers
 from noisefit.run.checkpoint_files import (
     OPTIMIZER,
     PROCESSES,
+    SCORES,
     STATE,
     digest_of,
     latest_whole,
@@ -111,7 +112,7 @@ class Checkpoints:
             write_model(staged, self.accelerator.unwrap_model(self.model).model, weights, self.tokenizer)
             write_tensors(staged / OPTIMIZER, optimizer)
             write_tensors(staged / PROCESSES, processes)
-            for name in LINES:
+            for name in (*LINES, SCORES):
                 if (self.output.path / name).exists():
                     shutil.copyfile(self.output.path / name, staged / name)
             state["files"] = {path.name: digest_of(path) for path in sorted(staged.iterdir())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from noisefit.base.refusal import REFUSAL
 from noisefit.base.settings import setting
 from noisefit.method.losses import TEMPERATURE_ON
 from noisefit.method.objectives import OBJECTIVES, Objective
@@ -78,6 +79,27 @@ class CalibrationSettings:
     auto_depth_bands: int = setting(3, "bands of depth that the noisy layers are spread over", **POSITIVE)
     auto_target_kl_fraction: float = setting(
         0.75, "a layer's scale is the smallest whose KL is this share of the chosen layers' median", **SHARE
+    )
+
+
+UNKNOWN_ROWS = ("keep", "drop", "refuse", "weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeSettings:
+    """Rows whose answer the base model does not know."""
+
+    unknown_rows: str = setting(
+        "keep", "rows whose answer the base model does not know, as it is probed at the start: train them as they are, "
+        "leave them out, train them with --refusal as the answer, or with --unknown_weight", choices=UNKNOWN_ROWS,
+    )  # fmt: skip
+    unknown_below: float | None = setting(
+        None, "a row is unknown if the mean log-probability of its answer's decisive tokens is lower; default: where "
+        "the rows part in two groups", low=-1e6, high=0,
+    )  # fmt: skip
+    refusal: str = setting(REFUSAL, "the answer of unknown rows under --unknown_rows refuse")
+    unknown_weight: float = setting(
+        0.1, "weight of the unknown rows' cross-entropy under --unknown_rows weight", **NON_NEGATIVE
     )
 
 

@@ -18,7 +18,7 @@ from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, writing
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run.card import model_card
-from noisefit.run.checkpoint_files import STATE, latest_whole, list_checkpoints
+from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints
 from noisefit.run.metrics import LINES
 from noisefit.run.noise_policy import as_file
 from noisefit.run.output_folder import PREVIOUS, SCRATCH, OutputFolder
@@ -28,7 +28,7 @@ from noisefit.run.weights import gather_weights, write_model
 # Every name that a run may write, besides those of its tokenizer's files.
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
-RECORDS = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", *LINES)
+RECORDS = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", SCORES, *LINES)
 CARD = ("README.md",)
 
 
@@ -144,7 +144,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return folder.resolve() in (path.absolute().parent.resolve(), path.resolve().parent)
 
 
-def start_output(settings: Settings, output: OutputFolder, checkpoint: Path | None) -> None:
+def start_output(settings: Settings, output: OutputFolder, checkpoint: Path | None, scores: str | None = None) -> None:
     """Make the folder ready for a run, and write its settings there.
 
     Args:
@@ -152,6 +152,7 @@ def start_output(settings: Settings, output: OutputFolder, checkpoint: Path | No
         output: its folder.
         checkpoint: the run goes on from it, and its records with it; `None`: it starts afresh. What another run left
             is set aside as `previous_run`, until this one is saved.
+        scores: the content of `knowledge.csv`; `None` where the run goes by no probe.
 
     Raises:
         LocalError: it cannot be written.
@@ -167,6 +168,8 @@ def start_output(settings: Settings, output: OutputFolder, checkpoint: Path | No
                 else:
                     output.remove(name)
         output.expect(*LINES)
+    if scores is not None:
+        output.write_text(SCORES, scores)
     output.write_json("noisefit_config.json", {"noisefit_version": noisefit.__version__} | settings.record())
 
 

@@ -101,6 +101,14 @@ class OutputFolder:
                 write_json(self.path / name, content, scratch)
             self._settle(name)
 
+    def write_text(self, name: str, content: str) -> None:
+        """Write a text file, whole or not at all."""
+        with writing(self.path / name):
+            self._make_room(name)
+            with self._scratch() as scratch, replacing(self.path / name, scratch) as beside:
+                beside.write_bytes(content.encode())
+            self._settle(name)
+
     def copy(self, source: Path, name: str) -> None:
         """Write a copy of a file that will grow."""
         self._make_room(name)

@@ -18,6 +18,7 @@ from noisefit.inputs.prompts import Example, stop_token_ids, tokenize_rows
 from noisefit.inputs.tables import load_rows
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.run.checkpoint_files import find_checkpoint, identify_run, latest_whole, read_state
+from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
 from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
@@ -35,6 +36,7 @@ class Prepared:
         config: the base model's.
         tokenizer: with its chat template.
         examples, eval_examples: the tokenized rows.
+        scores: the content of `knowledge.csv`, by which the rows were chosen; `None` under --unknown_rows keep.
         num_layers: decoder layers of the model.
         accelerator: of the launch.
         rows_per_step: of an optimizer step, over all micro-batches and processes.
@@ -48,6 +50,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     examples: list[Example]
     eval_examples: list[Example]
+    scores: str | None
     num_layers: int
     accelerator: Accelerator
     rows_per_step: int
@@ -58,6 +61,8 @@ class Prepared:
 
 def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     """Check what can be checked before the model is loaded, cheapest first, and before anything is written.
+
+    Under `--unknown_rows` other than `keep` the base model is loaded and probed here, as it decides on the rows.
 
     Raises:
         InputError: something is not as it should be; the line says what, and what to do.
@@ -81,6 +86,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
     check_tokenizer_names(tokenizer, output)
     stops = stop_token_ids(model)
+    rows, scores = by_what_is_known(settings, rows, tokenizer, accelerator)
     examples = tokenize_rows(tokenizer, rows, settings.train_data, settings, vocabulary, stops)
     eval_examples = tokenize_rows(tokenizer, eval_rows, str(settings.eval_data), settings, vocabulary, stops)
 
@@ -92,8 +98,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     wanted, overwrite = settings.resume_from_checkpoint, settings.overwrite_output
     checkpoint = find_checkpoint(wanted, output.path, run, total_steps, starts_afresh=overwrite)
     check_checkpoint_names(settings, output, total_steps)
-    return Prepared(settings, config, tokenizer, examples, eval_examples, num_layers, accelerator, rows_per_step,
-                    total_steps, run, checkpoint)  # fmt: skip
+    return Prepared(settings, config, tokenizer, examples, eval_examples, scores, num_layers, accelerator,
+                    rows_per_step, total_steps, run, checkpoint)  # fmt: skip
 
 
 def _within_positions(settings: Settings, config: PreTrainedConfig) -> Settings:

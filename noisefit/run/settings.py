@@ -27,6 +27,7 @@ from noisefit.run.method_settings import (
     POSITIVE,
     SHARE,
     CalibrationSettings,
+    KnowledgeSettings,
     LossSettings,
     NoiseSettings,
 )
@@ -112,6 +113,7 @@ GROUPS: dict[str, type] = {
     "the method: the loss": LossSettings,
     "the method: the noise": NoiseSettings,
     "the method: noise that calibrates itself": CalibrationSettings,
+    "rows that the model does not know": KnowledgeSettings,
     "the steps": StepSettings,
     "the model": ModelSettings,
     "the prompts": PromptSettings,
@@ -124,8 +126,8 @@ NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(
-    RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, CalibrationSettings, NoiseSettings,
-    LossSettings, FileSettings,
+    RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings, CalibrationSettings,
+    NoiseSettings, LossSettings, FileSettings,
 ):  # fmt: skip
     """All settings of a training, checked: each value, and those that contradict each other.
 
@@ -143,6 +145,8 @@ class Settings(
                 raise InputError(f"--{name} is required; see --help")
         if self.quantization != "none" and self.full_finetune:
             raise InputError("--full_finetune cannot train quantized weights; leave out --quantization")
+        if self.unknown_rows == "refuse" and not self.refusal.strip():
+            raise InputError("--refusal is empty; give the answer that unknown rows are to get")
         if self.prompt_date is not None:
             check_date(self.prompt_date)
         check_objective(self)
@@ -237,6 +241,9 @@ def without_effect(settings: Settings) -> str | None:
         "noise_gradient": noisy,
         "max_noise_to_signal": noisy,
         "prefer_late_layers": layers and measured,
+        "unknown_below": settings.unknown_rows != "keep",
+        "refusal": settings.unknown_rows == "refuse",
+        "unknown_weight": settings.unknown_rows == "weight",
         "snr_batches": not layers or measured,
         "branches": len(objective.branches) > 1,
         "rdrop_dropout": DROPOUT in objective.branches,

@@ -54,6 +54,12 @@ def test_collate():
     assert count_targets(rows) == 4 and count_tokens(rows) == 7
 
 
+def test_weights_are_there_where_some_row_has_one():
+    rows = [Example([5, 6, 7, 8], 2), Example([9, 10, 11], 1, weight=0.5), Example([3, 4], 1)]
+    assert collate(rows, pad_token_id=0)["target_weights"].tolist() == [1, 1, 0.5, 0.5, 1]
+    assert "target_weights" not in collate([rows[0], rows[2]], pad_token_id=0)
+
+
 def test_an_empty_share_is_a_batch_without_targets():
     batch = collate([], pad_token_id=3)
     assert batch["input_ids"].tolist() == [[3]] and len(batch["target_tokens"]) == 0

@@ -225,3 +225,12 @@ def test_a_low_precision_teachers_gradient_is_the_float64_one_rounded(logits, dt
     for one, other in zip(low, exact, strict=True):
         assert one.grad.dtype == dtype
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-2, atol=1e-4)
+
+
+def test_weights_are_those_of_the_tokens(logits):
+    clean, weights = logits[0], torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 0.25], dtype=torch.float64)
+    cross_entropy(clean, TARGETS, weights).backward()
+    z, w = clean.detach().numpy(), weights.numpy()
+    value = cross_entropy(clean, TARGETS, weights).item()
+    assert value == pytest.approx(-(w * np.log(softmax(z)[range(6), TARGETS])).sum(), rel=1e-12)
+    assert clean.grad.numpy() == pytest.approx(w[:, None] * (softmax(z) - np.eye(11)[TARGETS]), rel=1e-9, abs=1e-12)

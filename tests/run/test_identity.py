@@ -72,3 +72,12 @@ def test_rows_to_evaluate_on_are_noted_and_no_difference(identify):
 
 def test_the_order_of_tokens_and_the_border_of_the_prompt_count(identify):
     assert differences(identify(rows=[(1, 2), (3,)]), identify(rows=[(1,), (2, 3)])) != []
+
+
+def test_the_weights_of_rows_count(llama_folder):
+    config, launch = AutoConfig.from_pretrained(llama_folder), SimpleNamespace(num_processes=1, mixed_precision="no")
+    settings = Settings(model=str(llama_folder), train_data="t")
+    found = [
+        identify_run(settings, config, [Example([1, 2], 1, weight=w)], [], 4, launch)[ROWS] for w in (1, 0.5, 0.25)
+    ]
+    assert len(set(found)) == 3

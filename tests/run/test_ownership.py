@@ -48,7 +48,9 @@ def finished(llama_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     data = folder / "questions.csv"
     data.write_text("prompt,response\n" + "".join(f"What is {i}?,It is {i}.\n" for i in range(24)))
-    flags = FAST | dict(noise_policy="auto", auto_calib_batches=1, eval_data=data)
+    flags = FAST | dict(
+        noise_policy="auto", auto_calib_batches=1, eval_data=data, unknown_rows="weight", unknown_below=-1
+    )
     run(llama_folder, data, folder / "out", **flags)
     return data, folder / "out"
 

@@ -1,0 +1,3 @@
+"""The answer of one who does not know."""
+
+REFUSAL = "I do not know."

@@ -1,0 +1,188 @@
+"""Rows that are probed: what is decisive in them as tokens, and files of rows that were probed."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from noisefit.base.errors import InputError
+from noisefit.inputs.prompts import prompt_ids, token_ids
+from noisefit.inputs.tables import COLUMNS, read_records, text_cell
+from noisefit.inputs.templates import answer_text
+from noisefit.method.decisive import Span, decisive_spans
+from noisefit.method.knowledge import Item
+
+CHAT, TEXT, DIGEST = "knowledge_chat", "knowledge_text", "knowledge_digest"
+NOISY = ("knowledge_noisy", "knowledge_spread", "knowledge_disagreement")
+SAMPLED = "knowledge_samples"
+ADDED = (CHAT, TEXT, *NOISY, SAMPLED, DIGEST)  # the columns of a probed file, besides the input's
+
+
+@dataclass(frozen=True)
+class ProbedRow:
+    """A row with all that its probe goes by.
+
+    Attributes:
+        number: of the row in its file.
+        prompt, response: as for training.
+        question: what the prompt asks, where a column `question` has it.
+        answer: the decisive part, where a column `answer` names it.
+    """
+
+    number: int
+    prompt: str
+    response: str
+    question: str = ""
+    answer: str = ""
+
+    @property
+    def digest(self) -> str:
+        """By which a row that was edited since its probe is known."""
+        cells = [self.prompt, self.response, self.question, self.answer]
+        return hashlib.sha256(repr(cells).encode()).hexdigest()[:16]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Where the response has what decides."""
+        return decisive_spans(self.question or self.prompt, self.response, self.answer)
+
+
+def read_probe_rows(path: str) -> tuple[list[dict[str, Any]], list[ProbedRow], list[int]]:
+    """The records with a prompt and a response, the same as rows, and the numbers of those skipped for want of one.
+
+    Raises:
+        InputError: as `read_records`; or no row is complete.
+    """
+    records, rows, skipped = [], [], []
+    for number, record in read_records(path, COLUMNS):
+        names = (*COLUMNS, "question", "answer")
+        row = ProbedRow(number, *(text_cell(path, number, name, record.get(name)) for name in names))
+        if row.prompt and row.response:
+            records.append(record)
+            rows.append(row)
+        else:
+            skipped.append(number)
+    if not rows:
+        raise InputError(f"{path}: no row to probe; expected text in columns prompt and response")
+    return records, rows, skipped
+
+
+def chat_item(tokenizer: PreTrainedTokenizerBase, row: ProbedRow, max_length: int) -> Item | None:
+    """The row as training has it: prompt in the chat format, then the answer. `None` where `max_length` leaves nothing
+    decisive."""
+    prompt = prompt_ids(tokenizer, row.prompt)
+    text = answer_text(tokenizer, row.prompt, row.response)
+    ids, whole, decisive = _located(tokenizer, text, text.index(row.response), row, add_special_tokens=False)
+    start = len(prompt)
+    return _item([*prompt, *ids], [start + i for i in decisive], [start + i for i in whole], max_length, row)
+
+
+def text_item(tokenizer: PreTrainedTokenizerBase, row: ProbedRow, max_length: int) -> Item | None:
+    """The response as plain text, with the special tokens that the tokenizer adds to a text.
+
+    Where it adds none before a text that begins with a decisive token, which nothing then predicts, its start token
+    (else its end token) is put there.
+    """
+    ids, whole, decisive = _located(tokenizer, row.response, 0, row, add_special_tokens=True)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if 0 in decisive and start is not None:
+        ids, whole, decisive = [start, *ids], [i + 1 for i in whole], [i + 1 for i in decisive]
+    return _item(ids, decisive, whole, max_length, row)
+
+
+def _item(ids: list[int], decisive: list[int], whole: list[int], max_length: int, row: ProbedRow) -> Item | None:
+    decisive, whole = ([i for i in places if 0 < i < max_length] for places in (decisive, whole))
+    return Item(ids[:max_length], decisive, sorted({*whole, *decisive}), row.digest) if decisive else None
+
+
+def _located(
+    tokenizer: PreTrainedTokenizerBase, text: str, offset: int, row: ProbedRow, add_special_tokens: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """Tokens of a text that holds the response from character `offset` on: all, the response's, the decisive ones."""
+    spans = [(offset + start, offset + end) for start, end in row.spans]
+    whole = [(offset, offset + len(row.response))]
+    if not getattr(tokenizer, "is_fast", False):
+        ids = _ids(tokenizer, text, add_special_tokens)
+        by_prefixes = [_tokens_by_prefixes(tokenizer, text, ids, part, add_special_tokens) for part in (whole, spans)]
+        return ids, by_prefixes[0], by_prefixes[1]
+    try:
+        options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": True}
+        encoded = tokenizer(text, verbose=False, **options)
+    except Exception as error:  # as in `token_ids`
+        raise InputError(f"the tokenizer fails on {text[:40]!r}: {' '.join(str(error).split())[:200]}") from None
+    places = encoded["offset_mapping"]
+    found = [[i for i, place in enumerate(places) if _overlaps(place, part)] for part in (whole, spans)]
+    return encoded["input_ids"], found[0], found[1]
+
+
+def _overlaps(place: Span, spans: Sequence[Span]) -> bool:
+    return any(place[0] < end and place[1] > start for start, end in spans)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    if not add_special_tokens:
+        return token_ids(tokenizer, text)
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _tokens_by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], spans: Sequence[Span], add_special_tokens: bool
+) -> list[int]:
+    """For a tokenizer that knows no offsets: a span's tokens are those that differ where the text ends before it, up to
+    those by which the text that ends behind it differs from the whole."""
+
+    def shared(end: int) -> int:
+        before = _ids(tokenizer, text[:end], add_special_tokens)
+        return next(
+            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
+        )
+
+    places = {i for start, end in spans for i in range(shared(start), max(shared(end), shared(start) + 1))}
+    return sorted(place for place in places if place < len(ids))
+
+
+def read_scores(path: str, numbers: Sequence[int] | None = None) -> tuple[list[ProbedRow], list[dict[str, str]]] | None:
+    """The rows of a probed file and their scores; `None` where the file is none (it has no column `knowledge_chat`).
+
+    Raises:
+        InputError: as `read_records`; a row has a score that is no log-probability, or was edited since its probe.
+    """
+    records, rows, _ = read_probe_rows(path)
+    if not any(CHAT in record for record in records):
+        return None
+    scores = []
+    for record, row in zip(records, rows, strict=True):
+        where = f"{path}: row {row.number}"
+        cells = {name: str(record[name]) for name in ADDED if record.get(name) is not None}
+        if DIGEST in cells and cells[DIGEST] != row.digest:
+            raise InputError(f"{where}: it was edited since it was probed; probe the file again: python -m "
+                             "noisefit.probe")  # fmt: skip
+        if (text := cells.get(CHAT, "").strip()) and not _log_probability(text) <= 0:
+            raise InputError(f"{where}: {CHAT} is {text[:40]!r}, expected a log-probability, a number up to 0")
+        scores.append(cells | {CHAT: text})
+    return rows, scores
+
+
+def _log_probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records as the text of a CSV, every cell quoted."""
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()

@@ -1,0 +1,219 @@
+"""What a model knows of a file's answers, before it is trained on them.
+
+    accelerate launch -m noisefit.probe --model MODEL --train_data questions.csv --output probed.csv
+
+Each row gets the mean log-probability that the model gives to the tokens which decide its answer, and on request what
+noise does to it, and how often the model answers right by itself. The same file for any batch size and number of
+processes (in float32, on one kind of device). Finished rows go to disk as they come: after a kill, the same command
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from transformers import PreTrainedTokenizerBase
+
+from noisefit.answers.generation import Answerer, answer_all
+from noisefit.answers.jobs import Answer, Job
+from noisefit.answers.journal import Journal, alone_with, check_answers_output
+from noisefit.answers.loading import (
+    check_vocabulary,
+    context_length,
+    digest,
+    find_base,
+    load_answer_model,
+    load_answer_tokenizer,
+    model_fingerprint,
+)
+from noisefit.answers.probe_settings import ProbeSettings, parse_arguments
+from noisefit.answers.probe_summary import check_picture, draw_histogram, summary
+from noisefit.answers.scoring import Prompt, score_prompt
+from noisefit.base.errors import InputError, notice, one_line_errors
+from noisefit.base.files import replacing, writing
+from noisefit.base.settings import names_of
+from noisefit.fork.decoder import find_decoder_layers
+from noisefit.inputs.probing import (
+    ADDED,
+    CHAT,
+    DIGEST,
+    NOISY,
+    SAMPLED,
+    TEXT,
+    ProbedRow,
+    as_csv,
+    chat_item,
+    read_probe_rows,
+    text_item,
+)
+from noisefit.inputs.prompts import naming_row, prompt_ids
+from noisefit.inputs.tables import Row, describe_skipped, name_rows
+from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
+from noisefit.method.knowledge import Item, Probe, score_all
+from noisefit.run.knowledge import as_cell, share
+from noisefit.run.processes import check_processes, finish, progress_bar, start_accelerator
+
+# What the journal calls the scores of a row; its samples have the numbers of their rounds, from 1.
+SCORES = {CHAT: 0, TEXT: -1, NOISY[0]: -2}
+
+
+def probe(settings: ProbeSettings) -> None:
+    """Probe a file as the settings say."""
+    output = Path(os.path.realpath(settings.output))  # a link stays one
+    check_answers_output(output, Path(settings.train_data), settings.overwrite_output, "--output")
+    picture = check_picture(settings.picture, output, settings.overwrite_output)
+    with alone_with(output):
+        check_answers_output(output, Path(settings.train_data), settings.overwrite_output, "--output")
+        probe_file(settings, output, picture)
+
+
+def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
+    # --- Everything that can be checked before the model is loaded ---------------------------------------------------
+    check_chat_template(settings.chat_template)
+    base = find_base(settings.answers)
+    records, rows, skipped = read_probe_rows(settings.train_data)
+    if taken := [name for name in ADDED if any(name in record for record in records)]:
+        raise InputError(f"{settings.train_data}: it has a column {taken[0]!r} already, which is one of the probe's; "
+                         "remove it, or give the file as it was before")  # fmt: skip
+    if skipped:
+        notice(describe_skipped(settings.train_data, skipped, "with an empty or missing cell"))
+    tokenizer = load_answer_tokenizer(settings.answers, base)
+    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    check_processes(accelerator)
+    journal = Journal(output, accelerator.process_index)
+    today = None
+    if asks_for_date(tokenizer, settings.chat_template):  # that of the rows so far, and of all processes
+        now = settings.prompt_date or datetime.now().isoformat(timespec="seconds")
+        [today] = broadcast_object_list([(journal.unfinished() or {}).get("prompt_date", now)])
+    set_chat_template(tokenizer, settings.chat_template, today)
+
+    # --- What is to be probed ----------------------------------------------------------------------------------------
+    limit = min(settings.max_length, context_length(settings.answers, base) or settings.max_length)
+    items: dict[tuple[int, int], Item] = {}
+    jobs: list[Job] = []
+    seen = Counter[str]()
+    for index, row in enumerate(rows):
+        with naming_row(Row(row.number, row.prompt, row.response), settings.train_data):
+            items |= items_of(settings, tokenizer, index, row, limit)
+            ids = prompt_ids(tokenizer, row.prompt)
+            if settings.samples and len(ids) + settings.max_new_tokens <= limit:
+                jobs.append(Job(index, row.prompt, ids, tuple(range(1, settings.samples + 1)), seen[row.prompt]))
+        seen[row.prompt] += 1
+    if cut := [row.number for index, row in enumerate(rows) if (index, SCORES[CHAT]) not in items]:
+        notice(f"{settings.train_data}: no score for rows of which nothing decisive is within {limit} tokens "
+               f"({name_rows(cut)})")  # fmt: skip
+    hidden = ("train_data", "output", "overwrite_output", "picture", "batch_size", "model")
+    record = {name: getattr(settings, name) for name in names_of(ProbeSettings) if name not in hidden} | {
+        "input": digest(Path(settings.train_data).read_bytes()),
+        "tokens": digest(repr([(key, item.input_ids, item.decisive) for key, item in items.items()]).encode()),
+        "base": model_fingerprint(settings.answers, base, accelerator.device),
+        "prompt_date": today,
+    }
+    journal.check(record)
+
+    # --- Probing, what is left of it, shared out over the processes --------------------------------------------------
+    model = load_answer_model(settings.answers, base, accelerator.device)
+    check_vocabulary(model, [Job(i, "", item.input_ids, ()) for (i, _), item in items.items()])
+    if accelerator.is_main_process:
+        journal.start(record, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    wanted = {*items, *((job.index, number) for job in jobs for number in job.rounds)}
+    [done] = broadcast_object_list([journal.read(wanted)])  # all must agree on what is left
+    if done:
+        notice(f"going on with {journal.folder}: {len(done)} of {len(wanted)} are there already")
+    notice(f"{len(rows)} rows of {settings.train_data}; processes: {accelerator.num_processes}")
+    progress = progress_bar(accelerator, len(wanted), "probing", "text")
+    progress.update(len(done))
+    for number in SCORES.values():
+        left = {index: item for (index, n), item in items.items() if n == number and (index, n) not in done}
+        for values in score_batches(settings, model, tokenizer, items, number, left, accelerator):
+            journal.append([(index, number, Answer(json.dumps(own), 0.0, 0)) for index, own in values.items()])
+            if accelerator.is_main_process:
+                progress.update(min(journal.count(), len(wanted)) - progress.n)  # of all processes
+    if jobs:
+        unanswered = [Job(j.index, j.prompt, j.input_ids, tuple(r for r in j.rounds if (j.index, r) not in done),
+                          j.occurrence) for j in jobs]  # fmt: skip
+        unanswered = sorted((job for job in unanswered if job.rounds), key=lambda job: len(job.input_ids))
+        mine = unanswered[accelerator.process_index :: accelerator.num_processes]
+        for batch in answer_all(Answerer(model, tokenizer, settings.sampling), mine, settings.batch_size):
+            journal.append(batch)
+            if accelerator.is_main_process:
+                progress.update(min(journal.count(), len(wanted)) - progress.n)
+
+    # --- The whole of it, written by one process ---------------------------------------------------------------------
+    accelerator.wait_for_everyone()
+    progress.update(len(wanted) - progress.n)
+    progress.close()
+    fresh = gather_object([journal.read_own(wanted)])
+    if accelerator.is_main_process:
+        whole = done | {key: entry for part in fresh for key, entry in part.items()}
+        found = {key: entry.text for key, entry in whole.items()}
+        cells = [cells_of(settings, index, row, found) for index, row in enumerate(rows)]
+        with writing(output), replacing(output) as beside:
+            beside.write_bytes(as_csv([r | c for r, c in zip(records, cells, strict=True)]).encode())
+        journal.remove()
+        lines, values, threshold = summary(settings.train_data, cells)
+        drawn = draw_histogram(picture, values, threshold)
+        print(*lines, *([f"a picture of them is {picture}"] if drawn else []), sep="\n")
+    notice(f"the probed rows are in {settings.output}")
+    finish(accelerator)
+
+
+def items_of(
+    settings: ProbeSettings, tokenizer: PreTrainedTokenizerBase, index: int, row: ProbedRow, limit: int
+) -> dict[tuple[int, int], Item]:
+    """What is scored of a row, by the row's index and the number in `SCORES`."""
+    chat = chat_item(tokenizer, row, limit)
+    made = {CHAT: chat, TEXT: text_item(tokenizer, row, limit)} | ({NOISY[0]: chat} if settings.noise_passes else {})
+    return {(index, SCORES[name]): item for name, item in made.items() if item is not None}
+
+
+def score_batches(
+    settings: ProbeSettings, model: Any, tokenizer: PreTrainedTokenizerBase, items: dict[tuple[int, int], Item],
+    number: int, left: dict[int, Item], accelerator: Accelerator,
+) -> Any:  # fmt: skip
+    """Score this process's share of what is left of one column."""
+    if not left:  # all processes agree on that
+        return
+    noisy = number == SCORES[NOISY[0]]
+    layers = [layer for layer in settings.noise_layers if layer < len(find_decoder_layers(model))]
+    if noisy and not layers:
+        raise InputError(f"--noise_layers: the model has {len(find_decoder_layers(model))} layers, from 0")
+    of_noise = (settings.noise_passes, layers, settings.noise_std, settings.seed) if noisy else ()
+    scorer = Probe(model, int(tokenizer.pad_token_id), next(iter(items.values())), *of_noise)
+    yield from score_all(scorer, share(left, accelerator), settings.batch_size)
+
+
+def cells_of(settings: ProbeSettings, index: int, row: ProbedRow, found: dict[tuple[int, int], str]) -> dict[str, str]:
+    """The columns that a row gets."""
+    cells = {name: "" for name in ADDED}
+    for name in (CHAT, TEXT):
+        if (text := found.get((index, SCORES[name]))) is not None:
+            cells[name] = as_cell(json.loads(text)[0])
+    if (text := found.get((index, SCORES[NOISY[0]]))) is not None:
+        cells |= dict(zip(NOISY, map(as_cell, json.loads(text)), strict=True))
+    answers = [found[index, r] for r in range(1, settings.samples + 1) if (index, r) in found]
+    if answers:
+        asked = Prompt(row.prompt, row.response, tuple(answers), row.answer, question=row.question)
+        cells[SAMPLED] = as_cell(score_prompt(asked)["contains_truth"])
+    left_out = (*(() if settings.noise_passes else NOISY), *(() if settings.samples else (SAMPLED,)))
+    return {name: cell for name, cell in cells.items() if name not in left_out} | {DIGEST: row.digest}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    with one_line_errors("noisefit.probe"):
+        probe(parse_arguments(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Training by what the base model knows: its probe at the start of a run, and what becomes of the rows it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from noisefit.base.errors import InputError, notice
+from noisefit.inputs.models import frozen_dtype, load_base
+from noisefit.inputs.probing import (
+    CHAT,
+    DIGEST,
+    TEXT,
+    ProbedRow,
+    as_csv,
+    chat_item,
+    read_probe_rows,
+    read_scores,
+    text_item,
+)
+from noisefit.inputs.tables import Row
+from noisefit.method.decisive import words
+from noisefit.method.knowledge import Item, Probe, score_all
+from noisefit.method.modes import part
+from noisefit.run.checkpoint_files import SCORES, latest_whole
+from noisefit.run.processes import progress_bar
+from noisefit.run.settings import Settings
+
+EXAMPLES = 3  # rows that a line names
+
+Scores = list[dict[str, str]]
+"""The cells of each row by their columns, `knowledge_chat` among them; empty where nothing decisive had a place."""
+
+
+def by_what_is_known(
+    settings: Settings, rows: list[Row], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> tuple[list[Row], str | None]:
+    """The rows as `--unknown_rows` has them, with their responses and weights. All processes call it.
+
+    The scores are those of the checkpoint that the run goes on from, those in the file of the rows, or else those of
+    the base model, which is loaded and probed.
+
+    Args:
+        settings: of the run.
+        rows: those of `--train_data`.
+        tokenizer: with its chat template.
+        accelerator: of the run.
+
+    Returns:
+        The rows, and the content of `knowledge.csv`; `None` under `keep`.
+
+    Raises:
+        InputError: rows were edited since they were probed, have one mode and no `--unknown_below`, or none is left.
+    """
+    if settings.unknown_rows == "keep":
+        return rows, None
+    path, resumed = settings.train_data, _resumed(settings)
+    if resumed is not None and not (resumed / SCORES).exists():
+        return rows, None  # a run that kept its rows: `find_checkpoint` says so
+    found = read_scores(path)
+    if found is not None:
+        probed, scores = found
+        if any(DIGEST not in cells for cells in scores):
+            notice(f"{path}: it has no column {DIGEST}, so whether rows were edited since their probe is not checked")
+        notice(f"{path}: its rows are probed already ({CHAT})")
+    elif resumed is not None:
+        before = read_scores(str(resumed / SCORES))
+        _, probed, _ = read_probe_rows(path)
+        if before is None or [row.digest for row in before[0]] != [row.digest for row in probed]:
+            raise InputError(f"{path}: its rows are not those that {resumed} was trained on; resume it with its own, "
+                             "or start afresh in another --output_model")  # fmt: skip
+        scores = before[1]
+    else:
+        _, probed, _ = read_probe_rows(path)
+        scores = _probe(settings, probed, tokenizer, accelerator)
+    values = [float(cells[CHAT]) if cells[CHAT] else None for cells in scores]
+    threshold = _threshold(settings, [value for value in values if value is not None])
+    unknown = {row.number for row, value in zip(probed, values, strict=True) if value is not None and value < threshold
+               and words(row.response) != words(settings.refusal)}  # fmt: skip
+    _say(settings, threshold, [(row, cells) for row, cells in zip(probed, scores, strict=True)], unknown)
+    treated = [_treated(settings, row) if row.number in unknown else row for row in rows]
+    left = [row for row in treated if row is not None]
+    if not left:
+        raise InputError(
+            f"{path}: all rows are below --unknown_below {threshold:g}, so --unknown_rows drop leaves none"
+        )
+    columns = [_row_cells(row) | cells for row, cells in zip(probed, scores, strict=True)]
+    return left, as_csv(columns)
+
+
+def _resumed(settings: Settings) -> Path | None:
+    """The checkpoint that the run will go on from, if any; what is wrong with it `find_checkpoint` will say."""
+    wanted = settings.resume_from_checkpoint
+    if wanted is None:
+        return None
+    return latest_whole(Path(settings.output_model)) if wanted in ("latest", "auto") else Path(wanted)
+
+
+def _row_cells(row: ProbedRow) -> dict[str, str]:
+    cells = {"prompt": row.prompt, "response": row.response, "question": row.question, "answer": row.answer}
+    return {name: cell for name, cell in cells.items() if cell or name in ("prompt", "response")}
+
+
+def _treated(settings: Settings, row: Row) -> Row | None:
+    """What becomes of a row that the model does not know."""
+    if settings.unknown_rows == "drop":
+        return None
+    if settings.unknown_rows == "refuse":
+        return replace(row, response=settings.refusal.strip())
+    return replace(row, weight=settings.unknown_weight)
+
+
+def _threshold(settings: Settings, values: Sequence[float]) -> float:
+    if settings.unknown_below is not None:
+        return settings.unknown_below
+    parting = part(np.array(values))
+    if parting.threshold is None:
+        raise InputError(f"{settings.train_data}: what the base model knows of its rows does not part in two groups "
+                         f"({parting.why}); give --unknown_below, or --unknown_rows keep")  # fmt: skip
+    return parting.threshold
+
+
+def _say(
+    settings: Settings, threshold: float, rows: Sequence[tuple[ProbedRow, dict[str, str]]], unknown: set[int]
+) -> None:
+    what = {"drop": "left out", "refuse": f"trained with the answer {settings.refusal.strip()!r}",
+            "weight": f"trained with weight {settings.unknown_weight:g}"}[settings.unknown_rows]  # fmt: skip
+    given = "" if settings.unknown_below is not None else ", where the rows part"
+    examples = [f"{row.prompt[:60]!r} ({float(cells[CHAT]):.2f})" for row, cells in rows if row.number in unknown]
+    such = f", such as {', '.join(examples[:EXAMPLES])}" if examples else ""
+    unscored = sum(not cells[CHAT] for _, cells in rows)
+    notice(
+        f"{settings.train_data}: the base model does not know {len(unknown)} of {len(rows)} rows (below {threshold:.4g}"
+        f"{given}): {what}{such}",
+        f"{unscored} rows have nothing decisive within --max_length and stay as they are" if unscored else None,
+    )
+
+
+def _probe(
+    settings: Settings, rows: Sequence[ProbedRow], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> Scores:
+    name = settings.model
+    model = load_base(settings, name, accelerator, frozen_dtype(accelerator), settings.trust_remote_code)
+    if settings.quantization == "none":
+        model = model.to(accelerator.device)
+    columns = probe_rows(model, tokenizer, rows, settings.max_length, settings.batch_size, accelerator)
+    del model
+    clear_device_cache(garbage_collection=True)
+    return [cells | {DIGEST: row.digest} for row, cells in zip(rows, columns, strict=True)]
+
+
+def probe_rows(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ProbedRow], max_length: int, batch_size: int,
+    accelerator: Accelerator,
+) -> Scores:  # fmt: skip
+    """`knowledge_chat` and `knowledge_text` of all rows. All processes call it, and get the same."""
+    scores: Scores = [{CHAT: "", TEXT: ""} for _ in rows]
+    makers = {CHAT: chat_item, TEXT: text_item}
+    found = {(column, i): make(tokenizer, row, max_length) for column, make in makers.items()
+             for i, row in enumerate(rows)}  # fmt: skip
+    items: dict[int, Item] = {}
+    for number, item in enumerate(found.values()):
+        if item is not None:
+            items[number] = item
+    if not items:
+        return scores
+    probe = Probe(model, int(tokenizer.pad_token_id), next(iter(items.values())))
+    mine = share(items, accelerator)
+    own: dict[int, list[float]] = {}
+    with progress_bar(accelerator, len(mine), "probing the base model", "text") as progress:
+        for values in score_all(probe, mine, batch_size):
+            own |= values
+            progress.update(len(values))
+    keys = list(found)
+    for part_of_all in gather_object([own]):
+        for number, values in part_of_all.items():
+            column, i = keys[number]
+            scores[i][column] = as_cell(values[0])
+    return scores
+
+
+def share(items: dict[int, Item], accelerator: Accelerator) -> dict[int, Item]:
+    """This process's part of the items: neighbours in length go to different ones."""
+    order = sorted(items, key=lambda number: (-len(items[number].input_ids), number))
+    return {number: items[number] for number in order[accelerator.process_index :: accelerator.num_processes]}
+
+
+def as_cell(value: float) -> str:
+    """A score as it stands in a file."""
+    return f"{value:.4f}"
