@@ -12,7 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from noisefit.base.refusal import REFUSAL
 from noisefit.method.decisive import EMPTY_WORDS, symbols, words
+
+__all__ = ["REFUSAL", "after_refusal", "is_refusal", "says_something"]
 
 _APOSTROPHES = re.compile("[’‘ʼ´`′＇]")
 _PRONOUN = r"(?:i|it|that|this|he|she|they|we|there|the answer|it's|that's)"

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from tiny_folder import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from noisefit.answers.jobs import Answer
 from noisefit.answers.journal import Journal
 from noisefit.answers.settings import DrawSettings
 from noisefit.fork.decoder import find_decoder_layers
@@ -164,7 +165,8 @@ def test_sampled_answers_are_counted_as_the_score_counts_them(llama_folder, tmp_
         asked.extend((job.prompt, job.occurrence) for job in jobs)
         for job in jobs:
             rounds.append(job.rounds)
-            yield [(job.index, r, "Bo, so far" if r < 4 - job.index else "no") for r in job.rounds]
+            texts = ["Bo, so far" if r < 4 - job.index else "no" for r in job.rounds]
+            yield [(job.index, r, Answer(text, -1.0, 3)) for r, text in zip(job.rounds, texts, strict=True)]
 
     monkeypatch.setattr(probe, "answer_all", answers)  # what it draws is tested with generate.py
     rows = probed(llama_folder, data, tmp_path / "out.csv", samples=4, temperature=0.9)
