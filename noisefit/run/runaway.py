@@ -30,7 +30,8 @@ def describe_runaway(
     by_snr = settings.noise_policy == "snr"
     follows = by_snr and settings.noise_scale == LIVE
     why = ", as its base scale grows with the hidden states" if follows else ""
-    helps = ["--noise_scale frozen or relative"] if follows else []
+    helps = ["--noise_scale relative or frozen"] if follows else []
+    helps += [] if settings.noise_gradient else ["--noise_gradient"]
     helps += [] if settings.max_noise_to_signal else ["--max_noise_to_signal"]
     helps += ["a lower --noise_std or --learning_rate" if by_snr else "a lower --learning_rate"]
     return (

@@ -174,7 +174,7 @@ def test_shared_dropout_prints_its_tables_and_makes_each_run_once(world, tmp_pat
     done = call(shared_dropout.main, *flags)
     assert done.returncode == 0, done.stderr
     for title in ("late noise, in layers 3,", "early noise, in layers "):
-        table = rows_of(done.stdout[done.stdout.index(title) :], 36)
+        table = rows_of(done.stdout[done.stdout.index(title) :], 40)
         one, other, ratio = map(float, table["soft term, mean"])
         assert one / other == pytest.approx(ratio, rel=0.02) and other > 0
     for name in ("late noise, fork", "late noise, separate", "early noise, fork", "early noise, separate"):

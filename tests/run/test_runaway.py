@@ -44,7 +44,7 @@ def test_live_noise_runs_away_and_is_told_once_and_the_other_kinds_do_not(llama_
     live = run(llama_folder, sums, tmp_path / "live", **GROWING, noise_std=0.3)
     assert growth(live) > 10
     said = [line for line in capsys.readouterr().err.splitlines() if "runs away" in line]
-    assert len(said) == 1 and "what helps: --noise_scale frozen or relative" in said[0]
+    assert len(said) == 1 and "what helps: --noise_scale relative or frozen" in said[0]
     step = int(said[0].split("step ")[1].split(":")[0])
     grown = [growth([live[0], line]) > 3 for line in live]
     assert not any(grown[: step - 1]) and grown[step - 1]
@@ -104,11 +104,13 @@ def test_noise_on_the_embedding_is_not_watched(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "helps"),
     [
-        ({}, "--noise_scale frozen or relative, --max_noise_to_signal, "
+        ({}, "--noise_scale relative or frozen, --noise_gradient, --max_noise_to_signal, "
          "a lower --noise_std or --learning_rate"),
-        (dict(noise_scale="frozen"), "--max_noise_to_signal, a lower --noise_std or --learning_rate"),
-        (dict(max_noise_to_signal=9.0, noise_scale="relative"), "a lower --noise_std or --learning_rate"),
-        (dict(noise_policy="auto"), "--max_noise_to_signal, a lower --learning_rate"),
+        (dict(noise_scale="frozen", noise_gradient=True),
+         "--max_noise_to_signal, a lower --noise_std or --learning_rate"),
+        (dict(max_noise_to_signal=9.0, noise_scale="relative"),
+         "--noise_gradient, a lower --noise_std or --learning_rate"),
+        (dict(noise_policy="auto"), "--noise_gradient, --max_noise_to_signal, a lower --learning_rate"),
     ],
     ids=str,
 )  # fmt: skip
