@@ -74,7 +74,8 @@ def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
         answer(tmp_path / f"noisy {size}.csv", model_path=adapter, input_csv=asked, batch_size=size, noise_passes=3)
         assert (tmp_path / f"noisy {size}.csv").read_bytes() == (tmp_path / "noisy 0.csv").read_bytes()
     assert answer(tmp_path / "seed.csv", model_path=adapter, input_csv=asked, seed=1) != expected
-    unmerged = answer(tmp_path / "unmerged.csv", model_path=adapter, input_csv=asked, no_merge=True)
+    unmerged = answer(tmp_path / "unmerged.csv", model_path=adapter, input_csv=asked, no_merge=True, noise_passes=1)
+    assert {row["noise_logprob_spread"] for row in unmerged} == {"0.0"}  # of one pass
     same = [a["generated_response"] == b["generated_response"] for a, b in zip(unmerged, expected, strict=True)]
     assert sum(same) > 0.9 * len(same)  # the sums are rounded otherwise
 
