@@ -155,7 +155,7 @@ class Journal:
                 continue
             for line in path.read_bytes().split(b"\n")[:-1]:  # the last piece has no line end: it is empty, or cut
                 try:
-                    index, round_number, *facts = json.loads(line)
+                    index, round_number, facts = json.loads(line)
                     answer = Answer(*facts)
                 except (ValueError, TypeError, RecursionError):
                     continue  # a cut line that a later run ended
@@ -165,7 +165,8 @@ class Journal:
 
     def append(self, answers: Iterable[Answered]) -> None:
         """Add answers to this process's file, all of them or none."""
-        lines = "".join(json.dumps([index, number, *answer]) + "\n" for index, number, answer in answers)
+        rows = [[index, number, [part for part in answer if part is not None]] for index, number, answer in answers]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         # A line that a kill cut short is ended first, or the next one would be lost with it.
         append_whole(self.path, b"\n" * _ends_within_a_line(self.path) + lines.encode())
         sync_file(self.path)

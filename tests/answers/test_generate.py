@@ -74,7 +74,8 @@ def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
         answer(tmp_path / f"noisy {size}.csv", model_path=adapter, input_csv=asked, batch_size=size, noise_passes=3)
         assert (tmp_path / f"noisy {size}.csv").read_bytes() == (tmp_path / "noisy 0.csv").read_bytes()
     assert answer(tmp_path / "seed.csv", model_path=adapter, input_csv=asked, seed=1) != expected
-    unmerged = answer(tmp_path / "unmerged.csv", model_path=adapter, input_csv=asked, no_merge=True)
+    unmerged = answer(tmp_path / "unmerged.csv", model_path=adapter, input_csv=asked, no_merge=True, noise_passes=1)
+    assert {row["noise_logprob_spread"] for row in unmerged} == {"0.0"}  # of one pass
     same = [a["generated_response"] == b["generated_response"] for a, b in zip(unmerged, expected, strict=True)]
     assert sum(same) > 0.9 * len(same)  # the sums are rounded otherwise
 
@@ -216,15 +217,18 @@ def test_answers_of_any_text_survive_the_way_to_the_score(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line",
-    ['"So."', '"So.", null, 3', '"So.", -0.5, 3.5', '"So.", -0.5', '["So."], -0.5, 3', '"So.", "-0.5", 3',
-     '"So.", true, 3', '"So.", -0.5, 3, "x", 0.1', '"So.", -0.5, 3, 1.0, 0.1, 7'],
+    "facts",
+    ["So.", ["So."], ["So.", -0.5], ["So.", None, 3], ["So.", -0.5, 3.5], [["So."], -0.5, 3], ["So.", "-0.5", 3],
+     ["So.", True, 3], ["So.", -0.5, 3, "x", 0.1], ["So.", -0.5, 3, 1.0, 0.1, 7], {"text": "So.", "a": 1, "b": 2}],
+    ids=str,
 )  # fmt: skip
-def test_a_line_of_the_journal_that_is_no_answer_is_answered_again(line, tmp_path):
+def test_a_line_of_the_journal_that_is_no_answer_is_answered_again(facts, tmp_path):
     journal = Journal(tmp_path / "out.csv", 0)
     journal.folder.mkdir()
     journal.start({}, 1)
-    journal.path.write_text(f"[0, 1, {line}]" + '\n[1, 1, "So.", -0.5, 3]\n')
+    whole = ["So.", -0.5, 3]
+    lines = [[0, 1, facts], [0, 1], [0, 1, *whole], [1, 1, whole]]
+    journal.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert journal.read({(0, 1), (1, 1)}) == {(1, 1): Answer("So.", -0.5, 3)}
 
 

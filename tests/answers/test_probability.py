@@ -14,7 +14,8 @@ from noisefit.answers.gumbel import answer_key
 from noisefit.answers.noisy_passes import AT_ONCE, NoisyPasses, noise_seed
 from noisefit.answers.probability import answer_log_p, is_near_border, round_log_p, token_log_p
 from noisefit.fork.decoder import find_decoder_layers
-from noisefit.method.noise import TokenScaledNoise, noise_scale, snr_base_std
+from noisefit.fork.hooks import EMBEDDING
+from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise, noise_scale, snr_base_std
 
 
 def test_log_p_of_tokens_equals_the_formula_in_float64():
@@ -187,6 +188,17 @@ def test_a_noisy_pass_is_one_with_the_runs_noise_from_a_seeded_generator(model_t
     assert other != pytest.approx(found[:2], abs=1e-3)
     silent = NoisyPasses(model, {1: TokenScaledNoise(noise_std=0.0)}, 2).log_p(prompt, answer, key)
     assert silent == pytest.approx([answer_log_p(model, prompt, answer)] * 2, abs=1e-5)
+
+
+def test_a_limit_on_the_noise_and_noise_on_the_embedding_reach_the_passes():
+    model = tiny_model("llama", torch.float32).eval()
+    prompt, answer = [5, 6, 7, 8], [9, 10, 11]
+    limited = TokenScaledNoise(noise_std=3.0)
+    limited.max_to_signal = 1e-9
+    quiet = answer_log_p(model, prompt, answer)
+    assert NoisyPasses(model, {1: limited}, 2).log_p(prompt, answer, 7) == pytest.approx([quiet] * 2, abs=1e-5)
+    found = NoisyPasses(model, {EMBEDDING: EmbeddingNoise(50.0)}, 2).log_p(prompt, answer, 7)
+    assert len({round(value, 2) for value in (*found, quiet)}) == 3
 
 
 def test_every_pass_and_layer_has_noise_of_its_own():
