@@ -37,6 +37,7 @@ from noisefit.base.files import replacing, writing
 FEW = 20  # prompts, under which a bootstrap interval holds less than it says
 NATS = ("semantic_entropy",)  # the figures that are no shares
 IN_GROUPS = ("right_rate", "wrong_rate", "not_attempted_rate", "auroc")  # told of each; --json has all
+COMPARED = ("right_rate", "wrong_rate", "auroc", "aurc", "semantic_entropy_auroc")  # likewise
 LABELS = {"right_given_attempted": "right if attempted", "semantic_entropy_auroc": "its auroc"}
 PLAIN = ("auroc", "brier", "ece", "aurc", "semantic_entropy_auroc")  # by convention not in percent
 
@@ -107,7 +108,8 @@ def table(report: dict[str, Any], by: str | None) -> str:
         lines.append(f"{entry['file']}: {_counts(entry)}")
         if entry["prompts"] < FEW:
             lines.append(f"  with fewer than {FEW} prompts the intervals are too narrow")
-        lines += [f"  {_line(entry, name)}" for name in _shown(entry)]
+        lines += [f"  {_line(entry, name)}" for name in _shown(entry) if name not in CONFIDENCE_FIGURES]
+        lines += _confidence(entry)
         for name, group in entry.get("by", {}).get(by, {}).items():
             share, interval = group["hallucination_rate"], _interval(group, "hallucination_rate")
             what = f"{by} {name}"
@@ -124,7 +126,8 @@ def table(report: dict[str, Any], by: str | None) -> str:
                 f"({low:+.1f} to {high:+.1f}), p = {pair['p_value']:.2g}"
             )
             shown = {*_shown(report), *_shown(entry)}
-            lines += [_difference(name, pair["figures"][name]) for name in pair["figures"] if name in shown]
+            lines += [_difference(name, pair["figures"][name]) for name in COMPARED
+                      if name in pair["figures"] and name in shown]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -138,6 +141,17 @@ def _counts(entry: Mapping[str, Any]) -> str:
 def _shown(entry: Mapping[str, Any]) -> list[str]:
     rates = RATES if entry["not_attempted"] or entry["to_be_refused"] else ()
     return [name for name in (*METRICS, *rates, *CONFIDENCE_FIGURES, *ENTROPY_FIGURES) if name in entry]
+
+
+def _confidence(entry: Mapping[str, Any]) -> list[str]:
+    """Two lines for all figures of confidence, without their intervals, which --json has; none where there are none."""
+    if "auroc" not in entry:
+        return []
+    whole = [name for name in CONFIDENCE_FIGURES if not name.startswith("wrong_at_")]
+    said = {name: "–" if entry[name] is None else _said(name, entry[name]) for name in CONFIDENCE_FIGURES}
+    at = [f"{name.removeprefix('wrong_at_')}%: {said[name]}" for name in CONFIDENCE_FIGURES if name not in whole]
+    return [f"  {'confidence':<20}  {', '.join(f'{_label(name)} {said[name]}' for name in whole)}",
+            f"  {'wrong of the surest':<20}  {', '.join(at)}"]  # fmt: skip
 
 
 def _line(entry: Mapping[str, Any], name: str) -> str:

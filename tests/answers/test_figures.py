@@ -211,7 +211,7 @@ def test_the_command_line_has_all_figures(tmp_path):
     said = call(main, first, second, "--by", "kind").stdout
     for text in (
         "auroc",
-        "wrong at 30%",
+        "wrong of the surest   10%: ",
         "its auroc",
         "right rate: +16.7 points",
         "right rate 25.0%, wrong rate 75.0%",

@@ -154,5 +154,9 @@ def test_step_cost_runs_and_draws(tmp_path):
     assert lines["plain fine-tuning"][:3] == ["1.00", "1.00", "1.00"]
     for layers in ("0-2", "1-3", "2-3", "3-3"):
         assert len(lines[f"fork, noise in layers {layers}"]) == 4
+    for kind in ("live", *ways.other_noise()):
+        time, to_live, memory = map(float, lines[kind][:3])
+        assert to_live == pytest.approx(time / float(lines["live"][0]), abs=0.02) and memory >= float(lines["live"][2])
+    assert lines["live"][:1] == lines["fork, noise in layers 3-3"][:1] and lines["live"][1] == "1.00"
     assert "calibrating the noise of 4 layers at 5 scales" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -119,12 +119,12 @@ def test_noise_scale_draws_every_kind_and_makes_each_run_once(world, tmp_path, n
 
 def test_growth_is_that_of_each_run_and_the_middle_is_told_with_its_ends(capsys):
     def run(*ratios):
-        lines = [{"noise_to_signal": ratio, "hidden_rms": [ratio, ratio], "ce_loss": 0.5} for ratio in ratios]
+        lines = [{"noise_to_signal": ratio, "hidden_rms": [0, 2 * ratio**2], "ce_loss": 0.5} for ratio in ratios]
         return world_runs.WorldRun(None, lines, [0, 1], 0.25)
 
     noise_scale.print_table({"live": [run(0.1, 0.7, 0.2), run(0.2, 0.2), run(0.3, 3.0)]})
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("live")]
-    assert "0.2 (0.1 to 0.3)" in line and "0.2 (0.2 to 3)" in line and "2 (1 to 10)" in line
+    assert "0.2 (0.1 to 0.3)" in line and "0.2 (0.2 to 3)" in line and "2 (1 to 10)" in line and "4 (1 to 100)" in line
     assert "0.500 (0.500 to 0.500)" in line and "25.0% (25.0% to 25.0%)" in line
 
 
