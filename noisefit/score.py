@@ -37,7 +37,7 @@ from noisefit.base.files import replacing, writing
 FEW = 20  # prompts, under which a bootstrap interval holds less than it says
 NATS = ("semantic_entropy",)  # the figures that are no shares
 IN_GROUPS = ("right_rate", "wrong_rate", "not_attempted_rate", "auroc")  # told of each; --json has all
-COMPARED = ("right_rate", "wrong_rate", "auroc", "aurc", "semantic_entropy_auroc")  # likewise
+COMPARED = ("right_rate", "wrong_rate", "auroc")  # likewise
 LABELS = {"right_given_attempted": "right if attempted", "semantic_entropy_auroc": "its auroc"}
 PLAIN = ("auroc", "brier", "ece", "aurc", "semantic_entropy_auroc")  # by convention not in percent
 
@@ -108,7 +108,8 @@ def table(report: dict[str, Any], by: str | None) -> str:
         lines.append(f"{entry['file']}: {_counts(entry)}")
         if entry["prompts"] < FEW:
             lines.append(f"  with fewer than {FEW} prompts the intervals are too narrow")
-        lines += [f"  {_line(entry, name)}" for name in _shown(entry) if name not in CONFIDENCE_FIGURES]
+        own_lines = (*CONFIDENCE_FIGURES, *ENTROPY_FIGURES)
+        lines += [f"  {_line(entry, name)}" for name in _shown(entry) if name not in own_lines]
         lines += _confidence(entry)
         for name, group in entry.get("by", {}).get(by, {}).items():
             share, interval = group["hallucination_rate"], _interval(group, "hallucination_rate")
@@ -144,13 +145,18 @@ def _shown(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _confidence(entry: Mapping[str, Any]) -> list[str]:
-    """Two lines for all figures of confidence, without their intervals, which --json has; none where there are none."""
+    """The figures of confidence and of entropy that there are, without their intervals, which --json has."""
+    lines = []
+    if "semantic_entropy" in entry:
+        auroc = _said("semantic_entropy_auroc", entry["semantic_entropy_auroc"])
+        lines = [f"  {'semantic entropy':<20}  {_said('semantic_entropy', entry['semantic_entropy'])} nats, its auroc "
+                 f"{auroc}"]  # fmt: skip
     if "auroc" not in entry:
-        return []
+        return lines
     whole = [name for name in CONFIDENCE_FIGURES if not name.startswith("wrong_at_")]
     said = {name: "–" if entry[name] is None else _said(name, entry[name]) for name in CONFIDENCE_FIGURES}
     at = [f"{name.removeprefix('wrong_at_')}%: {said[name]}" for name in CONFIDENCE_FIGURES if name not in whole]
-    return [f"  {'confidence':<20}  {', '.join(f'{_label(name)} {said[name]}' for name in whole)}",
+    return [*lines, f"  {'confidence':<20}  {', '.join(f'{_label(name)} {said[name]}' for name in whole)}",
             f"  {'wrong of the surest':<20}  {', '.join(at)}"]  # fmt: skip
 
 
