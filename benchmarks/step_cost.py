@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from peak_memory import PeakMemory
-from ways import NOISE_STD, SIZES, Size, Steps, check_picture, floor, head_share, plain_losses
+from ways import NOISE_STD, SIZES, Size, Steps, check_picture, floor, head_share, other_noise, plain_losses
 
 from noisefit.method import calibration
 from noisefit.method.snr import layer_snr
@@ -66,9 +66,13 @@ class Costs:
                 yield
             self.memory[name] = memory.peak
 
+    def ratios(self, name: str, to: str = PLAIN) -> list[float]:
+        """A ratio a round, ascending."""
+        return sorted(a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True))
+
     def ratio(self, name: str, to: str = PLAIN) -> float:
         """Median over the rounds."""
-        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True))
+        return statistics.median(self.ratios(name, to))
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
@@ -106,6 +110,19 @@ def measure(ways: dict[str, Callable[[], object]], size: Size, costs: Costs, rou
         current[:] = [kind]
         ours()
     return None
+
+
+def print_kinds(costs: Costs, layers: Sequence[int], live: str, others: Sequence[str]) -> None:
+    """The kinds of noise in the same layers; the spread is that of the rounds."""
+    title = f"noise in layers {layers[0]}-{layers[-1]}"
+    print(f"\n{title:<32}{'time':>8}{'to live':>8}{'memory':>9}{'MB':>8}   to live in every round")
+    for name in (live, *others):
+        ratios, memory = costs.ratios(name, live), costs.memory[name]
+        spread = f"   {ratios[0]:.2f} to {ratios[-1]:.2f}" if name != live else ""
+        print(
+            f"{'live' if name == live else name:<32}{costs.ratio(name):>8.2f}{statistics.median(ratios):>8.2f}"
+            f"{memory / costs.memory[PLAIN]:>9.2f}{memory / 2**20:>8.0f}{spread}"
+        )
 
 
 def draw(path: str, size: Size, costs: Costs, ways: dict[int, str], share: float, where: str) -> None:
@@ -179,6 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ways: dict[str, Callable[[], object]] = {PLAIN: steps.ours}
     ways |= {name: functools.partial(steps.ours, noisy(first)) for first, name in forks.items()}
+    late, kinds = noisy(n - n // 4), other_noise()
+    live = forks[late[0]]
+    ways |= {name: functools.partial(steps.ours, late, kind=noise) for name, noise in kinds.items()}
     ways |= {
         f"separate passes, layers 0-{NOISY - 1}": functools.partial(steps.ours, noisy(0), "separate"),
         f"published way, layers 0-{NOISY - 1}": functools.partial(steps.published, noisy(0)),
@@ -199,13 +219,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in [*([TRL] if version else []), *ways]:
         if name == "plain forward pass":
             break
+        if name in kinds:
+            continue
         counted = f"{floors[name]:.2f}" if name in floors else ""
         memory = costs.memory[name]
         print(
             f"{name:<32}{costs.ratio(name):>8.2f}{counted:>8}{memory / costs.memory[PLAIN]:>9.2f}{memory / 2**20:>8.0f}"
         )
+    print_kinds(costs, late, live, list(kinds))
     print()
-    for published, fork in zip((n - NOISY, 0), (forks[n - n // 4], forks[0]), strict=True):
+    for published, fork in zip((n - NOISY, 0), (live, forks[0]), strict=True):
         name = f"published way, layers {published}-{published + NOISY - 1}"
         print(f"{name}, over {fork}: {costs.ratio(name, fork):.2f}")
     snr = costs.ratio("SNR of all layers", "plain forward pass")

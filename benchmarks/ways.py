@@ -130,6 +130,19 @@ def example_rows(size: Size) -> list[Example]:
     return [Example(row, size.length - size.supervised) for row in ids.tolist()]
 
 
+def other_noise() -> dict[str, TokenScaledNoise]:
+    """By name, each way in which the noise's scale can live other than live."""
+    kinds = {
+        "frozen": TokenScaledNoise(base_std=NOISE_STD**2),
+        "relative": TokenScaledNoise(NOISE_STD, relative=True),
+        "live, with its gradient": TokenScaledNoise(NOISE_STD),
+        "live, with a limit": TokenScaledNoise(NOISE_STD),
+    }
+    kinds["live, with its gradient"].gradient = True
+    kinds["live, with a limit"].max_to_signal = 10.0  # is looked at, and never reached
+    return kinds
+
+
 class Steps:
     """The ways of ours, and the published one, on one model and batch."""
 
@@ -144,9 +157,11 @@ class Steps:
     def batch(self) -> Batch:
         return collate(self.rows, 0, self.device)
 
-    def ours(self, layers: Sequence[int] = (), strategy: str = "fork") -> Tensor:
-        """A step as in `train_loop.py`; without noisy layers, plain fine-tuning."""
-        noise = {layer: TokenScaledNoise(NOISE_STD) for layer in layers}
+    def ours(
+        self, layers: Sequence[int] = (), strategy: str = "fork", kind: TokenScaledNoise | None = None
+    ) -> Tensor:  # fmt: skip
+        """A step as in `train_loop.py`; without noisy layers, plain fine-tuning. `kind` is the noise, if not live."""
+        noise = {layer: kind or TokenScaledNoise(NOISE_STD) for layer in layers}
         losses = noisefit_losses if noise else plain_losses
         sums = self.branched(**self.batch(), noise=noise, strategy=strategy, chunk_losses=losses)
         pop_noise_sizes(self.model)

@@ -95,7 +95,8 @@ def policy_from(value: Any, where: str, num_layers: int, run: Mapping[str, Any])
     check_values(policy, where, num_layers)
     measured = FROZEN if run.get("noise_scale") == FROZEN else BY_SNR
     kinds = {"snr": measured}.get(str(run.get("noise_policy")), CALIBRATED)
-    require(not policy.layers or policy.kind == kinds, where, f"kind is {policy.kind}, that of the run is {kinds}")
+    told = "noise_policy" in run and bool(policy.layers)
+    require(not told or policy.kind == kinds, where, f"kind is {policy.kind}, that of the run is {kinds}")
     return policy
 
 
