@@ -40,7 +40,7 @@ class NoiseSettings:
     noise_gradient: bool = setting(
         False,
         "let the gradient flow through the noise's scale, as in the first published program: a model that is "
-        "made to drown the noise then sees what that does to it; costs about a tenth of a step",
+        "made to drown the noise then sees what that does to it; costs a few percent of a step",
     )
     max_noise_to_signal: float = setting(
         0.0,
