@@ -125,6 +125,7 @@ def test_a_prompt_counted_twice_is_as_two_prompts():
     assert weighted["brier"] == pytest.approx(brier_score_loss(right, confidence))
 
 
+@pytest.mark.slow
 def test_intervals_are_those_of_prompts_drawn_again():
     assessed = drawn(7, prompts=60)
     found = with_intervals(assessed)
@@ -292,6 +293,7 @@ def test_the_words_found_are_of_the_truth_that_fits_best(tmp_path):
     assert found["verdict"] == "wrong" and json.loads(found["found"]) == [[]]
 
 
+@pytest.mark.slow
 def test_the_picture_is_the_curve(tmp_path):
     assessed = drawn(1, prompts=50)
     risk, (low, high) = curve(assessed)

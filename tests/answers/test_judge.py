@@ -24,6 +24,8 @@ from noisefit.answers.scoring import Prompt
 from noisefit.inputs.tables import read_records
 from noisefit.judge import main
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-test-Zq8w7Xb3_k9Lm2Nf4"
 GRADES = ["right", "wrong", "not_attempted"]
 

@@ -17,6 +17,8 @@ from noisefit.fork.decoder import find_decoder_layers
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise, noise_scale, snr_base_std
 
+pytestmark = pytest.mark.slow
+
 
 def test_log_p_of_tokens_equals_the_formula_in_float64():
     torch.manual_seed(0)

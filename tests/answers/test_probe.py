@@ -25,6 +25,8 @@ from noisefit.inputs.templates import set_chat_template
 from noisefit.method.knowledge import Probe
 from noisefit.probe import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def asked(tmp_path):

@@ -11,6 +11,8 @@ from noisefit.base.errors import InputError
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.inputs.noise_records import read_noise
 
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "live": dict(noise_std=0.7, num_noise_layers=2, max_noise_to_signal=0.25),
     "frozen": dict(noise_scale="frozen", snr_format="Lowest"),

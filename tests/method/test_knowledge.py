@@ -11,6 +11,8 @@ from tiny_models import VOCAB, tiny_model
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.method.knowledge import FIRST_BATCH_SIZE, Item, Probe, is_doubtful, jensen_shannon, score_all
 
+pytestmark = pytest.mark.slow
+
 
 def items(count=9):
     generator = torch.Generator().manual_seed(0)

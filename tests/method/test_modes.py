@@ -5,6 +5,8 @@ import pytest
 
 from noisefit.method.modes import otsu, part
 
+pytestmark = pytest.mark.slow
+
 
 def one_mode(rng, name, count):
     draw = {

@@ -30,6 +30,8 @@ from noisefit.inputs.tables import read_rows
 from noisefit.method.policy import make_noise
 from noisefit.run.settings import Settings, parse_arguments
 
+pytestmark = pytest.mark.slow
+
 # --- The published defaults -------------------------------------------------------------------------------------------
 
 BOTH = dict(
