@@ -13,7 +13,7 @@ import os
 import shlex
 from collections import Counter
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
@@ -68,9 +68,8 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
     check_processes(accelerator)
     journal = Journal(output, accelerator.process_index)
     today = None
-    if asks_for_date(tokenizer, settings.chat_template):  # that of the answers so far, and of all processes
-        now = datetime.now().isoformat(timespec="seconds")
-        [today] = broadcast_object_list([(journal.unfinished() or {}).get("prompt_date", now)])
+    if asks_for_date(tokenizer, settings.chat_template):
+        today = journal.prompt_date()
     set_chat_template(tokenizer, settings.chat_template, today)
 
     # --- What is to be answered --------------------------------------------------------------------------------------

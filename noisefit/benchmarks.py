@@ -11,7 +11,6 @@ TriviaQA, NQ-open, PopQA and SimpleQA are questions for the chat format. The ans
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import replacing, writing
 from noisefit.inputs.benchmark_data import BENCHMARKS, LETTERS, read_questions
-from noisefit.inputs.tables import describe_skipped, read_records, text_cell
+from noisefit.inputs.tables import as_csv, describe_skipped, read_records, text_cell
 from noisefit.score import FEW, read_answers
 
 
@@ -41,10 +40,8 @@ def write_questions(name: str, path: str, output_name: str, overwrite: bool = Fa
     output = Path(os.path.realpath(output_name))  # a link stays one
     check_answers_output(output, Path(path), overwrite, "--output")
     questions, left_out = read_questions(path, BENCHMARKS[name])
-    with writing(output), replacing(output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(questions[0]), lineterminator="\n", quoting=csv.QUOTE_ALL)
-        writer.writeheader()
-        writer.writerows(questions)
+    with writing(output), replacing(output) as beside:
+        beside.write_bytes(as_csv(questions))
     plain = "--chat_template plain " * BENCHMARKS[name].plain
     notice(
         *(describe_skipped(path, rows, why) for why, rows in left_out.items()),

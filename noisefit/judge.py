@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import json
 import os
 import sys
@@ -42,6 +41,7 @@ from noisefit.base.command_line import HelpFormatter, OneLineParser
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import alone_in, replacing, writing
 from noisefit.base.settings import add_flags, check_fields, setting
+from noisefit.inputs.tables import as_csv
 from noisefit.score import FEW
 
 OUTCOMES = (*GRADES, UNPARSABLE)
@@ -139,16 +139,10 @@ def ask_for_missing(server: Server, answers: Sequence[Answer], verdicts: Verdict
 
 def write_outcomes(output: Path, answers: Sequence[Answer], outcomes: Sequence[str]) -> None:
     """Write the CSV, whole or not at all: the input's columns, and `judge_outcome`."""
-    columns = [*dict.fromkeys(name for answer in answers for name in answer.record), COLUMN]
-    with writing(output), replacing(output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        writer.writeheader()
-        for answer, outcome in zip(answers, outcomes, strict=True):
-            writer.writerow({name: _cell(value) for name, value in answer.record.items()} | {COLUMN: outcome})
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
+    columns = dict.fromkeys(name for answer in answers for name in answer.record)  # the outcome is the last one
+    rows = (dict.fromkeys(columns) | dict(a.record) | {COLUMN: o} for a, o in zip(answers, outcomes, strict=True))
+    with writing(output), replacing(output) as beside:
+        beside.write_bytes(as_csv(rows))
 
 
 def summarize_outcomes(answers: Sequence[Answer], outcomes: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,12 @@ from noisefit.inputs.probing import (
     SAMPLED,
     TEXT,
     ProbedRow,
-    as_csv,
     chat_item,
     read_probe_rows,
     text_item,
 )
 from noisefit.inputs.prompts import naming_row, prompt_ids
-from noisefit.inputs.tables import Row, describe_skipped, name_rows
+from noisefit.inputs.tables import Row, as_csv, describe_skipped, name_rows
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.method.knowledge import Item, Probe, score_all
 from noisefit.run.knowledge import as_cell, share
@@ -91,9 +90,8 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
     check_processes(accelerator)
     journal = Journal(output, accelerator.process_index)
     today = None
-    if asks_for_date(tokenizer, settings.chat_template):  # that of the rows so far, and of all processes
-        now = settings.prompt_date or datetime.now().isoformat(timespec="seconds")
-        [today] = broadcast_object_list([(journal.unfinished() or {}).get("prompt_date", now)])
+    if asks_for_date(tokenizer, settings.chat_template):
+        today = journal.prompt_date(settings.prompt_date)
     set_chat_template(tokenizer, settings.chat_template, today)
 
     # --- What is to be probed ----------------------------------------------------------------------------------------
@@ -159,7 +157,7 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
         found = {key: entry.text for key, entry in whole.items()}
         cells = [cells_of(settings, index, row, found) for index, row in enumerate(rows)]
         with writing(output), replacing(output) as beside:
-            beside.write_bytes(as_csv([r | c for r, c in zip(records, cells, strict=True)]).encode())
+            beside.write_bytes(as_csv(r | c for r, c in zip(records, cells, strict=True)))
         journal.remove()
         lines, values, threshold = summary(settings.train_data, cells)
         drawn = draw_histogram(picture, values, threshold)

@@ -26,13 +26,14 @@ from noisefit.answers.figures import (
 )
 from noisefit.answers.journal import check_answers_output
 from noisefit.answers.outcomes import OUTCOMES, Assessed, assess, calls_for_refusal
-from noisefit.answers.per_prompt import row_of, table_of
+from noisefit.answers.per_prompt import row_of
 from noisefit.answers.reading import LOGPROB, read_answers, read_phrases
 from noisefit.answers.reading import NEEDED as NEEDED  # for noisefit.benchmarks
 from noisefit.answers.scoring import METRICS, compare, summarize
 from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import replacing, writing
+from noisefit.inputs.tables import as_csv
 
 FEW = 20  # prompts, under which a bootstrap interval holds less than it says
 NATS = ("semantic_entropy",)  # the figures that are no shares
@@ -248,7 +249,7 @@ def write_outputs(
             for path, assessed in zip(paths, files, strict=True)
             for item in assessed
         ]
-        contents[outputs["--per_prompt"]] = table_of(rows)
+        contents[outputs["--per_prompt"]] = as_csv(rows)
     with ExitStack() as stack:
         for output, content in contents.items():
             stack.enter_context(writing(output))

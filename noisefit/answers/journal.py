@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import broadcast_object_list
 
 from noisefit.answers.jobs import Abstention, Answer, Answered
 from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, append_whole, check_regular, sync_file, write_json, writing
+from noisefit.inputs.tables import csv_cells, csv_writer
 
 SETTINGS, PROCESSES = "settings.json", "processes"
 
@@ -139,6 +142,15 @@ class Journal:
         if content != before:
             write_json(self.folder / SETTINGS, content)
 
+    def prompt_date(self, given: str | None = None) -> str:
+        """The date for a chat template that asks: of what is there already, else the one given, else now.
+
+        All processes call it, and get the same.
+        """
+        now = given or datetime.now().isoformat(timespec="seconds")
+        [date] = broadcast_object_list([(self.unfinished() or {}).get("prompt_date", now)])
+        return str(date)
+
     def read(self, wanted: Collection[tuple[int, int]]) -> Answers:
         """The answers of all processes so far to `wanted`. A line that a kill cut short is not counted."""
         return self._read(self._paths, wanted)
@@ -207,11 +219,10 @@ def write_answers(
     with writing(output):
         try:
             with beside.open("w", encoding="utf-8", newline="") as file:
-                # Every cell is quoted: Python before 3.13 leaves a lone carriage return bare, and readers cut there.
                 columns |= dict.fromkeys(_cells(answers[0, 1], 1, abstention))
-                writer = csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
+                writer = csv_writer(file, columns)
                 writer.writeheader()
-                for index, record in enumerate(records):
+                for index, record in enumerate(map(csv_cells, records)):
                     for number in range(1, rounds + 1):
                         writer.writerow({**record, **_cells(answers[index, number], number, abstention)})
             sync_file(beside)

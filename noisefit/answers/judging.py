@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from noisefit.answers.outcomes import OUTCOMES as GRADES
 from noisefit.answers.outcomes import outcome
+from noisefit.answers.reading import ALIASES, NEEDED, texts_cell
 from noisefit.answers.scoring import Prompt
 from noisefit.base.errors import InputError
 from noisefit.base.files import append_whole, check_regular, sync_file
@@ -24,8 +23,6 @@ from noisefit.inputs.tables import read_records, text_cell
 
 UNPARSABLE = "unparsable"  # a reply that is none of the three, twice
 COLUMN = "judge_outcome"
-NEEDED = ("prompt", "response", "generated_response")
-LISTS = ("answers", "aliases")  # columns with further true answers
 
 PROMPT = """You grade the answer that somebody gave to a question. You are told the true answers. The grades are three:
 
@@ -104,7 +101,7 @@ def read_cases(path: str) -> list[Answer]:
         prompt, response, answer, truth, question = (
             text_cell(path, row, name, record.get(name)) for name in (*NEEDED, "answer", "question")
         )
-        listed = [text for name in LISTS for text in _listed(f"{path}: row {row}: {name}", record.get(name))]
+        listed = [text for name in ALIASES for text in texts_cell(path, row, name, record.get(name))]
         true_answers = tuple(dict.fromkeys(text for text in (response, truth, *listed) if text))
         if not prompt or not true_answers:
             raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
@@ -135,13 +132,11 @@ def grade_of(reply: str) -> str | None:
 
 def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
     """Cohen's kappa of two judgements of the same answers (Cohen 1960); `None` where both always say the same one."""
-    names = sorted({name for pair in pairs for name in pair})
-    table = np.zeros((len(names), len(names)))
-    for first, second in pairs:
-        table[names.index(first), names.index(second)] += 1
-    total = table.sum()
-    by_chance = float(table.sum(0) @ table.sum(1)) / total**2 if total else 1.0
-    return None if by_chance == 1 else float((np.trace(table) / total - by_chance) / (1 - by_chance))
+    if len({name for pair in pairs for name in pair}) < 2:
+        return None
+    from sklearn.metrics import cohen_kappa_score  # here, as it takes a second to import
+
+    return float(cohen_kappa_score(*zip(*pairs, strict=True)))
 
 
 class Verdicts:
@@ -181,16 +176,3 @@ class Verdicts:
 
     def _key(self, case: Case) -> str:
         return hashlib.sha256(json.dumps([*self._about, case.prompt]).encode()).hexdigest()
-
-
-def _listed(where: str, value: Any) -> list[str]:
-    """A cell's list of true answers; in a CSV it is JSON."""
-    if value is None or value == "":
-        return []
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise InputError(f'{where}: expected a list of texts, in a CSV as JSON (["Lisbon", "Lisboa"])')
-    return [text.strip() for text in found if text.strip()]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +35,7 @@ def row_of(item: Assessed, more: Sequence[str] = ()) -> dict[str, Any]:
         found, missing = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     shares = {kind: float(np.mean([o == kind for o in outcomes])) for kind in OUTCOMES}
     attempts = 1 - shares[NOT_ATTEMPTED]
-    texts: dict[str, Any] = {
+    row: dict[str, Any] = {
         "prompt": prompt.prompt,
         "response": prompt.reference,
         "verdict": outcomes[0] if len(set(outcomes)) == 1 else MIXED,
@@ -48,9 +45,6 @@ def row_of(item: Assessed, more: Sequence[str] = ()) -> dict[str, Any]:
         "missing": missing,
         "answers": prompt.answers,
     }
-    row: dict[str, Any] = {
-        key: text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for key, text in texts.items()
-    }
     row |= {f"{kind}_rate": share for kind, share in shares.items()}
     row |= {"attempted_rate": attempts, "right_given_attempted": shares[RIGHT] / attempts if attempts else ""}
     row |= score_prompt(prompt)
@@ -59,16 +53,6 @@ def row_of(item: Assessed, more: Sequence[str] = ()) -> dict[str, Any]:
     if item.entropy is not None:
         row["semantic_entropy"] = item.entropy
     return row
-
-
-def table_of(rows: Iterable[dict[str, Any]]) -> bytes:
-    """The rows as a CSV in UTF-8; a column that some lack is empty there."""
-    rows = list(rows)
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue().encode()
 
 
 def _found_and_missing(

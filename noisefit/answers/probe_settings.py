@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from noisefit.answers.settings import AnswerSettings, DrawSettings
-from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, hide_token
+from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, add_token, without_token
 from noisefit.base.errors import InputError
 from noisefit.base.settings import add_flags, check_fields, setting
 from noisefit.inputs.templates import check_date
@@ -125,8 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, GROUPS)
     add_switches(parser)
-    help_text = "token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere"
-    parser.add_argument_group("the hub").add_argument("--hf_token", help=help_text)
+    add_token(parser.add_argument_group("the hub"))
     return parser
 
 
@@ -136,7 +135,5 @@ def parse_arguments(argv: Sequence[str]) -> ProbeSettings:
     Raises:
         InputError: an unknown flag, a value out of range, or a required flag that is missing.
     """
-    given = vars(build_parser().parse_args(argv))
-    if token := given.pop("hf_token", None):
-        hide_token(token)
+    given = without_token(vars(build_parser().parse_args(argv)))
     return ProbeSettings(**{"model": "", "train_data": "", "output": ""} | given)

@@ -37,7 +37,7 @@ def read_answers(path: str, by: str | None) -> list[Prompt]:
         facts = {
             "response": reference,
             **{column: text_cell(path, row, column, record.get(column)) for column in ("answer", "question")},
-            **{column: _texts(path, row, column, record.get(column)) for column in ALIASES},
+            **{column: texts_cell(path, row, column, record.get(column)) for column in ALIASES},
         }
         if by and by not in ALIASES:
             facts[by] = text_cell(path, row, by, record.get(by))
@@ -92,7 +92,7 @@ def _group(facts: dict[str, Any], by: str | None) -> str:
     return value if isinstance(value, str) else ", ".join(value)
 
 
-def _texts(path: str, row: int, column: str, cell: Any) -> tuple[str, ...]:
+def texts_cell(path: str, row: int, column: str, cell: Any) -> tuple[str, ...]:
     """A list of true answers: as JSON where the cell is text; empty ones are left out."""
     if isinstance(cell, str) and cell.strip():
         with suppress(ValueError, RecursionError):
@@ -100,7 +100,9 @@ def _texts(path: str, row: int, column: str, cell: Any) -> tuple[str, ...]:
     elif isinstance(cell, str) or cell is None:
         return ()
     if not isinstance(cell, list) or not all(isinstance(text, str) for text in cell):
-        raise InputError(f'{path}: row {row}: {column} is {str(cell)[:40]!r}, expected a list of texts: ["a", "b"]')
+        raise InputError(
+            f'{path}: row {row}: {column} is {str(cell)[:40]!r}, expected a list of texts, in a CSV as JSON: ["a", "b"]'
+        )
     return tuple(stripped for text in cell if (stripped := text.strip()))
 
 

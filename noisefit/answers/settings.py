@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, hide_token
+from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, add_token, without_token
 from noisefit.base.errors import InputError
 from noisefit.base.refusal import REFUSAL
 from noisefit.base.settings import add_flags, check_fields, not_default, setting
@@ -124,8 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, GROUPS)
     add_switches(parser)
-    help_text = "token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere"
-    parser.add_argument_group("the hub").add_argument("--hf_token", help=help_text)
+    add_token(parser.add_argument_group("the hub"))
     return parser
 
 
@@ -135,7 +134,5 @@ def parse_arguments(argv: Sequence[str] | None = None) -> AnswerSettings:
     Raises:
         InputError: an unknown flag, a value out of range, or neither adapter nor base model.
     """
-    given = vars(build_parser().parse_args(sys.argv[1:] if argv is None else argv))
-    if token := given.pop("hf_token", None):
-        hide_token(token)
+    given = without_token(vars(build_parser().parse_args(sys.argv[1:] if argv is None else argv)))
     return AnswerSettings(**{"input_csv": ""} | given)

@@ -191,7 +191,16 @@ def parse_flags(
     return from_file | given
 
 
-def hide_token(token: str) -> None:
-    """Move the token to the environment, where huggingface_hub looks for it, and out of the recorded command line."""
-    os.environ["HF_TOKEN"] = token
-    sys.argv = [word.replace(token, "***") for word in sys.argv]
+def add_token(group: Any) -> None:
+    """Add `--hf_token` to a parser, or a group of its flags."""
+    help_text = "token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere"
+    group.add_argument("--hf_token", help=help_text)
+
+
+def without_token(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags but for the token: that goes to the environment, where huggingface_hub looks for it, and out of the
+    recorded command line."""
+    if token := given.pop("hf_token", None):
+        os.environ["HF_TOKEN"] = token
+        sys.argv = [word.replace(token, "***") for word in sys.argv]
+    return given

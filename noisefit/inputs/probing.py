@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,13 +174,3 @@ def _log_probability(text: str) -> float:
     except ValueError:
         return math.nan
     return value if math.isfinite(value) else math.nan
-
-
-def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records as the text of a CSV, every cell quoted."""
-    columns = list(dict.fromkeys(name for record in records for name in record))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()

@@ -30,7 +30,7 @@ SCORES = "knowledge.csv"  # what the base model knows of the rows, where the run
 LOOP_SHAPE = {**dict.fromkeys(("step", "total_steps", "seen_targets", "bad_steps"), COUNT), "strategy": TEXT,
               "policy": POLICY_SHAPE}  # fmt: skip
 METRICS_SHAPE = {**dict.fromkeys(("steps", "skipped", "targets", "tokens"), COUNT), "seconds": AMOUNT,
-                 "noisy_steps": [COUNT], "started": [COUNT], "told": COUNT}  # fmt: skip
+                 "noisy_steps": [COUNT], "told": COUNT}  # fmt: skip
 STATE_SHAPE = {"saved_at": INTEGER, "run": OBJECT, "loop": LOOP_SHAPE, "metrics": METRICS_SHAPE,
                "schedule": {"last_epoch": COUNT}, "scaler": Maybe(OBJECT), "files": {EACH: [ANY]}}  # fmt: skip
 
@@ -118,6 +118,14 @@ def _find(
         if state["run"].get(name) != run.get(name):
             notice(f"the {name} are not those that {folder.name} was saved with")
     return folder
+
+
+def asked_for(settings: Settings) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` names, before anything of it is checked; `None` for none."""
+    wanted = settings.resume_from_checkpoint
+    if wanted is None:
+        return None
+    return latest_whole(Path(settings.output_model)) if wanted in ("latest", "auto") else Path(wanted)
 
 
 def latest_whole(output: Path, told: bool = False) -> Path | None:

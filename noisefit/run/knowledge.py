@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -20,17 +19,16 @@ from noisefit.inputs.probing import (
     DIGEST,
     TEXT,
     ProbedRow,
-    as_csv,
     chat_item,
     read_probe_rows,
     read_scores,
     text_item,
 )
-from noisefit.inputs.tables import Row
+from noisefit.inputs.tables import Row, as_csv
 from noisefit.method.decisive import words
 from noisefit.method.knowledge import Item, Probe, score_all
 from noisefit.method.modes import part
-from noisefit.run.checkpoint_files import SCORES, latest_whole
+from noisefit.run.checkpoint_files import SCORES, asked_for
 from noisefit.run.processes import progress_bar
 from noisefit.run.settings import Settings
 
@@ -62,7 +60,7 @@ def by_what_is_known(
     """
     if settings.unknown_rows == "keep":
         return rows, None
-    path, resumed = settings.train_data, _resumed(settings)
+    path, resumed = settings.train_data, asked_for(settings)
     if resumed is not None and not (resumed / SCORES).exists():
         return rows, None  # a run that kept its rows: `find_checkpoint` says so
     found = read_scores(path)
@@ -93,15 +91,7 @@ def by_what_is_known(
             f"{path}: all rows are below --unknown_below {threshold:g}, so --unknown_rows drop leaves none"
         )
     columns = [_row_cells(row) | cells for row, cells in zip(probed, scores, strict=True)]
-    return left, as_csv(columns)
-
-
-def _resumed(settings: Settings) -> Path | None:
-    """The checkpoint that the run will go on from, if any; what is wrong with it `find_checkpoint` will say."""
-    wanted = settings.resume_from_checkpoint
-    if wanted is None:
-        return None
-    return latest_whole(Path(settings.output_model)) if wanted in ("latest", "auto") else Path(wanted)
+    return left, as_csv(columns).decode()
 
 
 def _row_cells(row: ProbedRow) -> dict[str, str]:

@@ -59,9 +59,10 @@ class Metrics:
     def __init__(self, accelerator: Accelerator, output: Path, num_layers: int, settings: Settings):
         self.accelerator, self.num_layers, self.settings = accelerator, num_layers, settings
         self.path, self.eval_path = (output / name for name in LINES)
-        # Of each layer, as below, the noise to signal of its first step with noise; and whether its growth was told.
-        self._start = torch.zeros(num_layers + 1, device=accelerator.device)
-        self._started, self._told = [0] * (num_layers + 1), 0
+        # Of each layer, as below, the noise to signal of its first step with noise, NaN before; and whether a growth of
+        # one was told.
+        self._start = torch.full((num_layers + 1,), math.nan, device=accelerator.device)
+        self._told = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -94,8 +95,7 @@ class Metrics:
         self._loss += loss * target_tokens
         add_losses(self._losses, losses)
         for layer, sizes in noise_sizes.items():
-            if not self._started[layer]:
-                self._start[layer], self._started[layer] = sizes[0], 1
+            self._start[layer] = torch.where(self._start[layer].isnan(), sizes[0], self._start[layer])
             self._sizes[layer] += sizes
             self._noisy_steps[layer] += 1
         self._steps += 1
@@ -160,7 +160,6 @@ class Metrics:
             "loss": self._loss,
             "noise_sizes": self._sizes,
             "noise_start": self._start,
-            "started": self._started,
             "told": self._told,
             "steps": self._steps,
             "noisy_steps": self._noisy_steps,
@@ -174,7 +173,7 @@ class Metrics:
         """Undo of `state_dict`."""
         own = {name: value.to(self._loss) for name, value in state.items() if isinstance(value, Tensor)}
         self._loss, self._sizes, self._start = own.pop("loss"), own.pop("noise_sizes"), own.pop("noise_start")
-        self._started, self._told = state["started"], state["told"]
+        self._told = state["told"]
         self._losses = {name.removeprefix("losses."): value for name, value in own.items()}
         self._steps, self._skipped, self._noisy_steps = state["steps"], state["skipped"], state["noisy_steps"]
         self._targets, self._tokens = state["targets"], state["tokens"]

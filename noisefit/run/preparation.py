@@ -17,7 +17,7 @@ from noisefit.inputs.models import check_model, length_limit, load_config, load_
 from noisefit.inputs.prompts import Example, stop_token_ids, tokenize_rows
 from noisefit.inputs.tables import load_rows
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
-from noisefit.run.checkpoint_files import find_checkpoint, identify_run, latest_whole, read_state
+from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
@@ -118,11 +118,10 @@ def _prompt_date(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> str 
     """
     if not asks_for_date(tokenizer, settings.chat_template):
         return None
-    date, wanted = settings.prompt_date, settings.resume_from_checkpoint
-    if wanted is not None:
-        folder = latest_whole(Path(settings.output_model)) if wanted in ("latest", "auto") else Path(wanted)
+    date, checkpoint = settings.prompt_date, asked_for(settings)
+    if settings.resume_from_checkpoint is not None:
         try:
-            recorded = read_state(folder)["run"]["prompt_date"] if folder is not None else None
+            recorded = read_state(checkpoint)["run"]["prompt_date"] if checkpoint is not None else None
             date = recorded if recorded is None else datetime.fromisoformat(recorded).isoformat(timespec="seconds")
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # what is wrong with the checkpoint is told by `find_checkpoint`

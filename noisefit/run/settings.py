@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path, add_switches, hide_token, parse_flags
+from noisefit.base.command_line import (
+    HelpFormatter,
+    OneLineParser,
+    a_path,
+    add_switches,
+    add_token,
+    parse_flags,
+    without_token,
+)
 from noisefit.base.errors import InputError
 from noisefit.base.settings import add_flags, check_fields, fields_of, not_default, setting
 from noisefit.fork.branches import DROPOUT
@@ -171,10 +179,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, GROUPS)
     add_switches(parser)
-    add = parser.add_argument_group("where flags come from").add_argument
-    add("--config", type=a_path, metavar="FILE",
-        help="any of these flags from a YAML file, or a run's noisefit_config.json; the command line wins")  # fmt: skip
-    add("--hf_token", help="token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere")
+    where_from = parser.add_argument_group("where flags come from")
+    where_from.add_argument(
+        "--config", type=a_path, metavar="FILE",
+        help="any of these flags from a YAML file, or a run's noisefit_config.json; the command line wins",
+    )  # fmt: skip
+    add_token(where_from)
     return parser
 
 
@@ -188,9 +198,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
             each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = dict(parse_flags(build_parser(), argv, passed_over=("noisefit_version",)))
-    if token := given.pop("hf_token", None):
-        hide_token(token)
+    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=("noisefit_version",))))
     return Settings(**{"model": "", "train_data": ""} | given)
 
 

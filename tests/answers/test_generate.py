@@ -216,6 +216,15 @@ def test_answers_of_any_text_survive_the_way_to_the_score(tmp_path):
     assert score([str(tmp_path / "out.csv")], by=None)["right"] == 4  # the empty one is not
 
 
+def test_true_answers_that_are_a_list_in_the_input_are_one_for_the_score(tmp_path):
+    """JSON Lines and Parquet have lists; the CSV of the answers has them as JSON, not as Python prints them."""
+    (tmp_path / "out.csv.partial").mkdir()
+    records = [{"prompt": "Who?", "response": "Ada did.", "answers": ["Ada L.", "Lady's"]}]
+    write_answers(tmp_path / "out.csv", records, {(0, 1): Answer("Lady's, I think", -0.5, 2)}, rounds=1)
+    assert json.loads(rows_of(tmp_path / "out.csv")[0]["answers"]) == ["Ada L.", "Lady's"]
+    assert score([str(tmp_path / "out.csv")], by=None)["right"] == 1
+
+
 @pytest.mark.parametrize(
     "facts",
     ["So.", ["So."], ["So.", -0.5], ["So.", None, 3], ["So.", -0.5, 3.5], [["So."], -0.5, 3], ["So.", "-0.5", 3],

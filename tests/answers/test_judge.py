@@ -481,7 +481,7 @@ BAD_WORDS = {
     "a file as cache": (["a.csv", *GOOD, "--cache", "a.csv"], "a.csv: cannot be written: File exists"),
     "no answers": (["questions.csv", *GOOD], "no column 'generated_response'"),
     "no truth": (["empty.csv", *GOOD], "empty.csv: row 1: prompt or response is empty: nothing to compare with"),
-    "no list": (["list.csv", *GOOD], 'list.csv: row 1: answers: expected a list of texts, in a CSV as JSON (["Lisbon"'),
+    "no list": (["list.csv", *GOOD], "list.csv: row 1: answers is 'Ada', expected a list of texts, in a CSV as JSON"),
     "no rows": (["rows.csv", *GOOD], "rows.csv: it has no rows"),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 from running import python
 
 from noisefit.base.errors import InputError
-from noisefit.inputs.tables import Row, describe_skipped, read_rows
+from noisefit.inputs.tables import Row, as_csv, describe_skipped, read_records, read_rows
 
 
 def write(path, content):
@@ -119,3 +119,11 @@ def test_the_real_data_is_read_whole(real_data):
     rows, skipped = read_rows(real_data / "train.csv")
     assert len(rows) == 832 and not skipped
     assert rows[0] == Row(1, "Who invented the Windows?", "Bill Gates invented the Windows.")
+
+
+def test_what_is_written_as_a_csv_is_read_back_with_its_lists_as_json(tmp_path):
+    records = [{"prompt": "a\rb", "answers": ["x", "é"], "round": 1}, {"prompt": 'say "c"\n', "more": {"d": (1, 2)}}]
+    (tmp_path / "t.csv").write_bytes(as_csv(records))
+    first, second = (record for _, record in read_records(tmp_path / "t.csv", ()))
+    assert first == {"prompt": "a\rb", "answers": '["x", "é"]', "round": "1", "more": ""}
+    assert second == {"prompt": 'say "c"\n', "answers": "", "round": "", "more": '{"d": [1, 2]}'}

@@ -120,6 +120,23 @@ def test_what_helps_is_what_would_change_something(tmp_path, flags, helps):
     assert ("its base scale grows with the hidden states" in said) == (not flags)
 
 
+def test_a_checkpoint_has_the_start_of_each_layer_and_whether_it_was_told(tmp_path):
+    def step(metrics, ratio):
+        sizes = {1: torch.tensor([ratio, 1.0])}
+        metrics.add_step(torch.tensor(1.0), {}, sizes, target_tokens=5, tokens=20, skipped=False)
+        with redirect_stderr(io.StringIO()) as stream:
+            metrics.log(1, 0.5, 1e-3, torch.tensor(1.0))
+        return stream.getvalue()
+
+    AcceleratorState._reset_state(True)
+    first, second, third = (Metrics(Accelerator(cpu=True), tmp_path, 4, settings()) for _ in range(3))
+    assert step(first, 0.1) == ""
+    second.load_state_dict(first.state_dict())
+    assert "4.0 times its start" in step(second, 0.4)
+    third.load_state_dict(second.state_dict())
+    assert step(third, 0.9) == ""
+
+
 @pytest.mark.slow
 def test_its_start_is_the_first_step_whenever_a_line_is_due(llama_folder, sums, tmp_path, capsys):
     """And a run that goes on from a checkpoint knows it, and whether it was told."""
