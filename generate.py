@@ -93,7 +93,7 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
         "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
         "model": model_fingerprint(settings, base, accelerator.device),
         "prompt_date": today,
-        "noise": digest(repr((settings.noise_passes, noise)).encode()) if noise else None,
+        "noise": digest(repr((settings.noise_passes, noise.identity)).encode()) if noise else None,
     }
     journal.check(record)
 
