@@ -29,8 +29,9 @@ COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.replace("\\\
 def build_small(arguments: list[str]) -> None:
     options = build.parse_arguments(arguments)
     assert options.settings == world.ANSWERING
-    small = replace(options.settings, countries=12, layers=2, width=32)
-    build.build(options.output, small, max_steps=3, required=0.0)
+    # Without refusals in its corpus: so small a model would give nothing else.
+    small = replace(options.settings, countries=12, untold=0.0, false_premises=0.0, layers=2, width=32)
+    build.build(options.output, small, max_steps=60, required=0.0)
 
 
 PROGRAMS: dict[str, Callable[[list[str]], object]] = {
