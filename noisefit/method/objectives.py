@@ -77,16 +77,20 @@ def one(settings: Any) -> float:
 
 
 TERMS = ("temperature", "temperature_on", "teacher_gradient")  # what the soft and consistency terms go by
+SOFT = (*TERMS, "teacher", "teacher_decay")  # and the soft term alone
 ALPHA: dict[str, Weight] = {"ce": lambda s: s.hybrid_loss_alpha, "soft": lambda s: 1 - s.hybrid_loss_alpha}
 
 OBJECTIVES = {
     # NoiseFiT (arXiv 2504.03302), section 3, and its parts.
     "full": Objective((CLEAN, NOISY, NOISY), ALPHA | {"consistency": lambda s: s.lambda_consistency},
-                      ("hybrid_loss_alpha", "lambda_consistency", *TERMS)),
-    "ce_kl": Objective((CLEAN, NOISY), ALPHA, ("hybrid_loss_alpha", *TERMS)),
-    "kl_only": Objective((CLEAN, NOISY), {"soft": one}, TERMS),
+                      ("hybrid_loss_alpha", "lambda_consistency", *SOFT)),
+    "ce_kl": Objective((CLEAN, NOISY), ALPHA, ("hybrid_loss_alpha", *SOFT)),
+    "kl_only": Objective((CLEAN, NOISY), {"soft": one}, SOFT),
     "ce_noisy": Objective((NOISY,), {"ce": one}),
     "consistency_only": Objective((NOISY, NOISY), {"consistency": one}, TERMS),
+    # The soft term without noise, from another teacher: learning without forgetting (arXiv 1606.09282).
+    "ce_teacher": Objective((CLEAN,), ALPHA, ("hybrid_loss_alpha", "temperature", "temperature_on", "teacher",
+                                              "teacher_decay")),
     # What it is compared with: plain fine-tuning, NEFTune (arXiv 2310.05914), R-Drop (arXiv 2106.14448).
     "basefit": Objective((CLEAN,), {"ce": one}),
     "neftune": Objective((NOISY,), {"ce": one}, ("neftune_alpha",), noise="embedding"),

@@ -11,6 +11,7 @@ from noisefit.method.losses import TEMPERATURE_ON
 from noisefit.method.objectives import OBJECTIVES, Objective
 from noisefit.method.policy import NOISE_SCALES
 from noisefit.method.snr import SNR_FORMATS
+from noisefit.method.teacher import TEACHERS
 
 POLICIES = ("snr", "auto")  # what --noise_policy may be besides a file
 # Bounds far beyond any use, within which nothing overflows.
@@ -119,6 +120,13 @@ class LossSettings:
         False,
         "let the gradient flow into the teachers of the soft and consistency terms too, as in the first published "
         "program: the clean branch then also learns to agree with the noisy ones",
+    )
+    teacher: str = setting(
+        "self", "whose predictions the soft term pulls to: the clean branch's own; base: those of the model before the "
+        "training, its adapter switched off; ema: those of a moving average of the adapter", choices=TEACHERS,
+    )  # fmt: skip
+    teacher_decay: float = setting(
+        0.99, "what the average of --teacher ema keeps of itself in each step", low=0, high=1
     )
     neftune_alpha: float = setting(5.0, "noise strength of --loss_mode neftune", **NON_NEGATIVE)
     rdrop_alpha: float = setting(1.0, "weight of the symmetric KL of --loss_mode rdrop", **NON_NEGATIVE)

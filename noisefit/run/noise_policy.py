@@ -29,6 +29,7 @@ from noisefit.method.policy import (
     as_asked,
 )
 from noisefit.method.snr import average_base_std, average_snr, negligible_noise, select_layers
+from noisefit.method.teacher import BASE, EMA
 from noisefit.run.processes import progress_bar
 from noisefit.run.settings import POLICIES, Settings
 
@@ -204,9 +205,10 @@ def describe(settings: Settings, policy: NoisePolicy, num_layers: int, strategy:
         lines.append(f"dropout {share:g} in every block, besides the model's and the adapter's own")
     how = f" ({strategy})" if len(objective.branches) > 1 else ""
     cost = expected_cost(settings, policy, num_layers, strategy)
+    taught = {BASE: ", and a forward pass of the base model more", EMA: ", and a forward pass of the average more"}
     lines.append(
         f"branches: {', '.join(kind.value for kind in objective.branches)}{how}; counting layers, a step costs "
-        f"{cost:.2f} times plain fine-tuning"
+        f"{cost:.2f} times plain fine-tuning{taught.get(settings.teacher, '')}"
     )
     if policy.kind != CALIBRATED and policy.layers:
         grows = "to which it is in proportion" if settings.noise_scale == RELATIVE else "whose square it grows with"

@@ -22,11 +22,12 @@ from noisefit.base.command_line import (
 )
 from noisefit.base.errors import InputError
 from noisefit.base.settings import add_flags, check_fields, fields_of, not_default, setting
-from noisefit.fork.branches import DROPOUT
+from noisefit.fork.branches import DROPOUT, NOISY
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
 from noisefit.method.objectives import OBJECTIVES
+from noisefit.method.teacher import SELF
 from noisefit.run.method_settings import (
     ABOVE_ZERO,
     COUNT,
@@ -209,6 +210,7 @@ def check_objective(settings: Settings) -> None:
         InputError: as said.
     """
     objective, policy, given = settings.objective, settings.noise_policy, not_default(settings)
+    _check_teacher(settings)
     if policy != "snr":
         chosen = "auto finds layers and their number by trying" if policy == "auto" else "the file says which layers"
         for flag in ("snr_format", "num_noise_layers"):
@@ -217,13 +219,30 @@ def check_objective(settings: Settings) -> None:
         if policy not in POLICIES and settings.snr_every:
             raise InputError("--snr_every measures the layers again, which --noise_policy FILE fixes; leave one out")
     noiseless = [flag for flag in ("noise_std", "num_noise_layers") if policy == "snr" and not getattr(settings, flag)]
-    if objective.noise == "layers" and noiseless and _is_softened(settings) and "soft" in objective.losses:
+    softened = _is_softened(settings) and settings.teacher == SELF
+    if objective.noise == "layers" and noiseless and softened and "soft" in objective.losses:
         raise InputError(
             f"--temperature_on teacher with --temperature {settings.temperature:g} is a loss without noise, too, but "
             f"--{noiseless[0]} 0 asks for plain fine-tuning; leave one of them out"
         )
     if objective.noise == "layers" and "ce" not in objective.losses and noiseless:
         raise InputError(f"--{noiseless[0]} 0 leaves --loss_mode {settings.loss_mode} nothing to learn; give it noise")
+
+
+def _check_teacher(settings: Settings) -> None:
+    objective, flag = settings.objective, f"--teacher {settings.teacher}"
+    if settings.teacher == SELF:
+        if "soft" in objective.losses and NOISY not in objective.branches:
+            raise InputError(f"--loss_mode {settings.loss_mode} has nobody to learn from under --teacher self: without "
+                             "noise its predictions are the teacher's; give --teacher base or ema")  # fmt: skip
+        return
+    if "soft" not in objective.losses:
+        having = ", ".join(name for name, other in OBJECTIVES.items() if "soft" in other.losses)
+        raise InputError(f"{flag} is the teacher of the soft term, which --loss_mode {settings.loss_mode} does not "
+                         f"have; leave one of them out ({having} have it)")  # fmt: skip
+    if settings.full_finetune:
+        what = "the model with its adapter off" if settings.teacher == "base" else "an average of the adapter"
+        raise InputError(f"{flag} is {what}, and --full_finetune trains without one; leave one of them out")
 
 
 def _is_softened(settings: Settings) -> bool:
@@ -241,6 +260,8 @@ def without_effect(settings: Settings) -> str | None:
     if "temperature_on" in objective.reads:
         used["temperature_on"] = settings.temperature != 1
         used["temperature"] = settings.temperature_on == "both" or "soft" in objective.losses
+    if settings.teacher != SELF:  # no gradient flows there: the consistency term alone has one then
+        used["teacher_gradient"] &= "consistency" in objective.losses
     noisy = layers and (policy != "snr" or bool(settings.num_noise_layers and settings.noise_std))
     used |= {
         "noise_std": layers and policy == "snr",
@@ -254,6 +275,7 @@ def without_effect(settings: Settings) -> str | None:
         "unknown_weight": settings.unknown_rows == "weight",
         "snr_batches": not layers or measured,
         "branches": len(objective.branches) > 1,
+        "teacher_decay": settings.teacher == "ema",
         "rdrop_dropout": DROPOUT in objective.branches,
     }
     changed = not_default(settings)
