@@ -50,6 +50,7 @@ from noisefit.run.processes import finish, on_any_process, progress_bar
 from noisefit.run.settings import Settings, parse_arguments
 from noisefit.run.signals import StopSignals, end_with_launcher
 from noisefit.run.steps import naming_out_of_memory, take_step
+from noisefit.run.teacher_cache import with_predictions
 from noisefit.run.weights import unsharded
 
 
@@ -97,7 +98,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     objective, temperature = settings.objective, settings.temperature
     teaching = settings.temperature_on, settings.teacher_gradient
     weights = objective.weights(settings)
-    teacher = make_teacher(settings.teacher, model, settings.teacher_decay)
+    teacher = make_teacher(settings, model)
     distribution = TokenScaledNoise
     calibration: list[Batch] = []
     for step_rows in epoch_steps(examples, rows_per_step, settings.seed, epoch=0):
@@ -166,6 +167,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
             start_output(settings, output, checkpoint, prepared.scores)
             write_policy(output, policy)
         start_trackers(accelerator, settings)
+        with metrics.pausing():
+            examples = with_predictions(prepared, output, teacher, strategy)
         for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):
             for rows in epoch_steps(examples, rows_per_step, settings.seed, epoch, step - epoch * epoch_length):
                 if step == total_steps:

@@ -36,10 +36,12 @@ from noisefit.inputs.batches import Batch, collate, count_targets
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss
 from noisefit.method.noise import TokenScaledNoise
-from noisefit.method.teacher import make_teacher
+from noisefit.method.teacher import BaseModel, MovingAverage, OtherTeacher
+from noisefit.method.top_k import TopK
 
 NOISE_STD = 0.1
 LOSS_CHUNK_SIZE = 256  # the default of train_loop.py
+CACHED = 64  # tokens that are kept of a teacher's predictions
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,11 @@ class Steps:
         self.rows = example_rows(size)
         self.target_tokens = count_targets(self.rows)
         self.device = device
-        self.teachers = {name: make_teacher(name, self.branched, 0.99) for name in ("base", "ema")}
+        self.teachers: dict[str, OtherTeacher] = {
+            "base": BaseModel(self.branched), "ema": MovingAverage(self.branched, 0.99),
+            "cached base": BaseModel(self.branched, CACHED),
+        }  # fmt: skip
+        self.top_k: TopK | None = None
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def batch(self) -> Batch:
@@ -172,6 +178,9 @@ class Steps:
     def taught(self, name: str) -> Tensor:
         """A step of `--loss_mode ce_teacher` with this `--teacher`."""
         batch, teacher = self.batch(), self.teachers[name]
+        if isinstance(teacher, BaseModel) and teacher.cached:
+            self.top_k = self.top_k or teacher.top_k(batch, "fork", CACHED, 1.0)
+            batch["teacher"] = self.top_k
         batch |= teacher.predictions(batch, "fork")
         sums = self.branched(**batch, branches=(CLEAN,), chunk_losses=teacher_losses)
         loss = self._update(sum(sums.values()) / self.target_tokens)

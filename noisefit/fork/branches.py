@@ -79,7 +79,7 @@ class BranchedModel(nn.Module):
         target_positions: Tensor | None = None,
         target_tokens: Tensor | None = None,
         target_weights: Tensor | None = None,
-        teacher: Tensor | None = None,
+        teacher: Tensor | Any = None,
         *,
         branches: Sequence[Branch] = BRANCHES,
         noise: Mapping[int, Noise | NoiseFunction] | None = None,
@@ -96,7 +96,8 @@ class BranchedModel(nn.Module):
                 `B * L` positions of the batch.
             target_tokens: `[N]`, int64, the token that each of them predicts. `N` may be 0.
             target_weights: `[N]`, the weights of these tokens, for `chunk_losses`; `None` where all are 1.
-            teacher: what this returned of a teacher's pass without `chunk_losses`; its logits are `TEACHER`'s.
+            teacher: what this returned of a teacher's pass without `chunk_losses`: its logits are `TEACHER`'s; or what
+                is known of its predictions, `[N, ..]` by its `split`, given to `chunk_losses` as it is.
             branches: of which kind each one is.
             noise: the index of a layer, or `EMBEDDING`, to its noise: a `Noise`, or a function of hidden states, the
                 number of the branch (of the noisy ones, from 1) and the mask. Empty: clean and noisy branches are one,
@@ -151,7 +152,7 @@ class BranchedModel(nn.Module):
         branches: Sequence[Branch] = BRANCHES,
         are_logits: bool = False,
         target_weights: Tensor | None = None,
-        teacher: Tensor | None = None,
+        teacher: Tensor | Any = None,
     ) -> Losses:
         """The sums of the losses, a chunk of supervised tokens at a time, all but the last computed again in backward.
 
@@ -183,7 +184,7 @@ class BranchedModel(nn.Module):
     def _chunk_sums(
         self,
         states: Tensor,
-        teacher: Tensor | None,
+        teacher: Tensor | Any,
         targets: tuple[Tensor, ...],
         chunk_losses: ChunkLosses,
         branches: Sequence[Branch],
@@ -192,12 +193,13 @@ class BranchedModel(nn.Module):
         logits = states if are_logits else logits_of(self.model, states)
         # Without noise all are one tensor: views of an expanded one would have three times its gradient.
         each = list(logits) if len(logits) == len(branches) else [logits[0]] * len(branches)
-        of_kind: dict[Branch, list[Tensor]] = {kind: [] for kind in Branch}
+        of_kind: dict[Branch, list[Any]] = {kind: [] for kind in Branch}
         for kind, part in zip(branches, each, strict=True):
             of_kind[kind].append(part)
         if teacher is not None:
             with torch.no_grad():
-                of_kind[TEACHER] = [teacher if are_logits else logits_of(self.model, teacher.to(states))]
+                is_known = are_logits or not isinstance(teacher, Tensor)
+                of_kind[TEACHER] = [teacher if is_known else logits_of(self.model, teacher.to(states))]
         return chunk_losses(of_kind, *targets)
 
 

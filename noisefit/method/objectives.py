@@ -76,8 +76,9 @@ def one(settings: Any) -> float:
     return 1.0
 
 
-TERMS = ("temperature", "temperature_on", "teacher_gradient")  # what the soft and consistency terms go by
-SOFT = (*TERMS, "teacher", "teacher_decay")  # and the soft term alone
+TERMS = ("temperature", "temperature_on", "teacher_gradient")  # of the soft and the consistency term
+OTHER_TEACHER = ("teacher", "teacher_decay", "cache_teacher")
+SOFT = (*TERMS, *OTHER_TEACHER)  # what the soft term goes by
 ALPHA: dict[str, Weight] = {"ce": lambda s: s.hybrid_loss_alpha, "soft": lambda s: 1 - s.hybrid_loss_alpha}
 
 OBJECTIVES = {
@@ -89,8 +90,7 @@ OBJECTIVES = {
     "ce_noisy": Objective((NOISY,), {"ce": one}),
     "consistency_only": Objective((NOISY, NOISY), {"consistency": one}, TERMS),
     # The soft term without noise, from another teacher: learning without forgetting (arXiv 1606.09282).
-    "ce_teacher": Objective((CLEAN,), ALPHA, ("hybrid_loss_alpha", "temperature", "temperature_on", "teacher",
-                                              "teacher_decay")),
+    "ce_teacher": Objective((CLEAN,), ALPHA, ("hybrid_loss_alpha", "temperature", "temperature_on", *OTHER_TEACHER)),
     # What it is compared with: plain fine-tuning, NEFTune (arXiv 2310.05914), R-Drop (arXiv 2106.14448).
     "basefit": Objective((CLEAN,), {"ce": one}),
     "neftune": Objective((NOISY,), {"ce": one}, ("neftune_alpha",), noise="embedding"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from noisefit.base.errors import InputError
+from noisefit.fork.branches import CLEAN, Logits, Losses
 from noisefit.fork.decoder import find_causal_lm
+from noisefit.method.top_k import TopK
 
 SELF, BASE, EMA = TEACHERS = ("self", "base", "ema")  # of --teacher
+INPUTS = ("input_ids", "attention_mask", "target_positions")  # what a pass needs of a batch
 
 
 class Teacher:
@@ -33,7 +37,7 @@ class Teacher:
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def predictions(self, batch: Mapping[str, Tensor], strategy: str) -> dict[str, Tensor]:
+    def predictions(self, batch: Mapping[str, Any], strategy: str) -> dict[str, Any]:
         """What a batch gets for the teacher's logits to be formed of: `teacher`, or nothing.
 
         Args:
@@ -72,23 +76,34 @@ class OtherTeacher(Teacher):
         """Within it the model is the teacher."""
         yield
 
-    @torch.no_grad()
-    def predictions(self, batch: Mapping[str, Tensor], strategy: str) -> dict[str, Tensor]:
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Within it the model is the teacher, in eval mode and without gradient."""
         was_training = self.model.training
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "target_positions")}
         self.model.eval()
         try:
-            with self.in_place():
-                return {"teacher": self.model(**inputs, strategy=strategy)}
+            with torch.no_grad(), self.in_place():
+                yield
         finally:
             self.model.train(was_training)
 
+    def predictions(self, batch: Mapping[str, Any], strategy: str) -> dict[str, Any]:
+        inputs = {name: batch[name] for name in INPUTS}
+        with self.passing():
+            return {"teacher": self.model(**inputs, strategy=strategy)}
+
 
 class BaseModel(OtherTeacher):
-    """The model as it was before the training: its adapter is switched off."""
+    """The model as it was before the training: its adapter is switched off.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: the prepared `BranchedModel`, with an adapter.
+        cached: of how many tokens its predictions are known and come with the batch; 0: they do not.
+    """
+
+    def __init__(self, model: nn.Module, cached: int = 0):
         super().__init__(model)
+        self.cached = cached
         self.adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     @contextmanager
@@ -100,6 +115,24 @@ class BaseModel(OtherTeacher):
         finally:
             for adapter in self.adapters:
                 adapter.enable_adapters(True)
+
+    def predictions(self, batch: Mapping[str, Any], strategy: str) -> dict[str, Any]:
+        if not self.cached:
+            return super().predictions(batch, strategy)
+        return {"teacher": batch["teacher"] if "teacher" in batch else TopK.none(self.cached)}  # a batch without rows
+
+    def top_k(self, batch: Mapping[str, Any], strategy: str, k: int, temperature: float) -> TopK:
+        """Its predictions at the supervised positions of a batch, for `TopK`; other arguments as for `predictions`."""
+        found: list[TopK] = []
+
+        def collect(logits: Logits, target_tokens: Tensor) -> Losses:
+            found.append(TopK.of(logits[CLEAN][0], k, temperature))
+            return {}
+
+        inputs = {name: batch[name] for name in (*INPUTS, "target_tokens")}
+        with self.passing():
+            self.model(**inputs, branches=(CLEAN,), strategy=strategy, chunk_losses=collect)
+        return TopK.joined(found)
 
 
 class MovingAverage(OtherTeacher):
@@ -155,14 +188,13 @@ class MovingAverage(OtherTeacher):
             average.copy_(tensor)
 
 
-def make_teacher(name: str, model: nn.Module, decay: float) -> Teacher:
+def make_teacher(settings: Any, model: nn.Module) -> Teacher:
     """The teacher of a run.
 
     Args:
-        name: the value of `--teacher`.
+        settings: its `teacher`, `teacher_decay` and `cache_teacher`.
         model: the prepared `BranchedModel`.
-        decay: the value of `--teacher_decay`.
     """
-    if name == EMA:
-        return MovingAverage(model, decay)
-    return BaseModel(model) if name == BASE else Teacher(model)
+    if settings.teacher == EMA:
+        return MovingAverage(model, settings.teacher_decay)
+    return BaseModel(model, settings.cache_teacher) if settings.teacher == BASE else Teacher(model)

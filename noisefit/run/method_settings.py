@@ -128,6 +128,10 @@ class LossSettings:
     teacher_decay: float = setting(
         0.99, "what the average of --teacher ema keeps of itself in each step", low=0, high=1
     )
+    cache_teacher: int = setting(
+        0, "compute the predictions of --teacher base once, and keep their likeliest tokens, so many, with the mass of "
+        "the rest in the output folder; exact where that is the whole vocabulary; 0: a pass in each step", **COUNT,
+    )  # fmt: skip
     neftune_alpha: float = setting(5.0, "noise strength of --loss_mode neftune", **NON_NEGATIVE)
     rdrop_alpha: float = setting(1.0, "weight of the symmetric KL of --loss_mode rdrop", **NON_NEGATIVE)
     rdrop_dropout: float = setting(

@@ -205,10 +205,11 @@ def describe(settings: Settings, policy: NoisePolicy, num_layers: int, strategy:
         lines.append(f"dropout {share:g} in every block, besides the model's and the adapter's own")
     how = f" ({strategy})" if len(objective.branches) > 1 else ""
     cost = expected_cost(settings, policy, num_layers, strategy)
-    taught = {BASE: ", and a forward pass of the base model more", EMA: ", and a forward pass of the average more"}
+    more = {BASE: ", and a forward pass of the base model more", EMA: ", and a forward pass of the average more"}
+    taught = "" if settings.cache_teacher else more.get(settings.teacher, "")
     lines.append(
         f"branches: {', '.join(kind.value for kind in objective.branches)}{how}; counting layers, a step costs "
-        f"{cost:.2f} times plain fine-tuning{taught.get(settings.teacher, '')}"
+        f"{cost:.2f} times plain fine-tuning{taught}"
     )
     if policy.kind != CALIBRATED and policy.layers:
         grows = "to which it is in proportion" if settings.noise_scale == RELATIVE else "whose square it grows with"

@@ -27,7 +27,7 @@ from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
 from noisefit.method.objectives import OBJECTIVES
-from noisefit.method.teacher import SELF
+from noisefit.method.teacher import BASE, EMA, SELF
 from noisefit.run.method_settings import (
     ABOVE_ZERO,
     COUNT,
@@ -231,6 +231,9 @@ def check_objective(settings: Settings) -> None:
 
 def _check_teacher(settings: Settings) -> None:
     objective, flag = settings.objective, f"--teacher {settings.teacher}"
+    if settings.cache_teacher and settings.teacher != BASE:
+        raise InputError(f"--cache_teacher keeps predictions that do not change, and those of {flag} do; give "
+                         "--teacher base, or leave it out")  # fmt: skip
     if settings.teacher == SELF:
         if "soft" in objective.losses and NOISY not in objective.branches:
             raise InputError(f"--loss_mode {settings.loss_mode} has nobody to learn from under --teacher self: without "
@@ -241,7 +244,7 @@ def _check_teacher(settings: Settings) -> None:
         raise InputError(f"{flag} is the teacher of the soft term, which --loss_mode {settings.loss_mode} does not "
                          f"have; leave one of them out ({having} have it)")  # fmt: skip
     if settings.full_finetune:
-        what = "the model with its adapter off" if settings.teacher == "base" else "an average of the adapter"
+        what = "the model with its adapter off" if settings.teacher == BASE else "an average of the adapter"
         raise InputError(f"{flag} is {what}, and --full_finetune trains without one; leave one of them out")
 
 
@@ -275,7 +278,7 @@ def without_effect(settings: Settings) -> str | None:
         "unknown_weight": settings.unknown_rows == "weight",
         "snr_batches": not layers or measured,
         "branches": len(objective.branches) > 1,
-        "teacher_decay": settings.teacher == "ema",
+        "teacher_decay": settings.teacher == EMA,
         "rdrop_dropout": DROPOUT in objective.branches,
     }
     changed = not_default(settings)

@@ -99,6 +99,7 @@ def test_the_settings_that_an_objective_says_it_reads_are_those_that_change_it(m
         "teacher_gradient": bool({"soft", "consistency"} & set(weights)) and mode != "ce_teacher",
         "teacher": "soft" in weights,
         "teacher_decay": "soft" in weights,
+        "cache_teacher": "soft" in weights,
         "rdrop_dropout": DROPOUT in objective.branches,
         "neftune_alpha": objective.noise == "embedding",
     }

@@ -12,6 +12,7 @@ from noisefit.base.errors import InputError
 from noisefit.fork.branches import CLEAN, NOISY, TEACHER, BranchedModel
 from noisefit.method.losses import cross_entropy, soft_target_loss
 from noisefit.method.teacher import BaseModel, MovingAverage, Teacher, make_teacher
+from noisefit.run.method_settings import LossSettings
 
 NOISE = {1: fixed_noise(1), 2: fixed_noise(2)}
 T = 1.5
@@ -27,6 +28,10 @@ def adapted(model_type="llama", dropout=0.0, chunk=6, **lora):
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.1)
     return BranchedModel(model.double(), chunk), base.eval()
+
+
+def teacher_of(name, branched, **settings):
+    return make_teacher(LossSettings(teacher=name, teacher_decay=0.9, **settings), branched)
 
 
 def chunk_losses(logits, targets):
@@ -72,7 +77,7 @@ def expected(branched, teacher, batch, branches):
 @pytest.mark.parametrize("name", ["base", "ema"])
 def test_losses_and_every_gradient_are_those_of_a_second_copy_of_the_model(name, branches, strategy):
     branched, base = adapted()
-    batch, teacher = supervise(tiny_batch()), make_teacher(name, branched, 0.9)
+    batch, teacher = supervise(tiny_batch()), teacher_of(name, branched)
     other = base if name == "base" else copy.deepcopy(branched.model).eval()
     if name == "ema":
         for weight in branched.parameters():
@@ -96,7 +101,7 @@ def test_the_pass_has_no_dropout_no_gradient_and_leaves_the_model_as_it_was(name
     branched, base = adapted(dropout=0.5)
     if checkpointing:
         branched.model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch, teacher = supervise(tiny_batch()), make_teacher(name, branched, 0.9)
+    batch, teacher = supervise(tiny_batch()), teacher_of(name, branched)
     before = {key: (weight.clone(), weight.requires_grad) for key, weight in branched.named_parameters()}
     state = torch.get_rng_state()
     found = teacher.predictions(batch, "fork")["teacher"]
@@ -117,9 +122,9 @@ def test_the_pass_has_no_dropout_no_gradient_and_leaves_the_model_as_it_was(name
 @pytest.mark.parametrize("name", ["base", "ema"])
 def test_a_teacher_costs_one_pass_of_the_batch(name):
     branched, _ = adapted()
-    batch, teacher = supervise(tiny_batch()), make_teacher(name, branched, 0.9)
+    batch, teacher = supervise(tiny_batch()), teacher_of(name, branched)
     assert rows_and_calls(branched, lambda: teacher.predictions(batch, "fork")) == (3 * 4, 4)
-    itself = make_teacher("self", branched, 0.9)
+    itself = teacher_of("self", branched)
     assert type(itself) is Teacher
     assert rows_and_calls(branched, lambda: itself.predictions(batch, "fork")) == (0, 0)
     assert itself.predictions(batch, "fork") == {} == itself.state_dict()
@@ -172,7 +177,7 @@ def test_an_adapter_on_the_head_is_refused():
     for name in ("base", "ema"):
         branched, _ = adapted(target_modules=["lm_head"])
         with pytest.raises(InputError, match="--target_modules puts an adapter on the model's head"):
-            make_teacher(name, branched, 0.9)
+            teacher_of(name, branched)
 
 
 def test_an_adapter_on_the_embedding_is_none_of_the_base_model():

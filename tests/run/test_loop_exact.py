@@ -179,6 +179,7 @@ def plain_training(model_folder, output, data, selected, mode, teacher):
         *({"loss_mode": mode, "teacher": "ema", "teacher_decay": 0.6} for mode in ("full", "ce_teacher")),
         {"loss_mode": "ce_kl", "teacher": "ema", "teacher_decay": 0.6, "branches": "separate"},
         {"loss_mode": "full", "teacher": "base", "gradient_checkpointing": True},
+        {"loss_mode": "full", "teacher": "base", "cache_teacher": 259},  # all tokens
     ],
     ids=str,
 )
