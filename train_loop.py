@@ -92,7 +92,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     def micro_batches(step_rows: list[Example]) -> list[Batch]:
         """This process's share of an optimizer step's rows, as tensors on its device."""
         shares = cut_step(step_rows, settings.batch_size, num_processes, accelerator.process_index)
-        return [collate(share, tokenizer.pad_token_id, accelerator.device) for share in shares]
+        how = tokenizer.pad_token_id, accelerator.device, settings.noise_tokens
+        return [collate(share, *how) for share in shares]
 
     # --- The method: which layers get noise, and what the loss is ---------------------------------------------------
     objective, temperature = settings.objective, settings.temperature

@@ -80,6 +80,7 @@ class BranchedModel(nn.Module):
         target_tokens: Tensor | None = None,
         target_weights: Tensor | None = None,
         teacher: Tensor | Any = None,
+        noise_mask: Tensor | None = None,
         *,
         branches: Sequence[Branch] = BRANCHES,
         noise: Mapping[int, Noise | NoiseFunction] | None = None,
@@ -98,6 +99,7 @@ class BranchedModel(nn.Module):
             target_weights: `[N]`, the weights of these tokens, for `chunk_losses`; `None` where all are 1.
             teacher: what this returned of a teacher's pass without `chunk_losses`: its logits are `TEACHER`'s; or what
                 is known of its predictions, `[N, ..]` by its `split`, given to `chunk_losses` as it is.
+            noise_mask: `[B, L]`, for the noise in place of `attention_mask`: the tokens that get it.
             branches: of which kind each one is.
             noise: the index of a layer, or `EMBEDDING`, to its noise: a `Noise`, or a function of hidden states, the
                 number of the branch (of the noisy ones, from 1) and the mask. Empty: clean and noisy branches are one,
@@ -136,7 +138,7 @@ class BranchedModel(nn.Module):
             functools.partial(run, self.model, input_ids, mask),
             branches if clean_states is None else branches[1:],
             self.dropout,
-            attention_mask,
+            attention_mask if noise_mask is None else noise_mask,
         )
         if clean_states is not None:
             states = torch.cat([clean_states.unsqueeze(0).to(states), states])

@@ -9,7 +9,7 @@ from noisefit.base.refusal import REFUSAL
 from noisefit.base.settings import setting
 from noisefit.method.losses import TEMPERATURE_ON
 from noisefit.method.objectives import OBJECTIVES, Objective
-from noisefit.method.policy import NOISE_SCALES
+from noisefit.method.policy import ALL, NOISE_SCALES, NOISE_TOKENS
 from noisefit.method.snr import SNR_FORMATS
 from noisefit.method.teacher import TEACHERS
 
@@ -48,6 +48,10 @@ class NoiseSettings:
         "noise that would be a larger share of the signal in a layer is made this share; 0: no limit",
         **NON_NEGATIVE,
     )
+    noise_tokens: str = setting(
+        ALL, "the tokens that get noise: all, those of the prompt or those of the response; the noise's statistics are "
+        "of the same tokens", choices=NOISE_TOKENS,
+    )  # fmt: skip
     num_noise_layers: int = setting(3, "how many decoder layers get noise; 0 is plain fine-tuning", **COUNT)
     snr_format: str = setting("Largest", "noise goes where the SNR is largest, or lowest", choices=SNR_FORMATS)
     snr_batches: int = setting(4, "micro-batches a process over which the SNR is averaged", **POSITIVE)

@@ -37,7 +37,8 @@ from noisefit.run.settings import POLICIES, Settings
 POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT),
                 "start_stds": (AMOUNT,)}  # fmt: skip
 ALIKE = 1.05  # times the smallest SNR, up to which the largest says nothing of the layers
-RECORDED = ("noise_scale", "prefer_late_layers", "seed")  # settings that a calibration goes by, besides its own
+# Settings that a calibration goes by, besides its own.
+RECORDED = ("noise_scale", "noise_tokens", "prefer_late_layers", "seed")
 
 
 def check_policy(settings: Settings, num_layers: int) -> None:

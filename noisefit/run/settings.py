@@ -27,6 +27,7 @@ from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
 from noisefit.method.objectives import OBJECTIVES
+from noisefit.method.policy import ALL
 from noisefit.method.teacher import BASE, EMA, SELF
 from noisefit.run.method_settings import (
     ABOVE_ZERO,
@@ -218,6 +219,9 @@ def check_objective(settings: Settings) -> None:
                 raise InputError(f"--{flag} goes with --noise_policy snr alone: {chosen}; leave one of them out")
         if policy not in POLICIES and settings.snr_every:
             raise InputError("--snr_every measures the layers again, which --noise_policy FILE fixes; leave one out")
+    if settings.noise_tokens != ALL and settings.loss_on == "all" and objective.noise == "layers":
+        raise InputError(f"--noise_tokens {settings.noise_tokens}: under --loss_on all a row is one text, without a "
+                         "prompt and a response; leave one of them out")  # fmt: skip
     noiseless = [flag for flag in ("noise_std", "num_noise_layers") if policy == "snr" and not getattr(settings, flag)]
     softened = _is_softened(settings) and settings.teacher == SELF
     if objective.noise == "layers" and noiseless and softened and "soft" in objective.losses:
@@ -272,6 +276,7 @@ def without_effect(settings: Settings) -> str | None:
         "noise_scale": noisy and (policy == "snr" or settings.noise_scale == "relative"),
         "noise_gradient": noisy,
         "max_noise_to_signal": noisy,
+        "noise_tokens": noisy,
         "prefer_late_layers": layers and measured,
         "unknown_below": settings.unknown_rows != "keep",
         "refusal": settings.unknown_rows == "refuse",
