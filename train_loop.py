@@ -21,7 +21,7 @@ from transformers import get_scheduler
 
 from noisefit.base.errors import Stopped, notice, one_line_errors
 from noisefit.base.precision import keep_float32_when_sharded
-from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, BranchedModel, Logits, Losses
+from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.exactness import choose_strategy
 from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_sizes
 from noisefit.inputs.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
@@ -38,23 +38,19 @@ from noisefit.method.losses import (
 )
 from noisefit.method.noise import TokenScaledNoise
 from noisefit.method.policy import NoisePolicy, make_noise
+from noisefit.method.teacher import make_teacher
 from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.evaluation import evaluate
 from noisefit.run.metrics import Metrics, start_trackers
 from noisefit.run.noise_policy import choose_policy, describe
-from noisefit.run.output import (
-    open_output,
-    save_model,
-    start_output,
-    where_things_are,
-    write_policy,
-)
+from noisefit.run.output import open_output, save_model, start_output, where_things_are, write_policy
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.preparation import prepare
 from noisefit.run.processes import finish, on_any_process, progress_bar
 from noisefit.run.settings import Settings, parse_arguments
 from noisefit.run.signals import StopSignals, end_with_launcher
 from noisefit.run.steps import naming_out_of_memory, take_step
+from noisefit.run.teacher_cache import with_predictions
 from noisefit.run.weights import unsharded
 
 
@@ -96,12 +92,14 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     def micro_batches(step_rows: list[Example]) -> list[Batch]:
         """This process's share of an optimizer step's rows, as tensors on its device."""
         shares = cut_step(step_rows, settings.batch_size, num_processes, accelerator.process_index)
-        return [collate(share, tokenizer.pad_token_id, accelerator.device) for share in shares]
+        how = tokenizer.pad_token_id, accelerator.device, settings.noise_tokens
+        return [collate(share, *how) for share in shares]
 
     # --- The method: which layers get noise, and what the loss is ---------------------------------------------------
     objective, temperature = settings.objective, settings.temperature
     teaching = settings.temperature_on, settings.teacher_gradient
     weights = objective.weights(settings)
+    teacher = make_teacher(settings, model)
     distribution = TokenScaledNoise
     calibration: list[Batch] = []
     for step_rows in epoch_steps(examples, rows_per_step, settings.seed, epoch=0):
@@ -126,9 +124,9 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     def chunk_losses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:
         """The losses of one chunk of supervised tokens, by name: each a sum over the tokens.
 
-        `logits` has the `[N, V]` of each branch by its kind, targets are `[N]`, and so are their weights in the
-        cross-entropy, where they are not all 1. What is not in the result is not in the loss; each name in it needs a
-        weight.
+        `logits` has the `[N, V]` of each branch by its kind, and those of a teacher of its own; targets are `[N]`, and
+        so are their weights in the cross-entropy, where they are not all 1. What is not in the result is not in the
+        loss; each name in it needs a weight.
         """
         clean, noisy, dropout = logits[CLEAN], logits[NOISY], logits[DROPOUT]
         losses: Losses = {}
@@ -136,7 +134,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
             targets = target_tokens, target_weights
             losses["ce"] = mean_over_branches(cross_entropy(z, *targets) for z in clean or noisy or dropout)
         if "soft" in weights:
-            losses["soft"] = mean_over_branches(soft_target_loss(clean[0], z, temperature, *teaching) for z in noisy)
+            [target], pulled = logits[TEACHER] or clean, noisy or clean
+            losses["soft"] = mean_over_branches(soft_target_loss(target, z, temperature, *teaching) for z in pulled)
         if "consistency" in weights:
             losses["consistency"] = consistency_loss(noisy[0], noisy[1], temperature, *teaching)
         if "rdrop" in weights:
@@ -147,7 +146,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     metrics = Metrics(accelerator, output.path, num_layers, settings)
     checkpoints = Checkpoints(
         output, settings.save_total_limit, not settings.full_finetune, prepared.run, accelerator, model, optimizer,
-        schedule, metrics, tokenizer,
+        schedule, metrics, tokenizer, teacher,
     )  # fmt: skip
     if checkpoint is None:
         step = seen_targets = bad_steps = 0
@@ -169,6 +168,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
             start_output(settings, output, checkpoint, prepared.scores)
             write_policy(output, policy)
         start_trackers(accelerator, settings)
+        with metrics.pausing():
+            examples = with_predictions(prepared, output, teacher, strategy)
         for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):
             for rows in epoch_steps(examples, rows_per_step, settings.seed, epoch, step - epoch * epoch_length):
                 if step == total_steps:
@@ -189,6 +190,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                     reduction = nullcontext() if batch is batches[-1] else accelerator.no_sync(model)
                     with reduction, naming_out_of_memory(settings, step, batch):
                         how = {"branches": objective.branches, "noise": noise, "strategy": strategy}
+                        batch |= teacher.predictions(batch, strategy)  # none where the clean branch teaches
                         losses = model(**batch, **how, chunk_losses=chunk_losses)
                         loss = sum(weights[name] * (losses[name] / target_tokens) for name in losses)
                         # The reduction averages over processes, but these losses are shares of one sum.
@@ -204,7 +206,9 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                 stopping, bad = on_any_process(accelerator, stop.received is not None, ~finite)
                 learning_rate = schedule.get_last_lr()[0]
                 bad_steps = take_step(optimizer, schedule, step, bad, bad_steps, settings.max_bad_steps)
-                seen_targets += 0 if bad else target_tokens
+                if not bad:
+                    seen_targets += target_tokens
+                    teacher.follow()
                 noise_sizes = pop_noise_sizes(model)
                 metrics.add_step(step_loss, step_losses, noise_sizes, target_tokens, count_tokens(rows), bad)
 

@@ -203,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"separate passes, layers 0-{NOISY - 1}": functools.partial(steps.ours, noisy(0), "separate"),
         f"published way, layers 0-{NOISY - 1}": functools.partial(steps.published, noisy(0)),
         f"published way, layers {n - NOISY}-{n - 1}": functools.partial(steps.published, noisy(n - NOISY)),
+        **{f"{name} as the teacher, no noise": functools.partial(steps.taught, name) for name in steps.teachers},
         "plain forward pass": plain_forward,
         "SNR of all layers": functools.partial(layer_snr, steps.branched, batch, NOISE_STD),
         "calibration": functools.partial(calibration.measure, steps.branched, [batch], range(n), FACTORS, "fork"),

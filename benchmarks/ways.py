@@ -29,16 +29,19 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from noisefit.fork.branches import CLEAN, NOISY, BranchedModel, Logits, Losses
+from noisefit.fork.branches import CLEAN, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.fork.hooks import pop_noise_sizes
 from noisefit.inputs.batches import Batch, collate, count_targets
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss
 from noisefit.method.noise import TokenScaledNoise
+from noisefit.method.teacher import BaseModel, MovingAverage, OtherTeacher
+from noisefit.method.top_k import TopK
 
 NOISE_STD = 0.1
 LOSS_CHUNK_SIZE = 256  # the default of train_loop.py
+CACHED = 64  # tokens that are kept of a teacher's predictions
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,11 @@ class Steps:
         self.rows = example_rows(size)
         self.target_tokens = count_targets(self.rows)
         self.device = device
+        self.teachers: dict[str, OtherTeacher] = {
+            "base": BaseModel(self.branched), "ema": MovingAverage(self.branched, 0.99),
+            "cached base": BaseModel(self.branched, CACHED),
+        }  # fmt: skip
+        self.top_k: TopK | None = None
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def batch(self) -> Batch:
@@ -166,6 +174,18 @@ class Steps:
         sums = self.branched(**self.batch(), noise=noise, strategy=strategy, chunk_losses=losses)
         pop_noise_sizes(self.model)
         return self._update(sum(sums.values()) / self.target_tokens)
+
+    def taught(self, name: str) -> Tensor:
+        """A step of `--loss_mode ce_teacher` with this `--teacher`."""
+        batch, teacher = self.batch(), self.teachers[name]
+        if isinstance(teacher, BaseModel) and teacher.cached:
+            self.top_k = self.top_k or teacher.top_k(batch, "fork", CACHED, 1.0)
+            batch["teacher"] = self.top_k
+        batch |= teacher.predictions(batch, "fork")
+        sums = self.branched(**batch, branches=(CLEAN,), chunk_losses=teacher_losses)
+        loss = self._update(sum(sums.values()) / self.target_tokens)
+        teacher.follow()
+        return loss
 
     def published(self, layers: Sequence[int]) -> Tensor:
         """The published way: three passes through the whole model, each of which forms the cross-entropy of all its
@@ -200,6 +220,11 @@ class Steps:
 
 def plain_losses(logits: Logits, targets: Tensor) -> Losses:
     return {"ce": cross_entropy(logits[CLEAN][0], targets)}
+
+
+def teacher_losses(logits: Logits, targets: Tensor) -> Losses:
+    [clean], [teacher] = logits[CLEAN], logits[TEACHER]
+    return {"ce": 0.5 * cross_entropy(clean, targets), "soft": 0.5 * soft_target_loss(teacher, clean, 1.0)}
 
 
 def noisefit_losses(logits: Logits, targets: Tensor) -> Losses:

@@ -27,9 +27,10 @@ class Branch(Enum):
     CLEAN = "clean"  # the model as it is
     NOISY = "noisy"  # with noise of its own
     DROPOUT = "dropout"  # with dropout of its own
+    TEACHER = "teacher"  # no branch of the batch: predictions from a pass of their own, without gradient
 
 
-CLEAN, NOISY, DROPOUT = Branch
+CLEAN, NOISY, DROPOUT, TEACHER = Branch
 BRANCHES = (CLEAN, NOISY, NOISY)
 STRATEGIES = ("fork", "separate", "full_logits")
 
@@ -78,6 +79,8 @@ class BranchedModel(nn.Module):
         target_positions: Tensor | None = None,
         target_tokens: Tensor | None = None,
         target_weights: Tensor | None = None,
+        teacher: Tensor | Any = None,
+        noise_mask: Tensor | None = None,
         *,
         branches: Sequence[Branch] = BRANCHES,
         noise: Mapping[int, Noise | NoiseFunction] | None = None,
@@ -94,6 +97,9 @@ class BranchedModel(nn.Module):
                 `B * L` positions of the batch.
             target_tokens: `[N]`, int64, the token that each of them predicts. `N` may be 0.
             target_weights: `[N]`, the weights of these tokens, for `chunk_losses`; `None` where all are 1.
+            teacher: what this returned of a teacher's pass without `chunk_losses`: its logits are `TEACHER`'s; or what
+                is known of its predictions, `[N, ..]` by its `split`, given to `chunk_losses` as it is.
+            noise_mask: `[B, L]`, for the noise in place of `attention_mask`: the tokens that get it.
             branches: of which kind each one is.
             noise: the index of a layer, or `EMBEDDING`, to its noise: a `Noise`, or a function of hidden states, the
                 number of the branch (of the noisy ones, from 1) and the mask. Empty: clean and noisy branches are one,
@@ -105,7 +111,8 @@ class BranchedModel(nn.Module):
                 then it is not run.
 
         Returns:
-            The sums of `chunk_losses` over all chunks, by name; without it the final hidden states `[B, L, H]`.
+            The sums of `chunk_losses` over all chunks, by name; without it the final hidden states `[B, L, H]`, or
+            where there are `target_positions` those at them, `[N, H]` (under `full_logits` the logits, `[N, V]`).
 
         Raises:
             ValueError: a branch is of no known kind, or a layer or strategy is none.
@@ -113,14 +120,16 @@ class BranchedModel(nn.Module):
         check_branches(branches)
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
-        if chunk_losses is None:
+        if target_positions is None:
             return _decoder_pass(self.model, input_ids, attention_mask)
-        assert target_positions is not None and target_tokens is not None
         run = _full_pass if strategy == "full_logits" else _decoder_pass
         # Attention that looks to the left never sees padding on the right. The fork's is told that there is none: with
         # padding, the mask would be a dense one, which keeps SDPA from its fastest kernels. The noise has the real
         # mask, and `choose_strategy` checks that nothing else changes.
         mask = torch.ones_like(attention_mask) if strategy == "fork" else attention_mask
+        if chunk_losses is None:
+            return run(self.model, input_ids, mask).flatten(0, 1).index_select(0, target_positions)
+        assert target_tokens is not None
         states = run_branches(
             self.model,
             len(input_ids),
@@ -129,13 +138,13 @@ class BranchedModel(nn.Module):
             functools.partial(run, self.model, input_ids, mask),
             branches if clean_states is None else branches[1:],
             self.dropout,
-            attention_mask,
+            attention_mask if noise_mask is None else noise_mask,
         )
         if clean_states is not None:
             states = torch.cat([clean_states.unsqueeze(0).to(states), states])
         states = states.flatten(1, 2).index_select(1, target_positions)
         are_logits = strategy == "full_logits"
-        return self.sum_losses(states, target_tokens, chunk_losses, branches, are_logits, target_weights)
+        return self.sum_losses(states, target_tokens, chunk_losses, branches, are_logits, target_weights, teacher)
 
     def sum_losses(
         self,
@@ -145,6 +154,7 @@ class BranchedModel(nn.Module):
         branches: Sequence[Branch] = BRANCHES,
         are_logits: bool = False,
         target_weights: Tensor | None = None,
+        teacher: Tensor | Any = None,
     ) -> Losses:
         """The sums of the losses, a chunk of supervised tokens at a time, all but the last computed again in backward.
 
@@ -153,8 +163,8 @@ class BranchedModel(nn.Module):
                 `[1, N, H]` where all are one; `[.., N, V]` where they are logits already.
             target_tokens: `[N]`, int64.
             chunk_losses, branches: as for `forward`.
-            are_logits: whether `states` are logits.
-            target_weights: `[N]`, or `None`, as for `forward`.
+            are_logits: whether `states` are logits, and `teacher` is.
+            target_weights, teacher: `[N]` and `[N, ..]`, or `None`, as for `forward`.
         """
         check_branches(branches)
         # Backward begins with the last chunk, so keeping its logits takes no more memory than computing them again. The
@@ -165,16 +175,18 @@ class BranchedModel(nn.Module):
         sizes = [part for part in (count % size, *[size] * (count // size)) if part] or [0]
         # What `chunk_losses` gets besides the logits.
         targets = [part.split(sizes) for part in (target_tokens, target_weights) if part is not None]
-        chunks = list(zip(states.split(sizes, dim=1), zip(*targets, strict=True), strict=True))
+        taught = [None] * len(sizes) if teacher is None else teacher.split(sizes)
+        chunks = list(zip(states.split(sizes, dim=1), taught, zip(*targets, strict=True), strict=True))
         sums: Losses = {}
-        for chunk, chunk_targets in chunks[:-1]:
-            arguments = (chunk, chunk_targets, chunk_losses, branches, are_logits)
+        for chunk in chunks[:-1]:
+            arguments = (*chunk, chunk_losses, branches, are_logits)
             sums = _added(sums, checkpoint(self._chunk_sums, *arguments, use_reentrant=False))
         return _added(sums, self._chunk_sums(*chunks[-1], chunk_losses, branches, are_logits))
 
     def _chunk_sums(
         self,
         states: Tensor,
+        teacher: Tensor | Any,
         targets: tuple[Tensor, ...],
         chunk_losses: ChunkLosses,
         branches: Sequence[Branch],
@@ -183,9 +195,13 @@ class BranchedModel(nn.Module):
         logits = states if are_logits else logits_of(self.model, states)
         # Without noise all are one tensor: views of an expanded one would have three times its gradient.
         each = list(logits) if len(logits) == len(branches) else [logits[0]] * len(branches)
-        of_kind: dict[Branch, list[Tensor]] = {kind: [] for kind in Branch}
+        of_kind: dict[Branch, list[Any]] = {kind: [] for kind in Branch}
         for kind, part in zip(branches, each, strict=True):
             of_kind[kind].append(part)
+        if teacher is not None:
+            with torch.no_grad():
+                is_known = are_logits or not isinstance(teacher, Tensor)
+                of_kind[TEACHER] = [teacher if is_known else logits_of(self.model, teacher.to(states))]
         return chunk_losses(of_kind, *targets)
 
 
@@ -217,8 +233,9 @@ def branch_hidden_states(
 
 def check_branches(branches: Sequence[Branch]) -> None:
     """Raise `ValueError` where a branch is of no known kind."""
-    if others := [kind for kind in branches if not isinstance(kind, Branch)]:
-        raise ValueError(f"a branch is {others[0]!r}, expected one of {', '.join(map(str, Branch))}")
+    kinds = CLEAN, NOISY, DROPOUT
+    if others := [kind for kind in branches if kind not in kinds]:
+        raise ValueError(f"a branch is {others[0]!r}, expected one of {', '.join(map(str, kinds))}")
 
 
 def _without_mask(function: Callable[[Tensor, int], Tensor]) -> NoiseFunction:

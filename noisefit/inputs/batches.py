@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from noisefit.inputs.prompts import Example
+from noisefit.method.policy import ALL, PROMPT
+from noisefit.method.top_k import TopK
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors by name, and what is known of a teacher's predictions."""
 
 
 def steps_per_epoch(num_examples: int, rows_per_step: int) -> int:
@@ -70,18 +73,22 @@ def count_tokens(rows: Sequence[Example]) -> int:
     return sum(len(example.input_ids) for example in rows)
 
 
-def collate(rows: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> Batch:
+def collate(
+    rows: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu", noise_tokens: str = ALL
+) -> Batch:
     """The tensors of a micro-batch, right-padded.
 
     Args:
         rows: may be empty: the batch then is one row of padding without a supervised token.
         pad_token_id: fills padded positions.
         device: where the tensors go.
+        noise_tokens: the value of `--noise_tokens`.
 
     Returns:
         `input_ids` and `attention_mask`, `[B, L]` int64; `target_positions` and `target_tokens`, `[N]` int64, see
         `BranchedModel.forward`. The indices are made here, on the CPU, as finding them on a GPU would stall it. Where
-        some row's weight is not 1, also `target_weights`, `[N]` float32.
+        some row's weight is not 1, also `target_weights`, `[N]` float32; and `teacher` where the rows have it; and
+        where not all tokens get noise `noise_mask`, `[B, L]` int64.
     """
     length = max((len(example.input_ids) for example in rows), default=1)
     input_ids = torch.full((max(len(rows), 1), length), pad_token_id)
@@ -95,7 +102,7 @@ def collate(rows: Sequence[Example], pad_token_id: int, device: torch.device | s
         attention_mask[i, :end] = 1
         positions.append(i * length + torch.arange(example.target_start - 1, end - 1))
         tokens.append(ids[example.target_start :])
-    batch = {
+    batch: Batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "target_positions": torch.cat(positions),
@@ -104,4 +111,13 @@ def collate(rows: Sequence[Example], pad_token_id: int, device: torch.device | s
     if any(example.weight != 1 for example in rows):
         counts = torch.tensor([example.num_targets for example in rows])
         batch["target_weights"] = torch.tensor([example.weight for example in rows]).repeat_interleave(counts)
+    if noise_tokens != ALL:
+        noise_mask = torch.zeros_like(attention_mask)
+        noise_mask[:, 0] = not rows  # as above
+        for i, example in enumerate(rows):
+            border, end = example.target_start, len(example.input_ids)
+            noise_mask[i, slice(border) if noise_tokens == PROMPT else slice(border, end)] = 1
+        batch["noise_mask"] = noise_mask
+    if taught := [example.teacher for example in rows if example.teacher is not None]:
+        batch["teacher"] = TopK.joined(taught)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -14,7 +14,7 @@ from noisefit.base.files import read_text
 from noisefit.base.schema import AMOUNT, COUNT, INDEX, TEXT, Maybe, checked, require
 from noisefit.method.noise import TokenScaledNoise
 from noisefit.method.objectives import OBJECTIVES, Objective
-from noisefit.method.policy import BY_SNR, CALIBRATED, FROZEN, LIVE, NOISE_SCALES, NoisePolicy, make_noise
+from noisefit.method.policy import ALL, BY_SNR, CALIBRATED, FROZEN, LIVE, NOISE_SCALES, NoisePolicy, make_noise
 
 CONFIG, SNR, POLICY = "noisefit_config.json", "layer_snr.json", "noise_policy.json"
 CELL = dict.fromkeys(("factor", "scale", "kl", "ce_change", "score"), AMOUNT)
@@ -25,7 +25,8 @@ FILE_SHAPE = {"selected": [INDEX], "scales": [AMOUNT], "snr": (AMOUNT,), "num_la
 SNR_SHAPE = {"snr": [AMOUNT], "selected": [INDEX], "base_stds": (AMOUNT,)}
 # Of a run's settings, those that its noise goes by. A run of an earlier version lacks the later ones.
 CONFIG_SHAPE = {"loss_mode": TEXT, "noise_policy": TEXT, "noise_std": AMOUNT, "neftune_alpha": AMOUNT,
-                "noise_scale": Maybe(TEXT), "max_noise_to_signal": Maybe(AMOUNT)}  # fmt: skip
+                "noise_scale": Maybe(TEXT), "max_noise_to_signal": Maybe(AMOUNT),
+                "noise_tokens": Maybe(TEXT)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class RecordedNoise:
     noise_scale: str = LIVE
     max_noise_to_signal: float = 0.0
     noise_gradient: bool = False  # there is none where nothing is learnt
+    noise_tokens: str = ALL
 
     def make(self) -> dict[int, TokenScaledNoise]:
         """The noise of each layer, see `noisefit.method.policy.make_noise`."""
@@ -72,6 +74,9 @@ def read_noise(folder: Path, num_layers: int) -> RecordedNoise:
     require(mode in OBJECTIVES, where, f"loss_mode is {mode[:40]!r}, none of {', '.join(OBJECTIVES)}")
     objective, scale = OBJECTIVES[mode], config["noise_scale"] or LIVE
     require(scale in NOISE_SCALES, where, f"noise_scale is {scale[:40]!r}, none of {', '.join(NOISE_SCALES)}")
+    tokens = config["noise_tokens"] or ALL
+    require(tokens == ALL, where, f"its run had noise at the tokens of the {tokens[:40]} alone, and --noise_passes has "
+                                  "it at all; leave out --noise_passes")  # fmt: skip
     policy = NoisePolicy()
     if objective.noise == "layers":
         policy = _recorded_policy(folder, num_layers, config["noise_policy"] != "snr", scale)

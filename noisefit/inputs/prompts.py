@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from noisefit.base.errors import InputError, notice
 from noisefit.base.settings import setting
 from noisefit.inputs.tables import Row, describe_skipped, name_rows
 from noisefit.inputs.templates import BOS, PLAIN, answer_text, prompt_text
+from noisefit.method.top_k import TopK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +35,15 @@ class PromptSettings:
 class Example:
     """A row as token ids; from `target_start` on they are supervised. `target_start` is at least 1.
 
-    `is_cut` says that the end of its answer had no place. `weight` is that of its cross-entropy.
+    `is_cut` says that the end of its answer had no place. `weight` is that of its cross-entropy. `teacher` has what is
+    known of another model's predictions of the supervised tokens.
     """
 
     input_ids: list[int]
     target_start: int
     is_cut: bool = False
     weight: float = 1.0
+    teacher: TopK | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_targets(self) -> int:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from noisefit.base.precision import at_least_float32
+from noisefit.method.top_k import TopK
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -37,12 +38,14 @@ TEMPERATURE_ON = ("both", "teacher")
 
 
 def soft_target_loss(
-    clean: Tensor, noisy: Tensor, temperature: float, temperature_on: str = "both", teacher_gradient: bool = False
-) -> Tensor:
+    clean: Tensor | TopK, noisy: Tensor, temperature: float, temperature_on: str = "both",
+    teacher_gradient: bool = False,
+) -> Tensor:  # fmt: skip
     """Sum over tokens of `T^2 * KL(sg softmax(clean / T) || softmax(noisy / T))`, `sg` the stop-gradient.
 
     Args:
-        clean, noisy: `[N, V]` logits. No gradient flows into `clean`.
+        clean, noisy: `[N, V]` logits. No gradient flows into `clean`, which may be predictions that were kept, softened
+            by `T` already.
         temperature: `T`; the factor `T^2` keeps gradients comparable over temperatures.
         temperature_on: `teacher`: `KL(softmax(clean / T) || softmax(noisy))`, without `T^2`, as in the first published
             program (and in `kl_only` of the second).
@@ -51,6 +54,9 @@ def soft_target_loss(
     Returns:
         A scalar tensor.
     """
+    if isinstance(clean, TopK):
+        t = 1.0 if temperature_on == "teacher" else temperature
+        return t**2 * clean.divergence(noisy, t)
     if temperature_on == "teacher":
         return _kl_divergence(clean, noisy, (temperature, 1.0), teacher_gradient)
     return temperature**2 * _kl_divergence(clean, noisy, (temperature, temperature), teacher_gradient)

@@ -125,13 +125,14 @@ class TokenScaledNoise:
         strength: multiplies every draw; a loop that is edited may change it from step to step.
         gradient: whether the scale's gradient flows into the hidden states; the base scale has none.
         max_to_signal: `mean(|noise|)` is at most this share of `mean(|hidden states|)`; 0: no limit.
+        masked: whether there is none where the mask is 0; it need not be told of padding, which nothing looks at.
     """
 
     mean_of_unit = math.sqrt(2 / math.pi)  # of |x| for x from N(0, 1): so no noise needs to be drawn to measure it
 
     def __init__(self, noise_std: float = 0.0, base_std: float | None = None, relative: bool = False):
         self.noise_std, self.base_std, self.relative = noise_std, base_std, relative
-        self.strength, self.gradient, self.max_to_signal = 1.0, False, 0.0
+        self.strength, self.gradient, self.max_to_signal, self.masked = 1.0, False, 0.0, False
 
     def scale(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         """How large the noise is at each element: shape and device of `hidden_states`, float32 or wider.
@@ -142,9 +143,11 @@ class TokenScaledNoise:
         """
         h = at_least_float32(hidden_states if self.gradient else hidden_states.detach())
         if self.relative:
-            return relative_scale(h, (self.noise_std if self.base_std is None else self.base_std) * self.strength)
-        base_std = snr_base_std(h, self.noise_std, mask) if self.base_std is None else self.base_std
-        return noise_scale(h, base_std * self.strength, mask, self.gradient)
+            sigma = relative_scale(h, (self.noise_std if self.base_std is None else self.base_std) * self.strength)
+        else:
+            base_std = snr_base_std(h, self.noise_std, mask) if self.base_std is None else self.base_std
+            sigma = noise_scale(h, base_std * self.strength, mask, self.gradient)
+        return sigma * mask.bool().unsqueeze(-1) if self.masked and mask is not None else sigma
 
     def draw(self, scale: Tensor) -> Tensor:
         """Noise of this scale, `[B, L, H]`, another one at each call.

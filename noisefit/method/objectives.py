@@ -76,17 +76,21 @@ def one(settings: Any) -> float:
     return 1.0
 
 
-TERMS = ("temperature", "temperature_on", "teacher_gradient")  # what the soft and consistency terms go by
+TERMS = ("temperature", "temperature_on", "teacher_gradient")  # of the soft and the consistency term
+OTHER_TEACHER = ("teacher", "teacher_decay", "cache_teacher")
+SOFT = (*TERMS, *OTHER_TEACHER)  # what the soft term goes by
 ALPHA: dict[str, Weight] = {"ce": lambda s: s.hybrid_loss_alpha, "soft": lambda s: 1 - s.hybrid_loss_alpha}
 
 OBJECTIVES = {
     # NoiseFiT (arXiv 2504.03302), section 3, and its parts.
     "full": Objective((CLEAN, NOISY, NOISY), ALPHA | {"consistency": lambda s: s.lambda_consistency},
-                      ("hybrid_loss_alpha", "lambda_consistency", *TERMS)),
-    "ce_kl": Objective((CLEAN, NOISY), ALPHA, ("hybrid_loss_alpha", *TERMS)),
-    "kl_only": Objective((CLEAN, NOISY), {"soft": one}, TERMS),
+                      ("hybrid_loss_alpha", "lambda_consistency", *SOFT)),
+    "ce_kl": Objective((CLEAN, NOISY), ALPHA, ("hybrid_loss_alpha", *SOFT)),
+    "kl_only": Objective((CLEAN, NOISY), {"soft": one}, SOFT),
     "ce_noisy": Objective((NOISY,), {"ce": one}),
     "consistency_only": Objective((NOISY, NOISY), {"consistency": one}, TERMS),
+    # The soft term without noise, from another teacher: learning without forgetting (arXiv 1606.09282).
+    "ce_teacher": Objective((CLEAN,), ALPHA, ("hybrid_loss_alpha", "temperature", "temperature_on", *OTHER_TEACHER)),
     # What it is compared with: plain fine-tuning, NEFTune (arXiv 2310.05914), R-Drop (arXiv 2106.14448).
     "basefit": Objective((CLEAN,), {"ce": one}),
     "neftune": Objective((NOISY,), {"ce": one}, ("neftune_alpha",), noise="embedding"),

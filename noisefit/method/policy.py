@@ -13,6 +13,7 @@ BY_SNR, CALIBRATED, FROZEN = "snr", "calibrated", "frozen"
 KINDS = (BY_SNR, CALIBRATED, FROZEN)
 LIVE, RELATIVE = "live", "relative"
 NOISE_SCALES = (LIVE, FROZEN, RELATIVE)  # of --noise_scale
+ALL, PROMPT, RESPONSE = NOISE_TOKENS = ("all", "prompt", "response")  # of --noise_tokens
 
 NoiseKind = Callable[..., TokenScaledNoise]
 """Makes the noise of a layer: `TokenScaledNoise`, or a class that inherits from it."""
@@ -58,6 +59,7 @@ def as_asked(settings: Any, kind: NoiseKind) -> NoiseKind:
     def make(**strength: float) -> TokenScaledNoise:
         noise = kind(**strength, **relative)
         noise.gradient, noise.max_to_signal = settings.noise_gradient, settings.max_noise_to_signal
+        noise.masked = settings.noise_tokens != ALL
         return noise
 
     return make
@@ -67,8 +69,8 @@ def make_noise(settings: Any, policy: NoisePolicy, kind: NoiseKind = TokenScaled
     """The noise of each layer of the policy; on the embedding where the objective wants it there.
 
     Args:
-        settings: of a run: its `objective`, `neftune_alpha`, `noise_std`, `noise_scale`, `noise_gradient` and
-            `max_noise_to_signal`.
+        settings: of a run: its `objective`, `neftune_alpha`, `noise_std`, `noise_scale`, `noise_gradient`,
+            `max_noise_to_signal` and `noise_tokens`.
         policy: of the run.
         kind: of the noise.
     """

@@ -29,7 +29,7 @@ def layer_snr(
 
     Args:
         model: a causal language model, wrapped or not.
-        batch: `input_ids` and `attention_mask`, `[B, L]`; other entries are ignored.
+        batch: `input_ids` and `attention_mask`, `[B, L]`, and `noise_mask` where not all tokens get noise.
         noise_std: the value of `--noise_std`.
         kind: of the noise.
 
@@ -58,7 +58,7 @@ def _of_each_layer(
     found: dict[int, Tensor] = {}
 
     def hook(index: int, layer: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        found[index] = measure(index, block_hidden_states(output), batch["attention_mask"])
+        found[index] = measure(index, block_hidden_states(output), batch.get("noise_mask", batch["attention_mask"]))
 
     was_training = model.training
     handles = [layer.register_forward_hook(functools.partial(hook, i)) for i, layer in enumerate(layers)]

@@ -26,6 +26,7 @@ from noisefit.run.noise_policy import POLICY_SHAPE, policy_from, read_policy
 from noisefit.run.settings import POLICIES, Settings
 
 STATE, OPTIMIZER, PROCESSES = "checkpoint.json", "optimizer.safetensors", "processes.safetensors"
+TEACHER = "teacher.safetensors"  # the weights of a teacher that has its own
 SCORES = "knowledge.csv"  # what the base model knows of the rows, where the run goes by it
 LOOP_SHAPE = {**dict.fromkeys(("step", "total_steps", "seen_targets", "bad_steps"), COUNT), "strategy": TEXT,
               "policy": POLICY_SHAPE}  # fmt: skip

@@ -1,8 +1,9 @@
 """Checkpoints: the whole state of a run in a folder, from which it goes on as if it had never stopped.
 
-`OUTPUT/checkpoint-STEP` is a model's folder, as the final one is, with four more files: the optimizer's tensors, the
-processes' own state (random generators, sums of the metrics) and the metrics so far; and `checkpoint.json`, with what
-is not tensors. Nothing is pickled. A checkpoint is written elsewhere and gets its name once it is whole.
+`OUTPUT/checkpoint-STEP` is a model's folder, as the final one is, with more files: the optimizer's tensors, the
+processes' own state (random generators, sums of the metrics), the weights of a teacher that has its own, and the
+metrics so far; and `checkpoint.json`, with what is not tensors. Nothing is pickled. A checkpoint is written elsewhere
+and gets its name once it is whole.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notic
 from noisefit.base.files import sync_folder, writing
 from noisefit.base.random_state import random_state, restore_random_state
 from noisefit.fork.decoder import find_decoder_layers
+from noisefit.method.teacher import Teacher
 from noisefit.run.checkpoint_files import (
     OPTIMIZER,
     PROCESSES,
     SCORES,
     STATE,
+    TEACHER,
     digest_of,
     latest_whole,
     list_checkpoints,
@@ -53,16 +56,18 @@ class Checkpoints:
         run: what `identify_run` says of it.
         accelerator, model, optimizer, schedule, metrics: of the run; model and optimizer as prepared.
         tokenizer: with its chat template.
+        teacher: of the soft term.
     """
 
     def __init__(
         self, output: OutputFolder, limit: int, adapter_only: bool, run: Mapping[str, Any], accelerator: Accelerator,
         model: nn.Module, optimizer: Any, schedule: LambdaLR, metrics: Metrics, tokenizer: PreTrainedTokenizerBase,
+        teacher: Teacher,
     ):  # fmt: skip
         self.output, self.limit, self.adapter_only = output, limit, adapter_only
         self.run, self.accelerator = dict(run), accelerator
         self.model, self.optimizer, self.schedule = model, optimizer.optimizer, schedule
-        self.metrics, self.tokenizer = metrics, tokenizer
+        self.metrics, self.tokenizer, self.teacher = metrics, tokenizer, teacher
 
     def save(self, step: int, **variables: Any) -> Path:
         """Write `checkpoint-STEP`, then remove the oldest ones beyond `--save_total_limit`.
@@ -75,7 +80,7 @@ class Checkpoints:
             LocalError: it cannot be written. What was there before is there still.
         """
         weights = gather_weights(self.accelerator, self.model, adapter_only=self.adapter_only)
-        optimizer = gather_optimizer(self.model, self.optimizer)
+        tensors = {OPTIMIZER: gather_optimizer(self.model, self.optimizer), TEACHER: self.teacher.state_dict()}
         metrics = self.metrics.state_dict()
         own = {f"random.{name}": tensor for name, tensor in random_state(self.accelerator.device).items()}
         own |= {f"metrics.{name}": value.cpu() for name, value in metrics.items() if isinstance(value, Tensor)}
@@ -83,7 +88,9 @@ class Checkpoints:
         folder = self.output.path / f"checkpoint-{step}"
         if not self.accelerator.is_main_process:
             return folder
-        processes = {f"{rank}.{name}": value for rank, theirs in enumerate(everyones) for name, value in theirs.items()}
+        tensors[PROCESSES] = {f"{rank}.{name}": value for rank, theirs in enumerate(everyones)
+                              for name, value in theirs.items()}  # fmt: skip
+        tensors = {name: content for name, content in tensors.items() if content or name != TEACHER}
         scaler = self.accelerator.scaler
         state = {
             "noisefit_version": noisefit.__version__,
@@ -100,18 +107,17 @@ class Checkpoints:
             f"; {before and before.name} is whole: free some space, and --resume_from_checkpoint latest goes on from it"
         )
         with writing(folder, advice if before else "; free some space"):
-            self._write(folder, weights, optimizer, processes, state)
+            self._write(folder, weights, tensors, state)
         self._prune(keep=folder)
         return folder
 
     def _write(
-        self, folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], processes: dict[str, Tensor],
-        state: dict[str, Any],
-    ) -> None:  # fmt: skip
+        self, folder: Path, weights: dict[str, Tensor], tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
+    ) -> None:
         with self.output.staging(folder.name) as staged:
             write_model(staged, self.accelerator.unwrap_model(self.model).model, weights, self.tokenizer)
-            write_tensors(staged / OPTIMIZER, optimizer)
-            write_tensors(staged / PROCESSES, processes)
+            for name, content in tensors.items():
+                write_tensors(staged / name, content)
             for name in (*LINES, SCORES):
                 if (self.output.path / name).exists():
                     shutil.copyfile(self.output.path / name, staged / name)
@@ -149,6 +155,7 @@ class Checkpoints:
                 self.schedule.step()
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.teacher.load_state_dict(load_file(folder / TEACHER) if TEACHER in state["files"] else {})
             own = _under(f"{self.accelerator.process_index}.", load_file(folder / PROCESSES))
             self.metrics.load_state_dict(_under("metrics.", own) | state["metrics"])
             restore_random_state(_under("random.", own), self.accelerator.device)

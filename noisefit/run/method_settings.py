@@ -9,8 +9,9 @@ from noisefit.base.refusal import REFUSAL
 from noisefit.base.settings import setting
 from noisefit.method.losses import TEMPERATURE_ON
 from noisefit.method.objectives import OBJECTIVES, Objective
-from noisefit.method.policy import NOISE_SCALES
+from noisefit.method.policy import ALL, NOISE_SCALES, NOISE_TOKENS
 from noisefit.method.snr import SNR_FORMATS
+from noisefit.method.teacher import TEACHERS
 
 POLICIES = ("snr", "auto")  # what --noise_policy may be besides a file
 # Bounds far beyond any use, within which nothing overflows.
@@ -47,6 +48,10 @@ class NoiseSettings:
         "noise that would be a larger share of the signal in a layer is made this share; 0: no limit",
         **NON_NEGATIVE,
     )
+    noise_tokens: str = setting(
+        ALL, "the tokens that get noise: all, those of the prompt or those of the response; the noise's statistics are "
+        "of the same tokens", choices=NOISE_TOKENS,
+    )  # fmt: skip
     num_noise_layers: int = setting(3, "how many decoder layers get noise; 0 is plain fine-tuning", **COUNT)
     snr_format: str = setting("Largest", "noise goes where the SNR is largest, or lowest", choices=SNR_FORMATS)
     snr_batches: int = setting(4, "micro-batches a process over which the SNR is averaged", **POSITIVE)
@@ -120,6 +125,17 @@ class LossSettings:
         "let the gradient flow into the teachers of the soft and consistency terms too, as in the first published "
         "program: the clean branch then also learns to agree with the noisy ones",
     )
+    teacher: str = setting(
+        "self", "whose predictions the soft term pulls to: the clean branch's own; base: those of the model before the "
+        "training, its adapter switched off; ema: those of a moving average of the adapter", choices=TEACHERS,
+    )  # fmt: skip
+    teacher_decay: float = setting(
+        0.99, "what the average of --teacher ema keeps of itself in each step", low=0, high=1
+    )
+    cache_teacher: int = setting(
+        0, "compute the predictions of --teacher base once, and keep their likeliest tokens, so many, with the mass of "
+        "the rest in the output folder; exact where that is the whole vocabulary; 0: a pass in each step", **COUNT,
+    )  # fmt: skip
     neftune_alpha: float = setting(5.0, "noise strength of --loss_mode neftune", **NON_NEGATIVE)
     rdrop_alpha: float = setting(1.0, "weight of the symmetric KL of --loss_mode rdrop", **NON_NEGATIVE)
     rdrop_dropout: float = setting(

@@ -29,6 +29,7 @@ from noisefit.method.policy import (
     as_asked,
 )
 from noisefit.method.snr import average_base_std, average_snr, negligible_noise, select_layers
+from noisefit.method.teacher import BASE, EMA
 from noisefit.run.processes import progress_bar
 from noisefit.run.settings import POLICIES, Settings
 
@@ -36,7 +37,8 @@ from noisefit.run.settings import POLICIES, Settings
 POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT),
                 "start_stds": (AMOUNT,)}  # fmt: skip
 ALIKE = 1.05  # times the smallest SNR, up to which the largest says nothing of the layers
-RECORDED = ("noise_scale", "prefer_late_layers", "seed")  # settings that a calibration goes by, besides its own
+# Settings that a calibration goes by, besides its own.
+RECORDED = ("noise_scale", "noise_tokens", "prefer_late_layers", "seed")
 
 
 def check_policy(settings: Settings, num_layers: int) -> None:
@@ -204,9 +206,11 @@ def describe(settings: Settings, policy: NoisePolicy, num_layers: int, strategy:
         lines.append(f"dropout {share:g} in every block, besides the model's and the adapter's own")
     how = f" ({strategy})" if len(objective.branches) > 1 else ""
     cost = expected_cost(settings, policy, num_layers, strategy)
+    more = {BASE: ", and a forward pass of the base model more", EMA: ", and a forward pass of the average more"}
+    taught = "" if settings.cache_teacher else more.get(settings.teacher, "")
     lines.append(
         f"branches: {', '.join(kind.value for kind in objective.branches)}{how}; counting layers, a step costs "
-        f"{cost:.2f} times plain fine-tuning"
+        f"{cost:.2f} times plain fine-tuning{taught}"
     )
     if policy.kind != CALIBRATED and policy.layers:
         grows = "to which it is in proportion" if settings.noise_scale == RELATIVE else "whose square it grows with"

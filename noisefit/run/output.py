@@ -30,6 +30,7 @@ ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensor
 CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
 RECORDS = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", SCORES, *LINES)
 CARD = ("README.md",)
+CACHE = "teacher_cache"  # of --cache_teacher, a folder
 
 
 @contextmanager
@@ -78,7 +79,8 @@ def check_output(settings: Settings, output: OutputFolder) -> None:
     if os.path.isdir(settings.model) and path.exists() and path.samefile(settings.model):
         raise InputError(f"{flag} is the base model's own folder; choose another one")
     shards = [shard.name for shard in path.glob("model-*-of-*.safetensors")]
-    _refuse_foreign(output, [*CARD, *RECORDS, *CONFIGURATIONS, *ADAPTER, *shards, f"{SCRATCH}/"])
+    kept = [f"{CACHE}/"] if settings.cache_teacher else []
+    _refuse_foreign(output, [*CARD, *RECORDS, *CONFIGURATIONS, *ADAPTER, *shards, f"{SCRATCH}/", *kept])
     held, checkpoints = [name for name in ADAPTER if (path / name).exists()], list_checkpoints(path)
     wanted = settings.resume_from_checkpoint
     resuming = wanted == "latest" or (wanted == "auto" and bool(checkpoints))

@@ -58,6 +58,11 @@ class OutputFolder:
             return name in self._entries
         return is_as_written(self.path / name, self._entries[name])
 
+    def is_whole(self, folder: str) -> bool:
+        """Whether a run wrote the folder of this name, and all its files are as they were then."""
+        files: Any = self._entries.get(f"{folder}/")
+        return bool(files) and all(is_as_written(self.path / folder / part, entry) for part, entry in files.items())
+
     def foreign(self, names: Iterable[str]) -> list[str]:
         """Those of the names that are taken by what no run wrote, or by what was changed since."""
         return [name for name in names if os.path.lexists(self.path / name) and not self.is_own(name)]

@@ -12,7 +12,7 @@ from tiny_models import rows_and_calls, tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from noisefit.fork.branches import CLEAN, NOISY, BranchedModel
+from noisefit.fork.branches import CLEAN, NOISY, TEACHER, BranchedModel
 from noisefit.fork.decoder import find_decoder
 from noisefit.fork.hooks import pop_noise_sizes
 from noisefit.inputs.batches import collate
@@ -20,6 +20,7 @@ from noisefit.inputs.prompts import Example
 from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss
 from noisefit.method.noise import TokenScaledNoise
 from noisefit.method.snr import layer_snr
+from noisefit.method.teacher import BaseModel, MovingAverage
 
 LAYERS, VOCAB, CHUNK = 6, 4099, 8  # no other dimension is as large as the vocabulary, which is how logits are known
 
@@ -54,6 +55,21 @@ def step(model, first_noisy=None, lengths=(40, 40, 40, 40), strategy="fork"):
     pop_noise_sizes(model)  # as the loop does once a step
 
 
+def teacher_losses(logits, targets):
+    [clean], [teacher] = logits[CLEAN], logits[TEACHER]
+    return {"ce": cross_entropy(clean, targets), "soft": soft_target_loss(teacher, clean, 1.0)}
+
+
+def step_with(teacher, batch):
+    """As `step`, without noise, and with what another teacher says."""
+    taught = batch | teacher.predictions(batch, "fork")
+    total(teacher.model(**taught, branches=(CLEAN,), chunk_losses=teacher_losses)).backward()
+
+
+def rows_of(*lengths):
+    return collate([Example([1 + i % (VOCAB - 1) for i in range(length)], 30) for length in lengths], 0)
+
+
 def total(losses):
     return sum(losses.values())
 
@@ -86,6 +102,45 @@ def test_the_fork_runs_the_prefix_once_and_each_layer_in_one_call(model, first_n
     assert rows_and_calls(model, lambda: step(model, first_noisy)) == (4 * (prefix + 3 * (LAYERS - prefix)), LAYERS)
     assert rows_and_calls(model, lambda: step(model, first_noisy, strategy="separate")) == (12 * LAYERS, 3 * LAYERS)
     assert rows_and_calls(model, lambda: step(model)) == (4 * LAYERS, LAYERS)
+
+
+def test_a_teacher_is_one_more_pass_and_none_where_its_predictions_are_kept(model):
+    batch, cached = rows_of(40, 40, 40, 40), BaseModel(model, 5)
+    for teacher in (BaseModel(model), MovingAverage(model, 0.9)):
+        assert rows_and_calls(model, lambda teacher=teacher: step_with(teacher, batch)) == (8 * LAYERS, 2 * LAYERS)
+    batch["teacher"] = cached.top_k(batch, "fork", 5, 1.0)
+    assert rows_and_calls(model, lambda: step_with(cached, batch)) == (4 * LAYERS, LAYERS)
+
+
+def test_a_teachers_logits_are_a_chunk_whatever_the_batch(model):
+    batch = rows_of(60, 60, 60, 60)
+    with Watch(model.parameters()) as watch:
+        step_with(BaseModel(model), batch)
+    assert watch.logits == CHUNK * VOCAB
+    with Watch(model.parameters()) as watch:
+        batch["teacher"] = BaseModel(model, 5).top_k(batch, "fork", 5, 1.0)
+        step_with(BaseModel(model, 5), batch)
+    assert watch.logits == CHUNK * VOCAB
+
+
+def test_a_teacher_waits_no_more_than_transformers_does(model):
+    batch = rows_of(40, 31, 35, 33)
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    plain["attention_mask"] = torch.ones_like(plain["attention_mask"])
+    theirs = waits(lambda: find_decoder(model)(**plain, use_cache=False))
+    assert waits(lambda: step_with(BaseModel(model), batch)) == theirs + theirs
+    batch["teacher"] = BaseModel(model, 5).top_k(batch, "fork", 5, 1.0)
+    assert waits(lambda: step_with(BaseModel(model, 5), batch)) == theirs
+
+
+def test_a_teacher_costs_a_forward_pass_and_kept_predictions_no_flops(model):
+    batch = rows_of(40, 40, 40, 40)
+    plain = flops(lambda: total(model(**batch, branches=(CLEAN,), chunk_losses=plain_losses)).backward())
+    forward = flops(lambda: BaseModel(model).predictions(batch, "fork"))
+    heads = 2 * 64 * VOCAB * (40 + 40 - CHUNK)  # once for each token, and again in backward but for the last chunk
+    assert flops(lambda: step_with(BaseModel(model), batch)) == plain + forward + heads
+    batch["teacher"] = BaseModel(model, 5).top_k(batch, "fork", 5, 1.0)
+    assert flops(lambda: step_with(BaseModel(model, 5), batch)) == plain
 
 
 def test_measuring_the_snr_is_one_plain_pass_a_batch(model):

@@ -8,7 +8,7 @@ import torch
 from tiny_models import CONFIGS, fixed_noise, rows_and_calls, supervise, tiny_batch, tiny_model
 
 from noisefit.fork import hooks
-from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, BranchedModel
+from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, Branch, BranchedModel
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.method.noise import EmbeddingNoise
 from noisefit.method.objectives import LOSSES, OBJECTIVES, Objective, one
@@ -25,7 +25,7 @@ def logits_of(model, batch, branches, strategy="fork", **how):
 
     def collect(logits, targets):
         assert {kind: len(of_kind) for kind, of_kind in logits.items()} == {
-            kind: branches.count(kind) for kind in (CLEAN, NOISY, DROPOUT)
+            kind: branches.count(kind) for kind in Branch
         }
         found.append(torch.stack(noisy_last(logits)))
         return {}
@@ -49,6 +49,7 @@ def test_the_weights_are_those_of_the_settings():
         "full": {"ce": 0.3, "soft": 0.7, "consistency": 0.7},
         "ce_kl": {"ce": 0.3, "soft": 0.7},
         "kl_only": {"soft": 1},
+        "ce_teacher": {"ce": 0.3, "soft": 0.7},
         "ce_noisy": {"ce": 1},
         "consistency_only": {"consistency": 1},
         "basefit": {"ce": 1},
@@ -66,7 +67,7 @@ def test_the_weights_are_those_of_the_settings():
 
 @pytest.mark.parametrize("mode", OBJECTIVES)
 def test_a_loss_without_a_weight_is_said_with_those_that_have_one(mode):
-    weights = OBJECTIVES[mode].weights(Settings(model="m", train_data="d.csv"))
+    weights = OBJECTIVES[mode].weights(LossSettings())
     known = ", ".join(weights)
     with pytest.raises(LookupError, match=f"the loss 'entropy' has no weight; .* has weights for {re.escape(known)}"):
         weights["entropy"]
@@ -94,7 +95,11 @@ def test_the_settings_that_an_objective_says_it_reads_are_those_that_change_it(m
     others = {
         "temperature": bool({"soft", "consistency", "rdrop"} & set(weights)),
         "temperature_on": bool({"soft", "consistency"} & set(weights)),
-        "teacher_gradient": bool({"soft", "consistency"} & set(weights)),
+        # Where the clean branch is not the teacher, none flows into the one of the soft term.
+        "teacher_gradient": bool({"soft", "consistency"} & set(weights)) and mode != "ce_teacher",
+        "teacher": "soft" in weights,
+        "teacher_decay": "soft" in weights,
+        "cache_teacher": "soft" in weights,
         "rdrop_dropout": DROPOUT in objective.branches,
         "neftune_alpha": objective.noise == "embedding",
     }
@@ -119,6 +124,7 @@ def test_every_setting_of_the_loss_is_read_by_some_objective():
         ("consistency_only", 2),
         ("ce_noisy", 1),
         ("basefit", 1),
+        ("ce_teacher", 1),
         ("neftune", 1),
     ],
 )

@@ -140,6 +140,31 @@ def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_pat
             assert sharded[name] == pytest.approx(plain[name], rel=1e-3), name
 
 
+@pytest.mark.parametrize("teacher", ["base", "ema"])
+def test_a_sharded_run_has_the_teacher_of_one_process(teacher, folder, llama_folder, questions):
+    flags = dict(loss_mode="ce_teacher", teacher=teacher, teacher_decay=0.5, save_steps=2, temperature=2, epochs=2)
+    out = folder / f"{teacher}-two"
+    done = train_sharded("none", llama_folder, questions, out, batch_size=2, **flags)
+    assert done.returncode == 0, done.stderr
+    expected = run(llama_folder, questions, folder / f"{teacher}-one", **SETTINGS | flags, batch_size=4)
+    for line, one in zip(metrics_of(out), expected, strict=True):
+        for name in ("loss", "ce_loss", "soft_loss", "grad_norm"):
+            assert line[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
+    assert expected[-1]["soft_loss"] > 1e-3
+    if teacher == "base":
+        return
+    one, two = (load_file(folder / f"ema-{name}" / "checkpoint-4" / "teacher.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    flags |= dict(batch_size=2, resume_from_checkpoint=out / "checkpoint-2")
+    done = train_sharded("none", llama_folder, questions, folder / "ema-resumed", **flags)
+    assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
+    for name in ("adapter_model.safetensors", "teacher.safetensors"):
+        again = folder / "ema-resumed" / "checkpoint-4" / name
+        assert again.read_bytes() == (out / "checkpoint-4" / name).read_bytes(), name
+
+
 def test_in_16_bits_gradients_are_reduced_and_losses_returned_in_float32():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))

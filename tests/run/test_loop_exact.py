@@ -4,6 +4,7 @@ No fork, no chunks, no padding, no micro-batches: three passes of the model's ow
 the formulas, one division by the step's supervised tokens, and torch's own clipping and AdamW.
 """
 
+import copy
 import functools
 import json
 from collections import Counter
@@ -70,20 +71,23 @@ def kl(p_logits, q_logits, t):
     return t**2 * (log_p.exp() * (log_p - log_q)).sum()
 
 
-def losses_of(mode, logits, targets, t):
-    """The losses of a row and their weights in the whole, from the definition; `logits` gives those of a branch."""
+def losses_of(mode, logits, targets, t, teacher):
+    """The losses of a row and their weights in the whole, from the definition; `logits` gives those of a branch, and
+    `teacher` those of whoever teaches the soft term, without gradient."""
 
     def ce(z):
         return (torch.logsumexp(z, -1) - z[torch.arange(len(targets)), targets]).sum()
 
     if mode == "full":
         z, z1, z2 = (logits(branch) for branch in (0, 1, 2))
-        soft = 0.5 * (kl(z.detach(), z1, t) + kl(z.detach(), z2, t))
+        soft = 0.5 * (kl(teacher(), z1, t) + kl(teacher(), z2, t))
         return dict(ce=(0.3, ce(z)), soft=(0.7, soft), consistency=(0.7, kl(z2.detach(), z1, t)))
     if mode == "ce_kl":
-        return dict(ce=(0.3, ce(logits(0))), soft=(0.7, kl(logits(0).detach(), logits(1), t)))
+        return dict(ce=(0.3, ce(logits(0))), soft=(0.7, kl(teacher(), logits(1), t)))
+    if mode == "ce_teacher":
+        return dict(ce=(0.3, ce(logits(0))), soft=(0.7, kl(teacher(), logits(0), t)))
     if mode == "kl_only":
-        return dict(soft=(1, kl(logits(0).detach(), logits(1), t)))
+        return dict(soft=(1, kl(teacher(), logits(1), t)))
     if mode == "consistency_only":
         return dict(consistency=(1, kl(logits(2).detach(), logits(1), t)))
     if mode in ("ce_noisy", "neftune"):
@@ -95,7 +99,7 @@ def losses_of(mode, logits, targets, t):
     return dict(ce=(1, ce(logits(0))))
 
 
-def plain_training(model_folder, output, data, selected, mode):
+def plain_training(model_folder, output, data, selected, mode, teacher):
     """The lines of metrics and the adapter's weights, from the definition, in float64."""
     s = SETTINGS
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -105,6 +109,10 @@ def plain_training(model_folder, output, data, selected, mode):
         task_type="CAUSAL_LM", r=4, lora_alpha=24, lora_dropout=0, target_modules=["q_proj", "down_proj"]
     )  # fmt: skip
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), lora).double().train()
+    if teacher == "base":  # a second copy of the weights, which nothing touches
+        other = AutoModelForCausalLM.from_pretrained(model_folder).double().eval()
+    else:
+        other = copy.deepcopy(model).eval()
     decoder = model.base_model.model.model
     noisy = [decoder.embed_tokens] if mode == "neftune" else [decoder.layers[i] for i in selected]
     dropped = decoder.layers if mode == "rdrop" else []
@@ -126,6 +134,12 @@ def plain_training(model_folder, output, data, selected, mode):
             hook.remove()
         return logits
 
+    @torch.no_grad()
+    def teacher_of(example):
+        if teacher == "self":
+            return logits_of(example, 0)
+        return other(input_ids=torch.tensor([example.input_ids])).logits[0, example.target_start - 1 : -1]
+
     lines = []
     for epoch in range(2):
         for rows in epoch_steps(examples, 6, s["seed"], epoch):
@@ -133,7 +147,8 @@ def plain_training(model_folder, output, data, selected, mode):
             sums = Counter()
             for row in rows:
                 targets = torch.tensor(row.input_ids[row.target_start :])
-                found = losses_of(mode, functools.partial(logits_of, row), targets, s["temperature"])
+                who = functools.partial(teacher_of, row)
+                found = losses_of(mode, functools.partial(logits_of, row), targets, s["temperature"], who)
                 (sum(weight * loss for weight, loss in found.values()) / tokens).backward()
                 sums.update({name: loss.item() / tokens for name, (_, loss) in found.items()})
                 sums["whole"] += sum(weight * loss.item() for weight, loss in found.values()) / tokens
@@ -146,6 +161,9 @@ def plain_training(model_folder, output, data, selected, mode):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            if teacher == "ema":
+                for average, weight in zip(other.parameters(), model.parameters(), strict=True):
+                    average.data = 0.6 * average.data + 0.4 * weight.data
     state = {name.replace(".default", ""): p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return lines, state
 
@@ -154,9 +172,14 @@ def plain_training(model_folder, output, data, selected, mode):
 @pytest.mark.parametrize(
     "flags",
     [
-        *({"loss_mode": mode} for mode in OBJECTIVES),
+        *({"loss_mode": mode} for mode in OBJECTIVES if mode != "ce_teacher"),
         *({"loss_mode": mode, "branches": "separate"} for mode in ("full", "ce_kl", "consistency_only")),
         *({"loss_mode": mode, "gradient_checkpointing": True} for mode in ("full", "kl_only", "rdrop", "neftune")),
+        *({"loss_mode": mode, "teacher": "base"} for mode in ("full", "kl_only", "ce_teacher")),
+        *({"loss_mode": mode, "teacher": "ema", "teacher_decay": 0.6} for mode in ("full", "ce_teacher")),
+        {"loss_mode": "ce_kl", "teacher": "ema", "teacher_decay": 0.6, "branches": "separate"},
+        {"loss_mode": "full", "teacher": "base", "gradient_checkpointing": True},
+        {"loss_mode": "full", "teacher": "base", "cache_teacher": 259},  # all tokens
     ],
     ids=str,
 )
@@ -168,8 +191,9 @@ def test_the_loop_is_its_definition(flags, llama_folder, few_questions, tmp_path
     lines = run(llama_folder, few_questions, tmp_path / "out", **SETTINGS, **flags)
     selected = json.loads((tmp_path / "out" / "layer_snr.json").read_text())["selected"]
     mode = flags["loss_mode"]
-    assert len(selected) == (0 if mode in ("basefit", "neftune", "rdrop") else 2)
-    expected, weights = plain_training(llama_folder, tmp_path / "out", few_questions, selected, mode)
+    assert len(selected) == (0 if mode in ("basefit", "neftune", "rdrop", "ce_teacher") else 2)
+    teacher = flags.get("teacher", "self")
+    expected, weights = plain_training(llama_folder, tmp_path / "out", few_questions, selected, mode, teacher)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line, plain in zip(lines, expected, strict=True):
         for name, value in plain.items():  # the loop adds up its losses in float32

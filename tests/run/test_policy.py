@@ -356,7 +356,8 @@ def test_factors_are_sorted_and_come_with_commas_or_spaces_or_from_yaml(tmp_path
 
 @pytest.mark.parametrize("mode", OBJECTIVES)
 def test_what_a_step_costs_by_counting_layers(mode):
-    settings, policy = parse(loss_mode=mode), NoisePolicy(layers=[3, 5])
+    other = {"teacher": "base"} if mode == "ce_teacher" else {}
+    settings, policy = parse(loss_mode=mode, **other), NoisePolicy(layers=[3, 5])
     count = dict(full=3, ce_kl=2, kl_only=2, consistency_only=2, rdrop=2).get(mode, 1)
     forked = 0.5 + count * 0.5 if mode in ("full", "ce_kl", "kl_only", "consistency_only") else count
     assert expected_cost(settings, policy, 8, "fork") == pytest.approx(forked)
