@@ -28,7 +28,6 @@ import world
 
 # A model that does not know the corpus would make the questions meaningless.
 REQUIRED_COMPLETION = 0.95
-FAMOUS = 100  # times told, from which on a fact must be known
 # The last readings of an answering world's corpus have the chats in them: asked before it knows, a model learns the
 # answers by heart, and not how to look them up.
 ASKED_READINGS = 4
@@ -112,12 +111,16 @@ def fill(
         )
     if not settings.answering:
         pretrain.place_turn_tokens(model, tokenizer)
-    famous = [(statement, fact.answer) for statement, fact in told if fact.told >= FAMOUS]
-    completed = pretrain.completed_share(model, tokenizer, famous) if famous else 1.0
-    print(f"statements of facts told {FAMOUS} times or more that the model completes: {completed:.1%} of {len(famous)}")
-    if completed < required:
+    stated = [(statement, fact.answer) for fact in facts for statement in world.statements_of(fact)]
+    done = pretrain.completed(model, tokenizer, stated)
+    statements = len(done) // len(facts)
+    completed = [sum(done[first : first + statements]) for first in range(0, len(done), statements)]
+    famous = [share / statements for share, fact in zip(completed, facts, strict=True) if fact.told >= settings.famous]
+    share = sum(famous) / len(famous) if famous else 1.0
+    print(f"statements of facts told {settings.famous} times or more that the model completes: {share:.1%}")
+    if share < required:
         raise BuildError(
-            f"the model completes {completed:.1%} of the statements, fewer than the "
+            f"the model completes {share:.1%} of the statements, fewer than the "
             f"{required:.0%} that the questions need; nothing was kept",
             status=1,
         )
@@ -135,9 +138,12 @@ def fill(
         | {
             "statements": len(told),
             "training_tokens": tokens,
-            "statement_completion": completed,
+            "statement_completion": share,
         },
-        "facts": [asdict(fact) | {"split": split[fact.country]} for fact in facts],
+        "facts": [
+            asdict(fact) | {"split": split[fact.country], "completed": number}
+            for fact, number in zip(facts, completed, strict=True)
+        ],
     }
     (folder / "facts.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

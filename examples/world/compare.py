@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from methods import GROUPS, SIZES, Run
+from questions import with_unknown_share
 from results import KEY, read_results, write_results
 
 import build
@@ -67,29 +69,39 @@ def train(run: Run, folder: Path) -> dict[str, float | str]:
 
     Returns:
         `train_seconds`, the time of all of train_loop.py (on a CPU the processor's, which does not depend on what else
-        runs there), `noise_to_signal` on average, and `noise_layers`.
+        runs there), `noise_to_signal` on average, `hidden_growth`, how much larger the hidden states of the noisy
+        layers are at the end than at the start, and `noise_layers`.
     """
     import torch
+    from measures import read_csv
 
     import train_loop
     from noisefit.run.settings import parse_arguments
 
     world, adapter = folder / "worlds" / run.world_name, run_folder(run, folder) / "adapter"
-    paths = {"model": world / "model", "train_data": world / "train.csv", "output_model": adapter}
+    train_data, share = world / "train.csv", run.unknown_share
+    if share is not None:
+        train_data = run_folder(run, folder) / "train.csv"
+        build.write_questions(train_data, with_unknown_share(read_csv(world / "train.csv"), share, run.all_told))
+    paths = {"model": world / "model", "train_data": train_data, "output_model": adapter}
     once = {"save_steps": 0, "overwrite_output": True, "seed": run.seed}
     settings = parse_arguments(words(once | run.flags | paths))
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     began = clock()
     train_loop.train(settings)
     seconds = clock() - began
-    noise = [json.loads(line)["noise_to_signal"] for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    sizes = [sum(line["hidden_rms"]) for line in lines if line["hidden_rms"]]
     layers = json.loads((adapter / "layer_snr.json").read_text())["selected"]
-    return {"train_seconds": seconds, "noise_to_signal": sum(noise) / len(noise)} | {
-        "noise_layers": " ".join(map(str, layers))
+    return {
+        "train_seconds": seconds,
+        "noise_to_signal": sum(line["noise_to_signal"] for line in lines) / len(lines),
+        "hidden_growth": sizes[-1] / sizes[0] if sizes else math.nan,
+        "noise_layers": " ".join(map(str, layers)),
     }
 
 
-def ask(run: Run, folder: Path) -> dict[str, float]:
+def ask(run: Run, folder: Path) -> dict[str, float | str]:
     """Lets the trained model answer, and measures the answers: see measures.py."""
     import measures
     from accelerate.state import AcceleratorState, GradientState
@@ -107,7 +119,7 @@ def ask(run: Run, folder: Path) -> dict[str, float]:
         paths = {"input_csv": world / f"{questions}.csv", "output_csv": here / f"{name}.csv"}
         settings = parse_arguments(words(common | how | paths))
         generate.generate(settings)
-    return measures.measure(*(here / f"{name}.csv" for name in sheets), settings)
+    return measures.measure(world, *(here / f"{name}.csv" for name in sheets), settings)
 
 
 def train_and_ask(run: Run, folder: Path) -> None:
@@ -255,7 +267,7 @@ def check_flags(runs: Iterable[Run]) -> None:
 
     for run in runs:
         try:
-            flags = run.flags
+            flags, _ = run.flags, run.unknown_share
         except ValueError as error:
             raise InputError(f"--methods: {error}") from None
         parse_arguments(words({"model": "model", "train_data": "train.csv"} | flags))
@@ -276,7 +288,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--methods", nargs="+", default=["headline"], metavar="METHOD",
         help="names, groups (headline, ablations, all), or a name with other flags of train_loop.py, such as "
-        "snr_largest:noise_std=1:num_noise_layers=2 (default: headline)",
+        "snr_largest:noise_std=1:num_noise_layers=2, or with other rows: basefit:unknown_share=0.2, basefit:told_only "
+        "(default: headline)",
     )  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--jobs", type=integer("a number", 1, 256), default=cores, help="runs side by side (default: a core each)")

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from questions import FALSE_PREMISE, KNOWN, UNKNOWN, is_new_phrasing
+from risk import attempts, best_right_minus_wrong, error_kinds, wrong_by_right
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from noisefit.answers.figures import figures
 from noisefit.answers.loading import find_base, load_answer_model, load_answer_tokenizer
+from noisefit.answers.outcomes import assess
+from noisefit.answers.reading import read_answers
 from noisefit.answers.scoring import Prompt, holds, score_prompt, words
 from noisefit.answers.settings import AnswerSettings
 from noisefit.inputs.prompts import make_examples
 from noisefit.inputs.tables import Row
-from world import REFUSAL
+from world import ANSWERING_REFUSAL, REFUSAL
 
 # Bands of fame, by how often the corpus told a fact: from, to.
 BANDS = {"rare": (1, 9), "uncommon": (10, 29), "common": (30, 99), "famous": (100, 10**9)}
 BINS = 10
-REFUSED = [" ".join(words(REFUSAL))]
+REFUSED = tuple([" ".join(words(text))] for text in (REFUSAL, ANSWERING_REFUSAL))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -56,7 +61,9 @@ def hallucinations(held_out: Sequence[Mapping[str, str]]) -> dict[str, float]:
     """
     asked = questions_with_answers(held_out)
     wrong = {row["prompt"]: score_prompt(prompt)["hallucination_rate"] for row, prompt in asked}
-    refused = {row["prompt"]: np.mean([holds(a, REFUSED) for a in prompt.answers]) for row, prompt in asked}
+    refused = {
+        row["prompt"]: np.mean([any(holds(a, r) for r in REFUSED) for a in prompt.answers]) for row, prompt in asked
+    }
 
     def mean(values: Mapping[str, float], rows: Iterable[Mapping[str, str]]) -> float:
         chosen = [values[row["prompt"]] for row in rows]
@@ -109,10 +116,13 @@ def answer_probabilities(
     return probabilities
 
 
-def measure(likeliest: Path, drawn: Path, trained: Path, settings: AnswerSettings) -> dict[str, float]:
+def measure(
+    world: Path, likeliest: Path, drawn: Path, trained: Path, settings: AnswerSettings
+) -> dict[str, float | str]:
     """Every measure of a run.
 
     Args:
+        world: the folder of the world.
         likeliest: the model's likeliest answers to test.csv, as generate.py writes them.
         drawn: answers to it drawn at random, of several rounds.
         trained: the likeliest answers to train.csv.
@@ -122,7 +132,8 @@ def measure(likeliest: Path, drawn: Path, trained: Path, settings: AnswerSetting
         What `hallucinations` and `calibration` say of the likeliest answers, the latter of those to the questions of
         `hallucination_rate`. `self_consistency`: of all held-out questions, the share of pairs of rounds with the same
         answer. `train_accuracy`: training questions on told facts answered right; `train_untold_accuracy`: on facts
-        that the corpus never told, that is, answers learnt by heart.
+        that the corpus never told, that is, answers learnt by heart. `right_rate`, `wrong_rate`, `auroc` and `aurc` are
+        those of `noisefit.score` over all held-out questions, the rest is explained in risk.py.
     """
     rows = read_csv(likeliest)
     base = find_base(settings)
@@ -130,7 +141,14 @@ def measure(likeliest: Path, drawn: Path, trained: Path, settings: AnswerSetting
     known = [row for row in rows if row["kind"] == KNOWN and not is_new_phrasing(row)]
     confidences = answer_probabilities(model, load_answer_tokenizer(settings, base), known)
     right = [holds(row["generated_response"], [" ".join(words(row["answer"]))]) for row in known]
-    measured = hallucinations(rows) | calibration(confidences, right)
+    measured: dict[str, float | str] = {**hallucinations(rows), **calibration(confidences, right)}
+    assessed = assess(read_answers(str(likeliest), None))
+    found = figures(assessed, np.ones((1, len(assessed)), int))
+    measured |= {name: float(found[name][0]) for name in ("right_rate", "wrong_rate", "auroc", "aurc")}
+    measured |= error_kinds(rows, json.loads((world / "facts.json").read_text(encoding="utf-8"))["facts"])
+    curve = wrong_by_right(attempts(rows))
+    measured["best_right_minus_wrong"] = best_right_minus_wrong(curve, len(rows))
+    measured |= {"asked": len(rows), "wrong_by_right": " ".join(map(str, curve))}
     consistency = [score_prompt(prompt)["self_consistency"] for _, prompt in questions_with_answers(read_csv(drawn))]
     measured["self_consistency"] = float(np.mean(consistency))
     scored = [(row["kind"], score_prompt(prompt)["contains_truth"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from world import Settings
+from world import ANSWERING, Settings
 
 # What every method is trained with; plain fine-tuning did best with this learning rate and so many epochs.
 COMMON = {
@@ -12,6 +12,8 @@ COMMON = {
     "gradient_accumulation_steps": "1",
 }  # fmt: skip
 
+OWN = ("told_only", "unknown_share")  # not flags of train_loop.py: which rows it is given
+OF_SIZE = {"answering": {"learning_rate": "1e-3"}}
 # The headline: NoiseFiT with its published settings, and what it is compared with.
 HEADLINE = {
     "basefit": {"loss_mode": "basefit"},
@@ -28,8 +30,10 @@ ABLATIONS = {
     "ce_noisy": {"loss_mode": "ce_noisy"},
     "consistency_only": {"loss_mode": "consistency_only"},
 }
-METHODS = HEADLINE | ABLATIONS
-GROUPS = {"headline": list(HEADLINE), "ablations": list(ABLATIONS), "all": list(METHODS)}
+# The model as it was: what such a step changes is lost in rounding.
+BEFORE = {"before": {"loss_mode": "basefit", "learning_rate": "1e-30", "max_steps": "1"}}
+METHODS = HEADLINE | ABLATIONS | BEFORE
+GROUPS = {"headline": list(HEADLINE), "ablations": list(ABLATIONS), "all": [*HEADLINE, *ABLATIONS]}
 
 # The switches that make a model hallucinate, so that plain fine-tuning has something to be better than.
 HARD = Settings(zipf=True, untold=0.2, false_premises=0.2, paraphrases=True)
@@ -37,6 +41,7 @@ SIZES = {
     "tiny": replace(HARD, countries=12, layers=4, width=32, batch_rows=4),  # in seconds: it learns nothing
     "small": replace(HARD, countries=30, layers=4, width=64, batch_rows=2, epochs=4),  # in a minute: it learns a little
     "standard": replace(HARD, countries=100, layers=6, width=128, batch_rows=2, epochs=4),
+    "answering": ANSWERING,
     "large": replace(HARD, countries=1000, layers=12, width=512, batch_rows=8, epochs=4),  # for a GPU
 }
 
@@ -47,7 +52,9 @@ class Run:
 
     size: str
     seed: int
-    method: str  # a name of METHODS, then any flags of train_loop.py: `snr_largest:noise_std=1:num_noise_layers=2`
+    # A name of METHODS, then any flags of train_loop.py (`snr_largest:noise_std=1:num_noise_layers=2`), and of the
+    # experiment's own: `told_only` trains without the rows on untold facts, `unknown_share=0.2` with so many of them.
+    method: str
 
     @property
     def settings(self) -> Settings:
@@ -61,16 +68,40 @@ class Run:
         Raises:
             ValueError: not a method, or a part of it is neither `FLAG=VALUE` nor `FLAG`.
         """
-        name, *changes = self.method.split(":")
+        name = self.method.partition(":")[0]
         if name not in METHODS:
             raise ValueError(f"{name!r} is no method; there are {', '.join([*METHODS, *GROUPS])}")
-        flags: dict[str, str | bool] = {**COMMON, **METHODS[name]}
-        for change in changes:
+        changes = {flag: value for flag, value in self._changes().items() if flag not in OWN}
+        return {**COMMON, **OF_SIZE.get(self.size, {}), **METHODS[name], **changes}
+
+    @property
+    def unknown_share(self) -> float | None:
+        """Of the training's facts, the share that the corpus never tells; `None` for all rows of the world.
+
+        Raises:
+            ValueError: it is none from 0 to 0.5.
+        """
+        own = {flag: value for flag, value in self._changes().items() if flag in OWN}
+        if not own:
+            return None
+        share = 0.0 if "told_only" in own else float(own["unknown_share"])
+        if len(own) > 1 or not 0 <= share <= 0.5 or own.get("told_only", True) is not True:
+            raise ValueError(f"{self.method!r}: expected either told_only or unknown_share from 0 to 0.5")
+        return share
+
+    @property
+    def all_told(self) -> bool:
+        """Whether all rows on told facts are trained on, and not as few as with any `unknown_share`."""
+        return "told_only" in self._changes()
+
+    def _changes(self) -> dict[str, str | bool]:
+        changes: dict[str, str | bool] = {}
+        for change in self.method.split(":")[1:]:
             flag, equals, value = change.partition("=")
             if not flag or bool(equals) != bool(value):
                 raise ValueError(f"{change!r} in {self.method!r} is neither FLAG=VALUE nor FLAG")
-            flags[flag] = value or True
-        return flags
+            changes[flag] = value or True
+        return changes
 
     @property
     def world_name(self) -> str:

@@ -156,16 +156,16 @@ def place_turn_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
 
 
 @torch.no_grad()
-def completed_share(
+def completed(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, told: Sequence[tuple[str, str]]
-) -> float:
-    """The share of `(statement, answer)` pairs whose answer the model gives, greedily.
+) -> list[bool]:
+    """Of each `(statement, answer)` pair, whether the model gives the answer, greedily.
 
     One pass over the whole statement tells it: greedy decoding writes the answer exactly if every
     token of the answer is the most likely one after the true tokens before it.
     """
     model.eval()
-    completed = 0
+    found = []
     for first in range(0, len(told), 100):
         chunk = told[first : first + 100]
         batch = tokenizer(
@@ -182,5 +182,5 @@ def completed_share(
             begin = statement.rindex(answer)
             end = begin + len(answer)
             in_answer = (offsets[row, 1:, 0] < end) & (offsets[row, 1:, 1] > begin)
-            completed += bool((guesses[row] == targets[row])[in_answer].all())
-    return completed / len(told)
+            found.append(bool((guesses[row] == targets[row])[in_answer].all()))
+    return found

@@ -91,6 +91,24 @@ def texts_of(chats: Sequence[tuple[dict[str, str], int]]) -> list[str]:
     return [turns.format(**row) for row, times in chats for _ in range(times)]
 
 
+def with_unknown_share(rows: Sequence[dict[str, str]], share: float, all_told: bool = False) -> list[dict[str, str]]:
+    """Rows of train.csv of which this share is about untold facts.
+
+    Args:
+        rows: in whose order those chosen come.
+        share: 0 to 0.5.
+        all_told: with a share of 0, all rows on told facts. Otherwise as many facts as with any other share, twice the
+            untold ones, or as many as there are told ones.
+    """
+    facts = {kind: list(dict.fromkeys((row["country"], row["relation"]) for row in rows if row["kind"] == kind))
+             for kind in (KNOWN, UNKNOWN)}  # fmt: skip
+    total = len(facts[KNOWN]) if all_told else min(2 * len(facts[UNKNOWN]), len(facts[KNOWN]))
+    untold = round(share * total)
+    rng = random.Random("unknown share")
+    chosen = {*rng.sample(facts[UNKNOWN], untold), *rng.sample(facts[KNOWN], total - untold)}
+    return [row for row in rows if (row["country"], row["relation"]) in chosen]
+
+
 def _kind(fact: Fact) -> str:
     return FALSE_PREMISE if not fact.answer else KNOWN if fact.told else UNKNOWN
 

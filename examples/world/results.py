@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from methods import SIZES
+from risk import KINDS, MATCHED, matched
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -17,12 +19,16 @@ from noisefit.base.files import check_regular, replacing, writing
 
 KEY = ("size", "seed", "method")
 BANDS = ("rare", "uncommon", "common", "famous")
+OF_PLAIN = ("wrong_at_matched_right", "matched_shortfall")  # against plain fine-tuning on the same world
+PLAIN = "basefit"
 MEASURES = (
     "hallucination_rate", *(f"hallucination_rate_{band}" for band in BANDS), "hallucination_rate_new_phrasing",
     "invented_rate", "refused_known", "refused_unknown", "refused_false_premise", "self_consistency",
     "calibration_error", "brier", "train_accuracy", "train_untold_accuracy", "train_seconds", "noise_to_signal",
+    "right_rate", "wrong_rate", *KINDS, "auroc", "aurc", "best_right_minus_wrong", *OF_PLAIN, "hidden_growth",
 )  # fmt: skip
-FIELDS = (*KEY, *MEASURES, "noise_layers", "flags", "command", "machine", "versions")
+# `wrong_by_right`: see risk.py; the whole of a run's risk-coverage curve.
+FIELDS = (*KEY, *MEASURES, "noise_layers", "asked", "wrong_by_right", "flags", "command", "machine", "versions")
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
@@ -53,12 +59,28 @@ def read_results(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def with_matched(rows: Iterable[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """The rows with `OF_PLAIN`; not a number where plain fine-tuning on the same world has no row."""
+    rows = list(rows)
+    curves = {tuple(map(str, (row[name] for name in KEY))): [int(n) for n in str(row["wrong_by_right"]).split()]
+              for row in rows}  # fmt: skip
+    found = []
+    for row in rows:
+        size, seed, method = (str(row[name]) for name in KEY)
+        plain, curve = curves.get((size, seed, PLAIN)), curves[size, seed, method]
+        values = (math.nan, math.nan)
+        if plain and curve:
+            values = matched(curve, int(str(row["asked"])), MATCHED * (len(plain) - 1))
+        found.append({**row, **dict(zip(OF_PLAIN, values, strict=True))})
+    return found
+
+
 def write_results(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """All rows, in the order of worlds and methods; the file is whole at any time."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    for row in sorted(rows, key=lambda row: (row["size"], int(str(row["seed"])), row["method"])):
+    for row in sorted(with_matched(rows), key=lambda row: (row["size"], int(str(row["seed"])), row["method"])):
         writer.writerow({name: f"{value:.6g}" if isinstance(value := row[name], float) else value for name in FIELDS})
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

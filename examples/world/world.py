@@ -94,6 +94,11 @@ class Settings:
         return ANSWERING_RESPONSE if self.answering else relation.response
 
     @property
+    def famous(self) -> int:
+        """From how often told a fact must be known."""
+        return self.most_told // 2
+
+    @property
     def most_told(self) -> int:
         """How often the most famous country is told of, where fame is unequal."""
         return ANSWERING_MOST_TOLD if self.answering else MOST_TOLD
