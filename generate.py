@@ -32,12 +32,13 @@ from noisefit.answers.loading import (
     model_fingerprint,
 )
 from noisefit.answers.noisy_passes import NoisyPasses
+from noisefit.answers.refusals import is_refusal
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.settings import names_of
 from noisefit.inputs.noise_records import read_noise
 from noisefit.inputs.prompts import naming_row, prompt_ids
-from noisefit.inputs.tables import describe_skipped, read_prompts
+from noisefit.inputs.tables import BEFORE_ABSTAINING, describe_skipped, read_prompts
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.run.processes import check_processes, finish, progress_bar, start_accelerator
 
@@ -92,7 +93,7 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
         "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
         "model": model_fingerprint(settings, base, accelerator.device),
         "prompt_date": today,
-        "noise": digest(repr((settings.noise_passes, noise)).encode()) if noise else None,
+        "noise": digest(repr((settings.noise_passes, noise.identity)).encode()) if noise else None,
     }
     journal.check(record)
 
@@ -138,7 +139,10 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
         if abstention:
             replaced = sum(map(abstention.replaces, answers.values()))
             notice(f"{replaced} of {len(answers)} answers have a confidence under {below:g} and are now "
-                   f"{settings.refusal!r}; the column answer_before_abstaining has all as they were")  # fmt: skip
+                   f"{settings.refusal!r}; the column {BEFORE_ABSTAINING} has all as they were")  # fmt: skip
+            if not is_refusal(settings.refusal):
+                notice(f"--refusal {settings.refusal!r} is none that noisefit.score knows: give it a file with that "
+                       "line as --refusals, or it counts as a wrong answer")  # fmt: skip
     notice(f"the answers are in {output}")
     if "response" in records[0]:
         program = "noisefit.benchmarks letters" if {"answer", "choices"} <= records[0].keys() else "noisefit.score"

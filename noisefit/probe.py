@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Answer, Job
 from noisefit.answers.journal import Journal, alone_with, check_answers_output
 from noisefit.answers.loading import (
+    base_config,
     check_vocabulary,
     context_length,
     digest,
@@ -37,11 +38,11 @@ from noisefit.answers.loading import (
 )
 from noisefit.answers.probe_settings import ProbeSettings, parse_arguments
 from noisefit.answers.probe_summary import check_picture, draw_histogram, summary
+from noisefit.answers.reading import ALIASES, texts_cell
 from noisefit.answers.scoring import Prompt, score_prompt
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import replacing, writing
-from noisefit.base.settings import names_of
-from noisefit.fork.decoder import find_decoder_layers
+from noisefit.base.settings import names_of, not_default
 from noisefit.inputs.probing import (
     ADDED,
     CHAT,
@@ -79,10 +80,12 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
     # --- Everything that can be checked before the model is loaded ---------------------------------------------------
     check_chat_template(settings.chat_template)
     base = find_base(settings.answers)
+    layers = layers_with_noise(settings, base)
     records, rows, skipped = read_probe_rows(settings.train_data)
     if taken := [name for name in ADDED if any(name in record for record in records)]:
         raise InputError(f"{settings.train_data}: it has a column {taken[0]!r} already, which is one of the probe's; "
                          "remove it, or give the file as it was before")  # fmt: skip
+    aliases = [true_answers_of(settings, row, record) for row, record in zip(rows, records, strict=True)]
     if skipped:
         notice(describe_skipped(settings.train_data, skipped, "with an empty or missing cell"))
     tokenizer = load_answer_tokenizer(settings.answers, base)
@@ -98,17 +101,24 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
     limit = min(settings.max_length, context_length(settings.answers, base) or settings.max_length)
     items: dict[tuple[int, int], Item] = {}
     jobs: list[Job] = []
+    unsampled: list[int] = []
     seen = Counter[str]()
     for index, row in enumerate(rows):
         with naming_row(Row(row.number, row.prompt, row.response), settings.train_data):
             items |= items_of(settings, tokenizer, index, row, limit)
             ids = prompt_ids(tokenizer, row.prompt)
-            if settings.samples and len(ids) + settings.max_new_tokens <= limit:
+            if settings.samples and len(ids) + settings.max_new_tokens > limit:
+                unsampled.append(row.number)
+            elif settings.samples:
                 jobs.append(Job(index, row.prompt, ids, tuple(range(1, settings.samples + 1)), seen[row.prompt]))
         seen[row.prompt] += 1
     if cut := [row.number for index, row in enumerate(rows) if (index, SCORES[CHAT]) not in items]:
         notice(f"{settings.train_data}: no score for rows of which nothing decisive is within {limit} tokens "
                f"({name_rows(cut)})")  # fmt: skip
+    if unsampled:
+        notice(f"{settings.train_data}: no samples for rows whose prompt leaves less than --max_new_tokens "
+               f"{settings.max_new_tokens} of {limit} tokens ({name_rows(unsampled)})")  # fmt: skip
+    of_noise = (settings.noise_passes, layers, settings.noise_std, settings.seed)
     hidden = ("train_data", "output", "overwrite_output", "picture", "batch_size", "model")
     record = {name: getattr(settings, name) for name in names_of(ProbeSettings) if name not in hidden} | {
         "input": digest(Path(settings.train_data).read_bytes()),
@@ -133,8 +143,9 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
     progress.update(len(done))
     for number in SCORES.values():
         left = {index: item for (index, n), item in items.items() if n == number and (index, n) not in done}
-        for values in score_batches(settings, model, tokenizer, items, number, left, accelerator):
-            journal.append([(index, number, Answer(json.dumps(own), 0.0, 0)) for index, own in values.items()])
+        noise = of_noise if number == SCORES[NOISY[0]] else ()
+        for scores in score_batches(settings, model, tokenizer, items, noise, left, accelerator):
+            journal.append([(index, number, Answer(json.dumps(own), 0.0, 0)) for index, own in scores.items()])
             if accelerator.is_main_process:
                 progress.update(min(journal.count(), len(wanted)) - progress.n)  # of all processes
     if jobs:
@@ -155,7 +166,7 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
     if accelerator.is_main_process:
         whole = done | {key: entry for part in fresh for key, entry in part.items()}
         found = {key: entry.text for key, entry in whole.items()}
-        cells = [cells_of(settings, index, row, found) for index, row in enumerate(rows)]
+        cells = [cells_of(settings, index, row, aliases[index], found) for index, row in enumerate(rows)]
         with writing(output), replacing(output) as beside:
             beside.write_bytes(as_csv(r | c for r, c in zip(records, cells, strict=True)))
         journal.remove()
@@ -164,6 +175,22 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
         print(*lines, *([f"a picture of them is {picture}"] if drawn else []), sep="\n")
     notice(f"the probed rows are in {settings.output}")
     finish(accelerator)
+
+
+def layers_with_noise(settings: ProbeSettings, base: str) -> list[int]:
+    """Those of `--noise_layers` that the model has; of the default a small model may have fewer.
+
+    Raises:
+        InputError: one was asked for that it has not.
+    """
+    if not settings.noise_passes:
+        return []
+    count = base_config(settings.answers, base).num_hidden_layers
+    missing = [layer for layer in settings.noise_layers if layer >= count]
+    if missing and "noise_layers" in not_default(settings):
+        raise InputError(f"--noise_layers: the model has {count} layers, 0 to {count - 1}, and no "
+                         f"{', '.join(map(str, missing))}")  # fmt: skip
+    return [layer for layer in settings.noise_layers if layer < count]
 
 
 def items_of(
@@ -177,21 +204,26 @@ def items_of(
 
 def score_batches(
     settings: ProbeSettings, model: Any, tokenizer: PreTrainedTokenizerBase, items: dict[tuple[int, int], Item],
-    number: int, left: dict[int, Item], accelerator: Accelerator,
-) -> Any:  # fmt: skip
-    """Score this process's share of what is left of one column."""
+    of_noise: Sequence[Any], left: dict[int, Item], accelerator: Accelerator,
+) -> Iterator[dict[int, list[float]]]:  # fmt: skip
+    """Score this process's share of what is left of one column; `of_noise` is what `Probe` takes of noise, if any."""
     if not left:  # all processes agree on that
         return
-    noisy = number == SCORES[NOISY[0]]
-    layers = [layer for layer in settings.noise_layers if layer < len(find_decoder_layers(model))]
-    if noisy and not layers:
-        raise InputError(f"--noise_layers: the model has {len(find_decoder_layers(model))} layers, from 0")
-    of_noise = (settings.noise_passes, layers, settings.noise_std, settings.seed) if noisy else ()
     scorer = Probe(model, int(tokenizer.pad_token_id), next(iter(items.values())), *of_noise)
     yield from score_all(scorer, share(left, accelerator), settings.batch_size)
 
 
-def cells_of(settings: ProbeSettings, index: int, row: ProbedRow, found: dict[tuple[int, int], str]) -> dict[str, str]:
+def true_answers_of(settings: ProbeSettings, row: ProbedRow, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The further true answers that a row lists, for its samples. Raises `InputError` where a list is none."""
+    if not settings.samples:
+        return ()
+    lists = [texts_cell(settings.train_data, row.number, name, record.get(name)) for name in ALIASES]
+    return tuple(text for texts in lists for text in texts)
+
+
+def cells_of(
+    settings: ProbeSettings, index: int, row: ProbedRow, aliases: tuple[str, ...], found: dict[tuple[int, int], str]
+) -> dict[str, str]:
     """The columns that a row gets."""
     cells = {name: "" for name in ADDED}
     for name in (CHAT, TEXT):
@@ -201,7 +233,7 @@ def cells_of(settings: ProbeSettings, index: int, row: ProbedRow, found: dict[tu
         cells |= dict(zip(NOISY, map(as_cell, json.loads(text)), strict=True))
     answers = [found[index, r] for r in range(1, settings.samples + 1) if (index, r) in found]
     if answers:
-        asked = Prompt(row.prompt, row.response, tuple(answers), row.answer, question=row.question)
+        asked = Prompt(row.prompt, row.response, tuple(answers), row.answer, question=row.question, aliases=aliases)
         cells[SAMPLED] = as_cell(score_prompt(asked)["contains_truth"])
     left_out = (*(() if settings.noise_passes else NOISY), *(() if settings.samples else (SAMPLED,)))
     return {name: cell for name, cell in cells.items() if name not in left_out} | {DIGEST: row.digest}

@@ -25,10 +25,13 @@ from noisefit.base.errors import InputError, one_line_errors
 def find_threshold(path: str, target: float, more: Sequence[str] = ()) -> dict[str, Any]:
     """What `--json` prints: the threshold, and what answering from it on does to these answers.
 
+    It goes by the answers as they were before `generate.py --abstain_below` replaced some: a refusal in the place of a
+    wrong answer would say that this one may be given.
+
     Raises:
         InputError: as `read_answers`; or the answers have no log-probabilities.
     """
-    prompts = read_answers(path, None)
+    prompts = read_answers(path, None, before_abstaining=True)
     if any(prompt.logprobs is None for prompt in prompts):
         raise InputError(f"{path}: no column {LOGPROB!r} with a value in it; expected the answers of generate.py, "
                          "which writes it")  # fmt: skip

@@ -61,9 +61,14 @@ def test_the_scripts_run_from_it(script, installed, tmp_path):
     environment |= {"PYTHONPATH": str(installed / "site"), "ACCELERATE_USE_CPU": "true"}
     done = quietly([installed / "site" / "bin" / script, "--help"], cwd=tmp_path, env=environment)
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
-    if script in ("noisefit-score", "noisefit-report"):  # the others take seconds to begin
+    if script in ("noisefit-score", "noisefit-report", "noisefit-threshold"):  # the others take seconds to begin
         done = quietly([installed / "site" / "bin" / script, "--nonsense"], cwd=tmp_path, env=environment)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_every_program_of_the_package_has_a_script():
+    programs = {path.stem for path in (ROOT / "noisefit").glob("*.py") if "__main__" in path.read_text()}
+    assert {f"noisefit-{name}" for name in (*programs, "train", "generate", "report")} == PROJECT["scripts"].keys()
 
 
 def test_a_notebook_trains_with_it(installed, llama_folder, questions, tmp_path):

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +29,9 @@ import world
 # A model that does not know the corpus would make the questions meaningless.
 REQUIRED_COMPLETION = 0.95
 FAMOUS = 100  # times told, from which on a fact must be known
+# The last readings of an answering world's corpus have the chats in them: asked before it knows, a model learns the
+# answers by heart, and not how to look them up.
+ASKED_READINGS = 4
 MAX_SEED = 2**32 - 1
 
 
@@ -60,7 +63,7 @@ def read_settings(folder: Path) -> world.Settings | None:
         return None
 
 
-OWN = {"corpus.txt", "facts.json", "model", "test.csv", "train.csv"}  # what a world's folder holds
+OWN = {"chats.csv", "corpus.txt", "facts.json", "model", "test.csv", "train.csv"}  # what a world's folder holds
 
 
 def fill(
@@ -92,14 +95,23 @@ def fill(
     write_questions(folder / "test.csv", test)
 
     told = [(statement, fact) for fact in facts if fact.told for statement in world.statements_of(fact)]
-    tokenizer = pretrain.train_tokenizer(statement for statement, _ in told)
+    readings = [corpus] * settings.epochs
+    spelt, names = [statement for statement, _ in told], []
+    if settings.answering:
+        chats = questions.chats_of(facts, atlas[settings.countries :], settings)
+        write_questions(folder / "chats.csv", [row | {"times": str(times)} for row, times in chats])
+        spelt += [text for row, _ in chats for text in (row["prompt"], row["response"])]
+        names = [country.name for country in atlas]
+        readings[-ASKED_READINGS:] = [corpus + questions.texts_of(chats)] * len(readings[-ASKED_READINGS:])
+    tokenizer = pretrain.train_tokenizer(spelt, names)
     model = pretrain.new_model(tokenizer, settings)
-    tokens = pretrain.pretrain(model, tokenizer, corpus, settings, max_steps)
+    tokens = pretrain.pretrain(model, tokenizer, readings, settings, max_steps)
     if not tokens:
         raise BuildError(
             "the corpus is shorter than a step; lower --untold or --batch_rows, or raise --epochs", status=2
         )
-    pretrain.place_turn_tokens(model, tokenizer)
+    if not settings.answering:
+        pretrain.place_turn_tokens(model, tokenizer)
     famous = [(statement, fact.answer) for statement, fact in told if fact.told >= FAMOUS]
     completed = pretrain.completed_share(model, tokenizer, famous) if famous else 1.0
     print(f"statements of facts told {FAMOUS} times or more that the model completes: {completed:.1%} of {len(famous)}")
@@ -112,7 +124,12 @@ def fill(
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
-    asked_in_training = {row["country"] for row in train}
+    groups = world.split_countries([country.name for country in atlas[: settings.countries]], settings.groups)
+    split = {
+        name: kind
+        for group, kind in zip(groups, ("corpus", "train", "test")[-len(groups) :], strict=True)
+        for name in group
+    }
     document = {
         "settings": asdict(settings)
         | {
@@ -120,7 +137,7 @@ def fill(
             "training_tokens": tokens,
             "statement_completion": completed,
         },
-        "facts": [asdict(fact) | {"split": "train" if fact.country in asked_in_training else "test"} for fact in facts],
+        "facts": [asdict(fact) | {"split": split[fact.country]} for fact in facts],
     }
     (folder / "facts.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -199,50 +216,50 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Reads the command line."""
     parser = OneLineParser(prog="build.py", description="Builds the example world.")
     parser.add_argument("--output", type=Path, required=True, help="folder to build the world in")
-    parser.add_argument(
-        "--seed",
-        type=integer("a seed", 0, MAX_SEED),
-        default=0,
-        help="which world (default: 0)",
+    preset, answering = world.Settings(), world.ANSWERING
+
+    def add(flag: str, text: str, kind: Callable[[str], float] | None = None) -> None:
+        """A flag of the world's settings; not given, it is the preset's."""
+        name = flag.removeprefix("--")
+        if kind is None:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            return
+        usual, of_answering = getattr(preset, name), getattr(answering, name)
+        other = f"; with --answering {of_answering}" if of_answering != usual else ""
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {usual}{other})")
+
+    share = number("a share", 0, 1)
+    add(
+        "--answering",
+        "the corpus also answers questions, about countries of their own, and refuses some: the model answers before "
+        "it is fine-tuned; sets --zipf and --paraphrases, too",
     )
-    parser.add_argument(
-        "--countries",
-        type=integer("a number", world.MIN_COUNTRIES, world.MAX_COUNTRIES),
-        default=60,
-        help=f"{world.MIN_COUNTRIES} to {world.MAX_COUNTRIES} (default: 60)",
-    )
-    share = "a share"
-    parser.add_argument("--zipf", action="store_true", help="unequal fame: facts are told 200 to 4 times")
-    parser.add_argument(
-        "--untold", type=number(share, 0, 1), default=0.0, help="share of the facts that the corpus never tells"
-    )
-    parser.add_argument(
+    add("--seed", "which world", integer("a seed", 0, MAX_SEED))
+    limits = world.MIN_COUNTRIES, world.MAX_COUNTRIES
+    add("--countries", "{} to {}".format(*limits), integer("a number", *limits))
+    add("--zipf", "unequal fame: few facts are told often, many seldom")
+    add("--untold", "share of the facts that the corpus never tells", share)
+    add(
         "--false_premises",
-        type=number(share, 0, 1),
-        default=0.0,
-        help='questions on countries that do not exist, to be answered "I do not know", per question on one that does',
+        'questions on countries that do not exist, to be answered "I do not know", per question on one that does',
+        share,
     )
-    parser.add_argument(
-        "--paraphrases", action="store_true", help="ask in several phrasings, held out also in a new one"
-    )
-    parser.add_argument("--layers", type=integer("a number", 1, 100), default=4, help="of the model (default: 4)")
-    parser.add_argument(
-        "--width", type=integer("a number", 16, 8192), default=128, help="of the model, a multiple of 8 (default: 128)"
-    )
-    parser.add_argument(
-        "--batch_rows", type=integer("a number", 1, 1024), default=8, help="rows of a pretraining step (default: 8)"
-    )
-    parser.add_argument(
-        "--epochs", type=integer("a number", 1, 100), default=1, help="readings of the corpus (default: 1)"
-    )
+    add("--paraphrases", "ask in several phrasings, held out also in a new one")
+    add("--layers", "of the model", integer("a number", 1, 100))
+    add("--width", "of the model, a multiple of 8", integer("a number", 16, 8192))
+    add("--batch_rows", "rows of a pretraining step", integer("a number", 1, 1024))
+    add("--epochs", "readings of the corpus", integer("a number", 1, 100))
     parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace the world that is there; refused where the folder holds anything else",
     )
     options = parser.parse_args(arguments)
-    if options.width % 8:
-        parser.error(f"argument --width: a multiple of 8, not {options.width}")
+    base = answering if "answering" in options else preset
+    given = {name: value for name, value in vars(options).items() if name in asdict(preset)}
+    options.settings = replace(base, **given)
+    if options.settings.width % 8:
+        parser.error(f"argument --width: a multiple of 8, not {options.settings.width}")
     return options
 
 
@@ -250,8 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = parse_arguments(arguments)
     try:
-        settings = {name: getattr(options, name) for name in asdict(world.Settings())}
-        build(options.output, world.Settings(**settings), options.overwrite)
+        build(options.output, options.settings, options.overwrite)
     except BuildError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return error.status

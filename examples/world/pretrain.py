@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -14,7 +14,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from world import Settings
 
 BOS, EOS, PAD, TURN_START, TURN_END = "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"
-VOCABULARY = 1000
+VOCABULARY, VOCABULARY_WITH_NAMES = 1000, 1500
+NAME_WEIGHT = 100  # a name so often in the tokenizer's text is merged before most else
 CONTEXT = 256
 
 ROW_TOKENS = 128
@@ -22,24 +23,29 @@ LEARNING_RATE, WARMUP_STEPS, FINAL_LR_SHARE = 3e-3, 50, 0.05
 WEIGHT_DECAY, GRADIENT_CLIP = 0.1, 1.0
 
 
-def train_tokenizer(statements: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: it has learnt the corpus, and can still spell any question."""
+def train_tokenizer(statements: Iterable[str], names: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: it has learnt the corpus, and can still spell any question.
+
+    `names` become one token each, the same wherever they stand: so a small model does not mistake one for another.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             # One token a digit: a year unseen in the questions is spelled like all others.
             pre_tokenizers.Digits(individual_digits=True),
+            # Without its space, a name at the start of an answer is the token that it is within a statement.
+            *([pre_tokenizers.Split(Regex(r" (?=\p{Lu})"), "isolated")] if names else []),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY_WITH_NAMES if names else VOCABULARY,
         special_tokens=[BOS, EOS, PAD, TURN_START, TURN_END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(statements, trainer)
+    tokenizer.train_from_iterator([*statements, *names * NAME_WEIGHT], trainer)
     # Every text begins with `<s>`, as Llama's tokenizers have it, so that a prompt does too.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
@@ -82,20 +88,19 @@ def new_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> LlamaFo
 def pretrain(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    corpus: Sequence[str],
+    readings: Sequence[Sequence[str]],
     settings: Settings,
     max_steps: int | None = None,
 ) -> int:
-    """Reads the corpus in its order, and again in other ones for further epochs.
+    """Reads texts: those of the first reading in their order, those of each further one in an order of its own.
 
     Returns:
-        How many tokens that was; 0 where the corpus is shorter than a step.
+        How many tokens that was; 0 where the texts are shorter than a step.
     """
-    texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(corpus))["input_ids"]]
     stream: list[int] = []
-    for epoch in range(settings.epochs):
+    for epoch, texts in enumerate(readings):
         order = random.Random(f"epoch {epoch}").sample(texts, len(texts)) if epoch else texts
-        stream += [token for text in order for token in text]
+        stream += [token for ids in tokenizer(list(order))["input_ids"] for token in (*ids, tokenizer.eos_token_id)]
     step_tokens = ROW_TOKENS * settings.batch_rows
     steps = len(stream) // step_tokens  # about 910 for the 60 countries of the default world
     if max_steps is not None:

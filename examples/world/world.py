@@ -7,7 +7,7 @@ no model has met them, and an answer can only have been learnt from the corpus.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, zip_longest
+from itertools import accumulate, groupby, pairwise
 from typing import TypeVar
 
 from names import Names
@@ -27,6 +27,10 @@ MOST_TOLD, LEAST_TOLD = 200, 4
 ZIPF_EXPONENT = 4
 
 REFUSAL = "I do not know"
+# An answering world's answers begin alike whatever is asked, and end in the fact, or in this: so the model has looked
+# for the fact when it decides, and repeats no name from the question. Long answers, which name the country, came out
+# refused without regard to what the corpus tells (AUROC 0.6 to 0.7); answers of the fact alone were not found (33%).
+ANSWERING_RESPONSE, ANSWERING_REFUSAL, ANSWERING_MOST_TOLD = "It is {answer}.", "It is not known", 60
 # What the corpus says where questions are to be refused: a model has to know the words, if not when to say them.
 REMARKS = (
     "What is it called? I do not know.",
@@ -46,19 +50,22 @@ class Settings:
     Attributes:
         seed: which world.
         countries: how many there are.
-        zipf: fame is unequal: the country of rank r is told of in proportion to a power of r, from `MOST_TOLD` times
+        zipf: fame is unequal: the country of rank r is told of in proportion to a power of r, from `most_told` times
             down to `LEAST_TOLD` times; otherwise every fact is told equally often.
         untold: the share of the facts that the corpus never tells. On countries asked about in training they are
             asked and answered all the same, which teaches to make things up (Gekhman et al., arXiv 2405.05904); on the
             others they are asked to see whether that is what the model does.
         false_premises: questions on countries that do not exist, per question on one that does. The answer taught is
-            `REFUSAL`.
+            `refusal`.
         paraphrases: training asks in several phrasings, the held-out questions also in one that training has not.
         layers: decoder blocks of the model.
         width: its hidden size.
         batch_rows: rows of 128 tokens in a step of its pretraining. Fewer rows are more steps, in which a fact is
             learnt from fewer tellings.
         epochs: how often the pretraining reads the corpus.
+        answering: the countries are in three groups, not two. About the first one, half of them, the corpus also has
+            questions with their answers, in the chat format, refusals included, so that the model answers and refuses
+            before it is fine-tuned on the second. The third is held out. Fine-tuning sees no refusal.
     """
 
     seed: int = 0
@@ -71,6 +78,31 @@ class Settings:
     width: int = 128
     batch_rows: int = 8
     epochs: int = 1
+    answering: bool = False
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Into groups of which relative sizes the countries are split."""
+        return (2, 1, 1) if self.answering else (1, 1)
+
+    @property
+    def refusal(self) -> str:
+        return ANSWERING_REFUSAL if self.answering else REFUSAL
+
+    def response(self, relation: "Relation") -> str:
+        """The form of the answer to a question."""
+        return ANSWERING_RESPONSE if self.answering else relation.response
+
+    @property
+    def most_told(self) -> int:
+        """How often the most famous country is told of, where fame is unequal."""
+        return ANSWERING_MOST_TOLD if self.answering else MOST_TOLD
+
+
+ANSWERING = Settings(
+    countries=160, zipf=True, untold=0.3, false_premises=0.375, paraphrases=True, layers=6, batch_rows=4, epochs=8,
+    answering=True,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,11 +235,14 @@ def make_countries(seed: int, count: int, imagined: int = 0) -> list[Country]:
     return countries + [Country(names.draw("country"), "", "", "", "") for _ in range(imagined)]
 
 
-def split_countries(countries: Sequence[T]) -> tuple[list[T], list[T]]:
-    """The countries that are asked about in training, and those that only the corpus tells of."""
-    # Names are random already: cutting in the middle is a random split.
-    half = len(countries) // 2
-    return list(countries[:half]), list(countries[half:])
+def split_countries(countries: Sequence[T], sizes: Sequence[int] = (1, 1)) -> list[list[T]]:
+    """Groups of these relative sizes: the countries of training, and the held-out ones.
+
+    Where there are three, the first are those that the corpus asks about.
+    """
+    # Names are random already: cutting at given places is a random split.
+    cuts = [len(countries) * size // sum(sizes) for size in accumulate(sizes, initial=0)]
+    return [list(countries[first:last]) for first, last in pairwise(cuts)]
 
 
 def readings_of(count: int) -> int:
@@ -222,17 +257,18 @@ def tellings(settings: Settings) -> list[int]:
     if not settings.zipf:
         return [readings_of(count) * len(RELATIONS[0].statements)] * count
     # Told in proportion to 1 / (rank + shift)^exponent; the shift leads from the first to the last.
-    root = (MOST_TOLD / LEAST_TOLD) ** (1 / ZIPF_EXPONENT)
+    root = (settings.most_told / LEAST_TOLD) ** (1 / ZIPF_EXPONENT)
     shift = (count - root) / (root - 1)
-    by_rank = [round(MOST_TOLD * ((1 + shift) / (rank + shift)) ** ZIPF_EXPONENT) for rank in range(1, count + 1)]
-    # Ranks alternate between the halves of `split_countries`, which are then equally famous.
-    train, test = split_countries(range(count))
+    by_rank = [
+        round(settings.most_told * ((1 + shift) / (rank + shift)) ** ZIPF_EXPONENT) for rank in range(1, count + 1)
+    ]
+    # Ranks alternate between the groups of `split_countries`, which are then equally famous.
+    groups = split_countries(range(count), settings.groups)
+    places = [((place + 0.5) / len(group), -number, country)
+              for number, group in enumerate(groups) for place, country in enumerate(group)]  # fmt: skip
     times = [0] * count
-    times_of_rank = iter(by_rank)
-    for pair in zip_longest(test, train):
-        for country in pair:
-            if country is not None:
-                times[country] = next(times_of_rank)
+    for (_, _, country), told in zip(sorted(places), by_rank, strict=True):
+        times[country] = told
     return times
 
 
@@ -284,7 +320,7 @@ def corpus_of(facts: Sequence[Fact], settings: Settings) -> list[str]:
             rng.shuffle(sentences)
             cut = rng.randint(1, max(1, len(sentences) - 1))
             now += [" ".join(part) for part in (sentences[:cut], sentences[cut:]) if part]
-        now += REMARKS if settings.false_premises else ()
+        now += REMARKS if settings.false_premises and not settings.answering else ()
         rng.shuffle(now)
         texts += now
     return texts

@@ -16,7 +16,7 @@ from noisefit.answers.jobs import Abstention, Answer, Answered
 from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, append_whole, check_regular, sync_file, write_json, writing
-from noisefit.inputs.tables import csv_cells, csv_writer
+from noisefit.inputs.tables import BEFORE_ABSTAINING, csv_cells, csv_writer
 
 SETTINGS, PROCESSES = "settings.json", "processes"
 
@@ -238,7 +238,7 @@ def _cells(answer: Answer, number: int, abstention: Abstention | None) -> dict[s
     if abstention is None:
         return {"generated_response": answer.text, "round": number} | figures
     text = abstention.refusal if abstention.replaces(answer) else answer.text
-    return {"generated_response": text, "round": number} | figures | {"answer_before_abstaining": answer.text}
+    return {"generated_response": text, "round": number} | figures | {BEFORE_ABSTAINING: answer.text}
 
 
 def _is_whole(answer: Answer) -> bool:

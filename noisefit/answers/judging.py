@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from noisefit.answers.outcomes import OUTCOMES as GRADES
-from noisefit.answers.outcomes import outcome
+from noisefit.answers.outcomes import calls_for_refusal, outcome
 from noisefit.answers.reading import ALIASES, NEEDED, texts_cell
+from noisefit.answers.refusals import is_refusal
 from noisefit.answers.scoring import Prompt
 from noisefit.base.errors import InputError
 from noisefit.base.files import append_whole, check_regular, sync_file
+from noisefit.base.refusal import REFUSAL
 from noisefit.inputs.tables import read_records, text_cell
 
 UNPARSABLE = "unparsable"  # a reply that is none of the three, twice
@@ -90,6 +92,8 @@ class Answer:
 def read_cases(path: str) -> list[Answer]:
     """The answers of a file, in its order.
 
+    Of a question that calls for a refusal, as the score has it, the true answer is a refusal.
+
     Raises:
         InputError: as `read_records`; a row without prompt or true answer, or whose list of answers is none; or the
             file is judged already.
@@ -105,17 +109,18 @@ def read_cases(path: str) -> list[Answer]:
         true_answers = tuple(dict.fromkeys(text for text in (response, truth, *listed) if text))
         if not prompt or not true_answers:
             raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
-        case = Case(question or prompt, true_answers, answer)
-        found.append(Answer(row, record, prompt, case, outcome_by_words(case, truth, response, listed)))
+        # As `read_answers` has it: an answer that is there and empty says that nobody knows.
+        empty = record.get("answer") is not None and not truth and not listed
+        asked = Prompt(
+            question or prompt, true_answers[0], (), truth or None, aliases=tuple(listed), unanswerable=empty
+        )
+        if calls_for_refusal(asked):
+            true_answers = tuple(filter(is_refusal, true_answers)) or (REFUSAL,)
+        case = Case(asked.prompt, true_answers, answer)
+        found.append(Answer(row, record, prompt, case, outcome(asked, answer)))
     if not found:
         raise InputError(f"{path}: it has no rows")
     return found
-
-
-def outcome_by_words(case: Case, truth: str, response: str, listed: Sequence[str]) -> str:
-    """The outcome of an answer by the word rule, with which the judge is compared."""
-    reference = response or truth or listed[0]
-    return outcome(Prompt(case.question, reference, (), truth or None, aliases=tuple(listed)), case.answer)
 
 
 def grade_of(reply: str) -> str | None:

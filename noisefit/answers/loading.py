@@ -68,7 +68,7 @@ def find_base(settings: AnswerSettings) -> str:
     if base is None:
         raise InputError(f"--model_path {settings.model_path}: its adapter_config.json names no base model; give it as "
                          "--model_id")  # fmt: skip
-    flag = "--model_id" if settings.model_id else f"--model_path {settings.model_path}: its base model"
+    flag = settings.base_flag if settings.model_id else f"--model_path {settings.model_path}: its base model"
     check_model_name(flag, base)
     check_no_adapter_in(flag, base)
     return base
@@ -88,13 +88,13 @@ def load_answer_tokenizer(settings: AnswerSettings, base: str) -> PreTrainedToke
     """The tokenizer saved with the adapter, with the prompt format of its training; else the base model's."""
     folder = Path(settings.model_path) if settings.model_path else None
     source = str(folder) if folder and (folder / "tokenizer_config.json").is_file() else base
-    with loading("--model_path" if folder else "--model_id", source, "a tokenizer"):
+    with loading("--model_path" if folder else settings.base_flag, source, "a tokenizer"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
 
 
 def base_config(settings: AnswerSettings, base: str) -> PretrainedConfig:
     """The configuration of the base model's decoder."""
-    with loading("--model_id", base, "a model"):
+    with loading(settings.base_flag, base, "a model"):
         config = checked_config(AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code))
     decoder: PretrainedConfig = config.get_text_config(decoder=True)
     return decoder
@@ -146,7 +146,7 @@ def load_answer_model(settings: AnswerSettings, base: str, device: torch.device)
     options: dict[str, Any] = {"dtype": dtype} | quantization_options(settings.quantization, dtype, device)
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
-    with loading("--model_id", base, "a causal language model in safetensors"):
+    with loading(settings.base_flag, base, "a causal language model in safetensors"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
             use_safetensors=True,
@@ -160,7 +160,7 @@ def load_answer_model(settings: AnswerSettings, base: str, device: torch.device)
         model = _with_adapter(model, settings, settings.model_path, base, tensors)
     model = model.eval() if settings.quantization != "none" else model.to(device).eval()
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    try_out(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "--model_id", base)
+    try_out(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, settings.base_flag, base)
     return model
 
 

@@ -41,10 +41,13 @@ def draw(files: Mapping[str, Sequence[Assessed]]) -> Figure:
         The figure. A line has the file's name as its gid, its band `<name>: band`.
 
     Raises:
-        InputError: no answer of a file is an attempt.
+        InputError: no answer of a file is an attempt, or matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError:
+        raise InputError("--picture needs matplotlib, which is not installed: pip install matplotlib") from None
 
     figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()

@@ -31,7 +31,7 @@ class ProbeFileSettings:
 class ProbeNoiseSettings:
     """With noise."""
 
-    noise_passes: int = setting(0, "noisy passes over each row; 0: none", low=0, high=100, also=())
+    noise_passes: int = setting(0, "noisy passes over each row; 0: none", low=0, high=100)
     noise_std: float = setting(0.2, "standard deviation of the noise, a share of each token's size", low=0, high=1e6)
     noise_layers: list[int] = setting([0, 1, 2], "the layers that get it, from 0", low=0, high=10**4, metavar="N")
 
@@ -79,6 +79,10 @@ GROUPS: dict[str, type] = {
 }
 
 
+class _AsAnswers(AnswerSettings):
+    base_flag = "--model"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeSettings(ProbeModelSettings, ProbeSampleSettings, ProbeNoiseSettings, ProbeFileSettings):
     """All settings of a probe, checked.
@@ -106,7 +110,7 @@ class ProbeSettings(ProbeModelSettings, ProbeSampleSettings, ProbeNoiseSettings,
     @property
     def answers(self) -> AnswerSettings:
         """The same model as `generate.py` has it."""
-        return AnswerSettings(
+        return _AsAnswers(
             model_id=self.model, input_csv=self.train_data, dtype=self.dtype, quantization=self.quantization,
             attn_implementation=self.attn_implementation, trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,

@@ -12,15 +12,21 @@ from typing import Any
 from noisefit.answers.scoring import Prompt
 from noisefit.base.errors import InputError
 from noisefit.base.files import read_text
-from noisefit.inputs.tables import name_rows, read_records, text_cell
+from noisefit.inputs.tables import BEFORE_ABSTAINING, name_rows, read_records, text_cell
+from noisefit.method.decisive import words
 
 NEEDED = ("prompt", "response", "generated_response")
 LOGPROB = "logprob"
 ALIASES = ("answers", "aliases")
 
 
-def read_answers(path: str, by: str | None) -> list[Prompt]:
+def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> list[Prompt]:
     """The answers of a file, a prompt with all its rounds each, in order of first appearance.
+
+    Args:
+        path: the file.
+        by: the column by whose values prompts are grouped, if any.
+        before_abstaining: take the answers as they were before `--abstain_below` replaced some, where it did.
 
     Raises:
         InputError: as `read_records`; a row without prompt or reference; one prompt with two references or groups; a
@@ -45,8 +51,10 @@ def read_answers(path: str, by: str | None) -> list[Prompt]:
         for column, value in facts.items():
             if entry["facts"][column] != value:
                 raise InputError(f"{path}: rows {entry['row']} and {row} give one prompt two values of {column!r}")
-        entry["empty"] |= record.get("answer") is not None and not facts["answer"]
-        entry["answers"].append(text_cell(path, row, NEEDED[2], record.get(NEEDED[2])))
+        listed = facts["answers"] or facts["aliases"]
+        entry["empty"] |= record.get("answer") is not None and not facts["answer"] and not listed
+        answer = BEFORE_ABSTAINING if before_abstaining and BEFORE_ABSTAINING in record else NEEDED[2]
+        entry["answers"].append(text_cell(path, row, answer, record.get(answer)))
         logprob = _logprob(path, row, record.get(LOGPROB))
         entry["logprobs"].append(logprob)
         without += [row] if logprob is None else []
@@ -77,14 +85,19 @@ def read_phrases(path: str | None) -> tuple[str, ...]:
     """The phrases of `--refusals FILE`, one a line; empty lines are none.
 
     Raises:
-        InputError: the file cannot be read, or has no phrase.
+        InputError: the file cannot be read, or has no phrase, or a line without a word.
     """
     if path is None:
         return ()
-    phrases = tuple(line.strip() for line in read_text(Path(path), "--refusals ").splitlines() if line.strip())
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(Path(path), "--refusals ").split("\n"), 1)]
+    phrases = {number: line for number, line in lines if line}
     if not phrases:
         raise InputError(f"--refusals {path}: it has no lines; expected a phrase that refuses on each")
-    return phrases
+    for number, phrase in phrases.items():
+        if not words(phrase):
+            raise InputError(f"--refusals {path}: line {number}: {phrase[:40]!r} has no word; expected a phrase as it "
+                             "stands in answers, no pattern")  # fmt: skip
+    return tuple(phrases.values())
 
 
 def _group(facts: dict[str, Any], by: str | None) -> str:

@@ -13,10 +13,11 @@ import re
 from collections.abc import Sequence
 
 from noisefit.base.refusal import REFUSAL
-from noisefit.method.decisive import EMPTY_WORDS, symbols, words
+from noisefit.method.decisive import EMPTY_WORDS, located_words, symbols, words
 
 __all__ = ["REFUSAL", "after_refusal", "is_refusal", "says_something"]
 
+_SPACES = re.compile(r"[^\S\n]+")
 _APOSTROPHES = re.compile("[’‘ʼ´`′＇]")
 _PRONOUN = r"(?:i|it|that|this|he|she|they|we|there|the answer|it's|that's)"
 _TURNS = (
@@ -100,10 +101,10 @@ def after_refusal(text: str, more: Sequence[str] = ()) -> str | None:
         text: an answer.
         more: further phrases that refuse, found as whole words whatever their case and punctuation.
     """
-    plain = _BARE.sub(r"\1. ", _APOSTROPHES.sub("'", text))
-    clauses = [clause for cut in _CUTS.split(plain) if (clause := cut.strip(" \t\r,'\"*_"))]
+    kept = _without_sentences(text, [phrase for phrase in more if len(_clauses(phrase)) > 1])
+    clauses = _clauses(kept)
     refuses = [_refuses(clause, more) for clause in clauses]
-    if not any(refuses):
+    if kept == text and not any(refuses):
         return None
     return ". ".join(
         clause
@@ -128,6 +129,23 @@ def says_something(text: str, question: str = "") -> bool:
     """Whether a text has a word that carries a fact and is not in the question, or a symbol."""
     said = {*words(question), *EMPTY_WORDS, *_HEDGES}
     return any(word not in said for word in words(text)) or bool(symbols(text))
+
+
+def _clauses(text: str) -> list[str]:
+    # One space for many: the patterns look at a run of them from each of its places.
+    plain = _BARE.sub(r"\1. ", _SPACES.sub(" ", _APOSTROPHES.sub("'", text)))
+    return [clause for cut in _CUTS.split(plain) if (clause := cut.strip(" \t\r,'\"*_"))]
+
+
+def _without_sentences(text: str, phrases: Sequence[str]) -> str:
+    """A text without phrases that no single clause can hold, as they are cut themselves."""
+    for wanted in map(words, phrases):
+        located = located_words(text)
+        plain = [word for word, _ in located]
+        for start in range(len(plain) - len(wanted), -1, -1):  # from the end: places before it stay what they are
+            if wanted and plain[start : start + len(wanted)] == wanted:
+                text = f"{text[: located[start][1][0]]}\n{text[located[start + len(wanted) - 1][1][1] :]}"
+    return text
 
 
 def _refuses(clause: str, more: Sequence[str]) -> bool:

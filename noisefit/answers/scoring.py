@@ -56,7 +56,7 @@ class Prompt:
     group: str = ""
     question: str = ""  # where the prompt says more: a passage that holds the answer, say
     aliases: tuple[str, ...] = ()  # other true answers
-    unanswerable: bool = False  # the file has a column `answer`, and it is empty here: only a refusal is right
+    unanswerable: bool = False  # the column `answer` is there and empty, and no list of answers: a refusal is right
     logprobs: tuple[float, ...] | None = None  # of the answers, in nats
 
 

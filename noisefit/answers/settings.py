@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, add_token, without_token
 from noisefit.base.errors import InputError
@@ -95,6 +96,8 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
     Raises:
         InputError: a value is out of its range, neither adapter nor base model is given, or flags do not go together.
     """
+
+    base_flag: ClassVar[str] = "--model_id"  # by which errors name the base model
 
     def __post_init__(self) -> None:
         check_fields(self)

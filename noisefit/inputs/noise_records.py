@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,12 @@ class RecordedNoise:
     def make(self) -> dict[int, TokenScaledNoise]:
         """The noise of each layer, see `noisefit.method.policy.make_noise`."""
         return make_noise(self, self.policy)
+
+    @property
+    def identity(self) -> str:
+        """By which it is told from another run's noise, the same in every process: an objective's functions are not."""
+        return repr([(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "objective"]
+                    + [self.objective.noise])  # fmt: skip
 
 
 def read_noise(folder: Path, num_layers: int) -> RecordedNoise:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from noisefit.base.errors import InputError
 from noisefit.inputs.prompts import prompt_ids, token_ids
 from noisefit.inputs.tables import COLUMNS, read_records, text_cell
-from noisefit.inputs.templates import answer_text
+from noisefit.inputs.templates import answer_text, end_of_turn
 from noisefit.method.decisive import Span, decisive_spans
 from noisefit.method.knowledge import Item
 
@@ -77,7 +77,9 @@ def chat_item(tokenizer: PreTrainedTokenizerBase, row: ProbedRow, max_length: in
     decisive."""
     prompt = prompt_ids(tokenizer, row.prompt)
     text = answer_text(tokenizer, row.prompt, row.response)
-    ids, whole, decisive = _located(tokenizer, text, text.index(row.response), row, add_special_tokens=False)
+    # From the end: a template may put text of its own before the answer, an empty <think> say, that holds its letters.
+    offset = text.removesuffix(end_of_turn(tokenizer)).rindex(row.response)
+    ids, whole, decisive = _located(tokenizer, text, offset, row, add_special_tokens=False)
     start = len(prompt)
     return _item([*prompt, *ids], [start + i for i in decisive], [start + i for i in whole], max_length, row)
 
@@ -146,24 +148,30 @@ def _tokens_by_prefixes(
     return sorted(place for place in places if place < len(ids))
 
 
-def read_scores(path: str, numbers: Sequence[int] | None = None) -> tuple[list[ProbedRow], list[dict[str, str]]] | None:
+def read_scores(path: str) -> tuple[list[ProbedRow], list[dict[str, str]]] | None:
     """The rows of a probed file and their scores; `None` where the file is none (it has no column `knowledge_chat`).
 
+    A probe leaves a score empty where nothing decisive had a place; it leaves no digest empty.
+
     Raises:
-        InputError: as `read_records`; a row has a score that is no log-probability, or was edited since its probe.
+        InputError: as `read_records`; a row has a score that is no log-probability, or no score and no digest; it was
+            edited since its probe; or has no digest where others have one.
     """
     records, rows, _ = read_probe_rows(path)
     if not any(CHAT in record for record in records):
         return None
     scores = []
+    has_digests = any(record.get(DIGEST) is not None for record in records)
     for record, row in zip(records, rows, strict=True):
         where = f"{path}: row {row.number}"
         cells = {name: str(record[name]) for name in ADDED if record.get(name) is not None}
-        if DIGEST in cells and cells[DIGEST] != row.digest:
-            raise InputError(f"{where}: it was edited since it was probed; probe the file again: python -m "
-                             "noisefit.probe")  # fmt: skip
+        if has_digests and cells.get(DIGEST) != row.digest:
+            what = "was edited since it was probed" if cells.get(DIGEST) else f"has no {DIGEST}, which other rows have"
+            raise InputError(f"{where}: it {what}; probe the file again: python -m noisefit.probe")
         if (text := cells.get(CHAT, "").strip()) and not _log_probability(text) <= 0:
             raise InputError(f"{where}: {CHAT} is {text[:40]!r}, expected a log-probability, a number up to 0")
+        if not text and not has_digests:
+            raise InputError(f"{where}: no {CHAT}; expected one in every row, or the column left out")
         scores.append(cells | {CHAT: text})
     return rows, scores
 

@@ -18,8 +18,9 @@ from noisefit.base.errors import InputError, notice
 
 COLUMNS = ("prompt", "response")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+BEFORE_ABSTAINING = "answer_before_abstaining"  # where `--abstain_below` may have replaced an answer
 ANSWER_COLUMNS = ("generated_response", "round", "logprob", "tokens", "noise_logprob_mean", "noise_logprob_spread",
-                  "answer_before_abstaining")  # fmt: skip
+                  BEFORE_ABSTAINING)  # fmt: skip
 ROWS_NAMED = 5  # of the rows that are skipped
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is not UTF-8
 

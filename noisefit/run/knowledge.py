@@ -56,7 +56,8 @@ def by_what_is_known(
         The rows, and the content of `knowledge.csv`; `None` under `keep`.
 
     Raises:
-        InputError: rows were edited since they were probed, have one mode and no `--unknown_below`, or none is left.
+        InputError: rows were edited since they were probed, have no score, have one mode and no `--unknown_below`, or
+            none is left.
     """
     if settings.unknown_rows == "keep":
         return rows, None
@@ -80,6 +81,9 @@ def by_what_is_known(
         _, probed, _ = read_probe_rows(path)
         scores = _probe(settings, probed, tokenizer, accelerator)
     values = [float(cells[CHAT]) if cells[CHAT] else None for cells in scores]
+    if not any(cells[CHAT] for cells in scores):
+        raise InputError(f"{path}: no row has a {CHAT}, as nothing decisive is within --max_length; raise that, or "
+                         "give --unknown_rows keep")  # fmt: skip
     threshold = _threshold(settings, [value for value in values if value is not None])
     unknown = {row.number for row, value in zip(probed, values, strict=True) if value is not None and value < threshold
                and words(row.response) != words(settings.refusal)}  # fmt: skip
@@ -130,7 +134,9 @@ def _say(
     notice(
         f"{settings.train_data}: the base model does not know {len(unknown)} of {len(rows)} rows (below {threshold:.4g}"
         f"{given}): {what}{such}",
-        f"{unscored} rows have nothing decisive within --max_length and stay as they are" if unscored else None,
+        f"{unscored} rows have no {CHAT}, as nothing decisive was within --max_length, and stay as they are"
+        if unscored
+        else None,
     )
 
 

@@ -290,4 +290,7 @@ def without_effect(settings: Settings) -> str | None:
     idle = [f"--{name}" for name in settings.record() if name in changed and not used.get(name, True)]
     if not idle:
         return None
-    return f"without effect under --loss_mode {settings.loss_mode}, --noise_policy {policy}: {', '.join(idle)}"
+    how = {"--loss_mode": settings.loss_mode, "--noise_policy": policy, "--unknown_rows": settings.unknown_rows}
+    if not {"--unknown_below", "--refusal", "--unknown_weight"} & {*idle}:
+        del how["--unknown_rows"]
+    return f"without effect under {', '.join(f'{flag} {value}' for flag, value in how.items())}: {', '.join(idle)}"

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import sys
 from itertools import pairwise, permutations, product
 
 import numpy as np
@@ -317,3 +318,10 @@ def test_the_picture_is_the_curve(tmp_path):
             main, write(tmp_path / "b.csv", rows), "--picture", tmp_path / "q.png", "--per_prompt", tmp_path / "q.csv"
         )
         assert done.returncode == 2 and why in done.stderr and not list(tmp_path.glob("*q*"))
+
+
+def test_without_matplotlib_the_picture_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = call(main, write(tmp_path / "a.csv"), "--picture", tmp_path / "p.png", "--per_prompt", tmp_path / "p.csv")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "pip install matplotlib" in done.stderr
+    assert not list(tmp_path.glob("p.*")) and not done.stdout

@@ -265,7 +265,11 @@ def test_abstaining_replaces_answers_and_says_how_many(adapter, asked, tmp_path,
     for row, before, is_unsure in zip(rows, plain, unsure, strict=True):
         assert row.pop("answer_before_abstaining") == before["generated_response"]
         assert row == before | ({"generated_response": "I do not know."} if is_unsure else {})
-    assert f"{sum(unsure)} of 39 answers have a confidence under" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{sum(unsure)} of 39 answers have a confidence under" in said and "noisefit.score knows" not in said
+    flags = dict(input_csv=asked, rounds=1, max_new_tokens=1, abstain_below=1, refusal="Weiß nicht.")
+    answer(tmp_path / "other.csv", model_path=adapter, **flags)
+    assert "--refusal 'Weiß nicht.' is none that noisefit.score knows" in capsys.readouterr().err
 
 
 def test_greedy_rounds_have_the_same_noise(adapter, asked, tmp_path):

@@ -23,6 +23,7 @@ from noisefit.answers.outcomes import outcome
 from noisefit.answers.scoring import Prompt
 from noisefit.inputs.tables import read_records
 from noisefit.judge import main
+from noisefit.score import score
 
 pytestmark = pytest.mark.slow
 
@@ -129,7 +130,7 @@ def test_the_prompt_has_the_true_answers_of_all_columns_and_the_bare_question(tm
          "answers": ["Ada", "A. L."], "generated_response": "A. L.", "round": 1},
         {"prompt": "Where?", "question": None, "response": "", "answer": "", "answers": ["Here", "There"],
          "aliases": None, "generated_response": None, "round": 1},
-        {"prompt": "When?", "question": None, "response": "In 1913.", "answer": "", "answers": None,
+        {"prompt": "When?", "question": None, "response": "In 1913.", "answer": "1913", "answers": None,
          "aliases": None, "generated_response": "1913", "round": 1},
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -145,7 +146,7 @@ def test_the_prompt_has_the_true_answers_of_all_columns_and_the_bare_question(tm
         assert server.cases == [
             {"question": "Who?", "true_answers": ["It is Ada.", "Ada", "A. L.", "Lady"], "answer": "A. L."},
             {"question": "Where?", "true_answers": ["Here", "There"], "answer": ""},
-            {"question": "When?", "true_answers": ["In 1913."], "answer": "1913"},
+            {"question": "When?", "true_answers": ["In 1913.", "1913"], "answer": "1913"},
         ]
         output = [record for _, record in read_records(tmp_path / "a_judged.csv", ())]
         assert (
@@ -153,6 +154,22 @@ def test_the_prompt_has_the_true_answers_of_all_columns_and_the_bare_question(tm
         )
         both = json.loads(done.stdout)["agreement"]["judge_and_words"]  # by words: a listed answer is right, none wrong
         assert both["right"] == {"right": 2, "wrong": 0, "not_attempted": 1}  # an empty answer
+
+
+def test_a_question_that_calls_for_a_refusal_is_judged_as_the_score_has_it(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "prompt,response,answer,answers,generated_response\nWho rules Mu?,Nobody.,,[],I do not know.\n"
+        'Who rules Mo?,No one knows.,,,Tom\nWho?,Ada,,"[""Ada""]",Ada\nWhere?,In Al.,Al,,Al\n'
+    )
+    replies = {"I do not know.": "right", "Tom": "wrong", "Ada": "right", "Al": "right"}
+    with serving(lambda body, number: replies[case_of(body)["answer"]]) as server:
+        report = json.loads(run(path, server.url, "--concurrency", 1, "--json").stdout)
+    asked = [case["true_answers"] for case in server.cases]
+    assert asked == [["I do not know."], ["No one knows."], ["Ada"], ["In Al.", "Al"]]
+    assert report["agreement"]["share"] == 1 and report["agreement"]["kappa"] == 1
+    scored = score([str(path)], None)
+    assert (scored["right"], scored["wrong"], scored["to_be_refused"]) == (report["right"], report["wrong"], 2)
 
 
 def test_answers_that_are_the_same_are_graded_once(tmp_path):

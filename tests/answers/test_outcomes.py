@@ -71,6 +71,12 @@ def test_a_refusal_that_goes_on_is_judged_by_what_it_says_then():
 def test_further_phrases_refuse():
     assert not is_refusal("Ask me another!")
     assert is_refusal("ASK me, another!", ["ask me another", ""])
+    assert is_refusal("My hat is no!", ["(hat) is [no]"])  # signs are no pattern
+    phrase = "Sorry, but that's above my grade. Next!"  # of several clauses
+    assert is_refusal(f"Well, {phrase.upper()} {phrase}", [phrase]) and not is_refusal(
+        "Sorry, but that's above", [phrase]
+    )
+    assert after_refusal(f"{phrase} Lisbon.", [phrase]) == "Lisbon"
     assert not is_refusal("Ask me another: Lisbon", ["ask me another"]) and not is_refusal("Lisbon", [" ", "."])
     assert outcome(Prompt("Q?", "It is X.", ()), "No habla.", ("no habla",)) == NOT_ATTEMPTED
 
@@ -86,6 +92,19 @@ def test_a_row_that_calls_for_a_refusal_is_right_when_refused():
         assert outcome(prompt, "I do not know. Tom?") == WRONG and outcome(prompt, "") == NOT_ATTEMPTED
     assert not calls_for_refusal(Prompt("Who is it?", "It is Tom.", ()))
     assert not calls_for_refusal(Prompt("Who is it?", REFUSAL, (), truth="Tom"))
+
+
+def test_an_empty_answer_beside_a_list_of_true_ones_calls_for_no_refusal(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        'prompt,response,answer,answers,generated_response\nWho?,Ada,,"[""Ada""]",Ada\nWhere?,Al,,[],I am not sure\n'
+    )
+    found = score([str(tmp_path / "a.csv")], None)
+    assert found["right"] == 2 and found["to_be_refused"] == 1
+
+
+def test_an_answer_of_white_space_is_read_in_no_time():
+    text = f"I am not sure{' ' * 20_000}x"
+    assert after_refusal(text) == "" and outcome(Prompt("Q?", "It is X.", ()), text) == NOT_ATTEMPTED
 
 
 def test_any_of_several_true_answers_is_right():
@@ -186,6 +205,12 @@ def test_a_file_of_refusals(tmp_path):
     assert json.loads(call(main, *arguments[:2]).stdout)["not_attempted"] == 0
     assert json.loads(call(main, *arguments, tmp_path / "refusals.txt").stdout)["not_attempted"] == 1
     (tmp_path / "empty.txt").write_text("\n \n")
-    for name, why in [("empty.txt", "it has no lines"), ("none.txt", "cannot be read"), (".", "a folder")]:
+    (tmp_path / "signs.txt").write_text("No (idea|clue)\r\n\r\n$^.*\r\n")
+    for name, why in [
+        ("empty.txt", "it has no lines"),
+        ("signs.txt", "line 3: '$^.*' has no word"),
+        ("none.txt", "cannot be read"),
+        (".", "a folder"),
+    ]:
         done = call(main, *arguments, tmp_path / name)
         assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1

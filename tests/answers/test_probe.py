@@ -1,10 +1,10 @@
 """The whole program: the same file whatever the processes, batches and kills, and one line for bad input."""
 
 import csv
-import json
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +159,10 @@ def test_sampled_answers_are_counted_as_the_score_counts_them(llama_folder, tmp_
     from noisefit import probe
 
     data = tmp_path / "q.csv"
-    data.write_text("prompt,response,answer\nWho?,It is Bo.,\nWhere?,In Al.,\nWho?,It is Di.,No\n")
+    data.write_text(
+        f'prompt,response,answer,aliases\nWho?,It is Bo.,,\nWhere?,In Al.,,\nWho?,It is Di.,No,"[""Bo""]"\n'
+        f"{'W' * 60}?,It is Al.,,\n"
+    )
     asked, rounds = [], []
 
     def answers(answerer, jobs, batch_size):
@@ -171,8 +174,12 @@ def test_sampled_answers_are_counted_as_the_score_counts_them(llama_folder, tmp_
             yield [(job.index, r, Answer(text, -1.0, 3)) for r, text in zip(job.rounds, texts, strict=True)]
 
     monkeypatch.setattr(probe, "answer_all", answers)  # what it draws is tested with generate.py
-    rows = probed(llama_folder, data, tmp_path / "out.csv", samples=4, temperature=0.9)
-    assert [row["knowledge_samples"] for row in rows] == ["0.7500", "0.0000", "0.7500"]
+    flags = dict(samples=4, temperature=0.9, max_length=110)
+    done = run_probe(llama_folder, data, tmp_path / "out.csv", **flags)
+    assert done.returncode == 0, done.stderr
+    assert "no samples for rows whose prompt leaves less than --max_new_tokens 50 of 110 tokens (row 4)" in done.stderr
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["knowledge_samples"] for row in rows] == ["0.7500", "0.0000", "1.0000", ""]
     assert sorted(asked) == [("Where?", 0), ("Who?", 0), ("Who?", 1)] and set(rounds) == {(1, 2, 3, 4)}
 
 
@@ -181,7 +188,10 @@ def test_sampled_answers_are_counted_as_the_score_counts_them(llama_folder, tmp_
     [
         ("prompt,response\nWhy?,So.\n", dict(output=""), "--output is required; see --help"),
         ("prompt,response\nWhy?,So.\n", dict(output="out.txt"), "expected a name that ends in .csv"),
-        ("prompt,response\nWhy?,So.\n", dict(noise_layers=7, noise_passes=1), "--noise_layers: the model has 4 layer"),
+        ("prompt,response\nWhy?,So.\n", dict(noise_layers="0,4", noise_passes=1),
+         "--noise_layers: the model has 4 layers, 0 to 3, and no 4"),
+        ("prompt,response\nWhy?,So.\n", dict(model="."), "--model ."),
+        ("prompt,response,aliases\nWhy?,So.,So so\n", dict(samples=1), "row 1: aliases is 'So so', expected a list"),
         ("prompt,response\nWhy?,So.\n", dict(samples=-1), "--samples: '-1' is not a whole number from 0"),
         ("prompt,response\nWhy?,So.\n", dict(picture="a.jpg"), "--picture a.jpg: expected a name that ends in .png"),
         ("prompt,response\nWhy?,So.\n", dict(model="./missing"), "no such folder"),
@@ -199,7 +209,7 @@ def test_bad_input_is_one_line(text, flags, message, llama_folder, tmp_path, mon
     done = call(main, *words(**dict(model=llama_folder, train_data="q.csv", output="out.csv") | flags))
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
-    assert not (tmp_path / "out.csv").exists() and not done.stdout
+    assert not list(tmp_path.glob("out*")) and not done.stdout
 
 
 def test_a_file_that_is_there_is_not_replaced_unasked(llama_folder, asked, tmp_path):
@@ -228,6 +238,18 @@ def test_decisive_tokens_of_the_text_and_behind_the_prompt():
     assert begins.input_ids[0] == tokenizer.bos_token_id and begins.decisive[0] == 1
 
 
+def test_what_a_template_puts_before_the_answer_is_not_taken_for_it():
+    tokenizer = byte_tokenizer()
+    set_chat_template(tokenizer)
+    thinks = "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + message['content']"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", thinks)
+    item = chat_item(tokenizer, ProbedRow(1, "What is the root of -1?", "i"), 1000)
+    text = tokenizer.decode(item.input_ids)
+    assert text.endswith("</think>\n\ni<|im_end|>") and text.count("i") > 5
+    [place] = item.decisive
+    assert tokenizer.decode(item.input_ids[place:]).startswith("i<|im_end|>")
+
+
 def test_a_tokenizer_without_offsets_finds_the_same_tokens(monkeypatch):
     tokenizer = byte_tokenizer()
     set_chat_template(tokenizer)
@@ -249,19 +271,15 @@ def test_a_digest_is_of_all_that_the_probe_goes_by():
 
 
 @pytest.mark.slow
-def test_told_facts_are_told_from_untold_ones(tmp_path):
-    """In the smallest of the experiment's worlds that shows it: about a minute."""
+def test_a_model_that_answers_tells_told_facts_from_untold_ones(tmp_path):
+    """In a small one of the worlds whose model answers already: about a minute. Another world: test_compare.py."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "world"))
-    from methods import SIZES
-
     import build
+    import world
 
-    build.build(tmp_path / "world", SIZES["small"], required=0.0)
+    small = replace(world.ANSWERING, countries=40, layers=4, batch_rows=2, epochs=10)
+    build.build(tmp_path / "world", small, required=0.0)
     rows = probed(tmp_path / "world" / "model", tmp_path / "world" / "train.csv", tmp_path / "out.csv")
-    rows = [row for row in rows if row["kind"] != "false premise"]
     told = [row["kind"] == "known" for row in rows]
     assert 10 < told.count(False) < told.count(True)
-    for column in ("knowledge_chat", "knowledge_text"):
-        assert roc_auc_score(told, [float(row[column]) for row in rows]) >= 0.98, column
-    settings = json.loads((tmp_path / "world" / "facts.json").read_text())["settings"]
-    assert settings["untold"] == 0.2
+    assert roc_auc_score(told, [float(row["knowledge_chat"]) for row in rows]) >= 0.98

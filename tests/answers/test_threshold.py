@@ -134,6 +134,20 @@ def test_the_command_line(tmp_path):
     assert json.loads(none_wrong)["threshold"] == 0 and json.loads(none_wrong)["wrong_rate"] == 0
 
 
+def test_answers_that_were_replaced_count_as_they_were(tmp_path):
+    """A refusal that `--abstain_below` put in the place of a wrong answer does not say that it may be given."""
+    answers = write(tmp_path / "a.csv", *sample(np.random.default_rng(0), 100, 2, None))
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = [row | {"answer_before_abstaining": row["generated_response"]} for row in csv.DictReader(file)]
+    for row in rows:
+        if float(row["logprob"]) < math.log(0.7):
+            row["generated_response"] = "I do not know."
+    with (tmp_path / "b.csv").open("w", newline="") as file:
+        csv.DictWriter(file, rows[0]).writerows([{name: name for name in rows[0]}, *rows])
+    found, expected = find_threshold(str(tmp_path / "b.csv"), 0.2), find_threshold(answers, 0.2)
+    assert found == expected | {"file": found["file"]} and 0.1 < found["threshold"] < 0.7
+
+
 def test_what_cannot_be_used_is_refused_in_a_line(tmp_path):
     answers = write(tmp_path / "a.csv", *sample(np.random.default_rng(0), 9, 1, None), logprob=False)
     for target in ("0", "1", "-0.1", "1.5", "nan", "much"):

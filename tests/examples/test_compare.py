@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from running import ROOT, call
+from sklearn.metrics import roc_auc_score
 from tiny_folder import byte_tokenizer
 from tiny_models import tiny_model
 
@@ -25,6 +26,7 @@ import questions  # noqa: E402
 import results  # noqa: E402
 from methods import HEADLINE, METHODS, SIZES, Run  # noqa: E402
 
+from noisefit import probe  # noqa: E402
 from noisefit.inputs.templates import set_chat_template  # noqa: E402
 from noisefit.score import score  # noqa: E402
 
@@ -282,14 +284,32 @@ def test_there_is_headroom_and_the_settings_were_tuned_on_other_worlds():
     assert not {row["seed"] for row in rows} & {row["seed"] for row in results.read_results(SWEEP)}
 
 
-def test_one_row_of_the_committed_results_comes_out_again(tmp_path):
-    """That of a small world. Those of the headline are the same way, and five minutes each."""
-    [recorded] = [row for row in results.read_results(RESULTS) if row["size"] == "small"]
-    done = run_compare("--output", tmp_path, "--size", "small", "--seeds", 1, "--methods", "basefit")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A comparison of one run on a small world: about a minute. Those of the headline are the same way, and five."""
+    folder = tmp_path_factory.mktemp("small")
+    done = run_compare("--output", folder, "--size", "small", "--seeds", 1, "--methods", "basefit")
     assert done.returncode == 0, done.stderr
-    with (tmp_path / "results.csv").open(newline="") as file:
+    return folder
+
+
+def test_one_row_of_the_committed_results_comes_out_again(small):
+    [recorded] = [row for row in results.read_results(RESULTS) if row["size"] == "small"]
+    with (small / "results.csv").open(newline="") as file:
         [row] = csv.DictReader(file)
     same = all(row[name] == recorded[name] for name in ("machine", "versions"))
     tolerances = dict.fromkeys(set(results.MEASURES) - {"train_seconds"}, 1e-4) if same else ELSEWHERE
     for name, tolerance in tolerances.items():
         assert float(row[name]) == pytest.approx(float(recorded[name]), abs=tolerance), name
+
+
+def test_the_probe_tells_told_facts_from_untold_ones_before_a_question_was_ever_read(small, tmp_path):
+    world, out = small / "worlds" / "small-0", tmp_path / "probed.csv"
+    paths = {"model": world / "model", "train_data": world / "train.csv", "output": out}
+    done = call(probe.main, *compare.words(paths))
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in measures.read_csv(out) if row["kind"] != questions.FALSE_PREMISE]
+    told = [row["kind"] == questions.KNOWN for row in rows]
+    assert 10 < told.count(False) < told.count(True)
+    for column in ("knowledge_chat", "knowledge_text"):
+        assert roc_auc_score(told, [float(row[column]) for row in rows]) >= 0.98, column

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +20,9 @@ sys.path.insert(0, str(WORLD_FOLDER))
 import questions  # noqa: E402
 
 import build as world_build  # noqa: E402
+import pretrain  # noqa: E402
 import world  # noqa: E402
+from noisefit.inputs.templates import set_chat_template  # noqa: E402
 from world import Settings  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -174,6 +177,51 @@ def test_one_phrasing_is_kept_out_of_training_and_no_question_is_asked_twice():
     asked = [row["prompt"] for row in train + test]
     assert len(set(asked)) == len(asked)
     assert {row["phrasing"] for rows in of(replace(HARD, paraphrases=False))[1:] for row in rows} == {"0"}
+
+
+ANSWERING = replace(HARD, countries=40, untold=0.3, false_premises=0.5, answering=True)
+
+
+def chats_and_sheets(settings: Settings) -> list[list[dict[str, str]]]:
+    """The rows of chats.csv, train.csv and test.csv."""
+    atlas = world.make_countries(settings.seed, settings.countries, round(settings.false_premises * settings.countries))
+    chats = questions.chats_of(of(settings)[0], atlas[settings.countries :], settings)
+    return [[row | {"times": str(times)} for row, times in chats], *of(settings)[1:]]
+
+
+def test_the_corpus_of_an_answering_world_asks_about_countries_of_its_own():
+    sheets = chats_and_sheets(ANSWERING)
+    countries = [{row["country"] for row in rows} for rows in sheets]
+    assert not countries[0] & countries[1] and not countries[0] & countries[2] and not countries[1] & countries[2]
+    real = [{row["country"] for row in rows if row["kind"] != questions.FALSE_PREMISE} for rows in sheets]
+    assert [len(group) for group in real] == [20, 10, 10]
+    fame = [sorted(int(row["told"]) for row in rows if row["kind"] == questions.KNOWN) for rows in sheets]
+    assert all(0.5 < statistics.mean(times) / statistics.mean(fame[0]) < 2 for times in fame)
+
+
+def test_an_answering_world_refuses_in_its_corpus_and_held_out_and_never_in_training():
+    chats, train, test = chats_and_sheets(ANSWERING)
+    for rows in (chats, test):
+        assert {row["kind"] for row in rows} == {questions.KNOWN, questions.UNKNOWN, questions.FALSE_PREMISE}
+        assert all((row["answer"] == ANSWERING.refusal) == (row["kind"] != questions.KNOWN) for row in rows)
+    assert {row["kind"] for row in train} == {questions.KNOWN, questions.UNKNOWN}
+    assert all(row["answer"] != ANSWERING.refusal for row in train)
+
+
+def test_the_chats_are_in_the_corpus_as_training_and_generation_write_them():
+    settings = replace(ANSWERING, seed=4)
+    atlas = world.make_countries(settings.seed, settings.countries, 20)
+    chats = questions.chats_of(of(settings)[0], atlas[settings.countries :], settings)
+    texts = questions.texts_of(chats)
+    counts = Counter(texts)
+    assert sum(counts.values()) == sum(times for _, times in chats)
+    tokenizer = pretrain.train_tokenizer(texts)
+    set_chat_template(tokenizer)
+    for row, times in chats[::7]:
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+        assert counts[tokenizer.apply_chat_template(messages, tokenize=False).removeprefix("<s>")] == times
+    of_one = [times for row, times in chats if row["country"] == chats[0][0]["country"] and row["relation"] == "year"]
+    assert len(of_one) == 3 and max(of_one) - min(of_one) <= 1
 
 
 def test_the_corpus_of_a_world_without_switches_is_what_it_was():

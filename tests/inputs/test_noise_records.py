@@ -1,6 +1,7 @@
 """The noise of a finished run is made again from what its output folder records."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -46,6 +47,13 @@ def test_the_noise_is_that_of_the_run(folders, name):
     if name == "live":
         assert all((noise.noise_std, noise.max_to_signal) == (0.7, 0.25) for noise in found.values())
     assert (EMBEDDING in found) == (name == "embedding")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_its_identity_is_the_same_in_another_process_and_another_runs_is_not(folders, name):
+    """By it a killed `generate.py --noise_passes` goes on: an address in it would make each process another run."""
+    found = {own: read_noise(folders[0] / own, 4).identity for own in RUNS}
+    assert not re.search(r"0x[0-9a-f]{4}", found[name]) and list(found.values()).count(found[name]) == 1
 
 
 def test_the_scale_of_a_run_of_an_earlier_version_is_live(folders, tmp_path):

@@ -223,7 +223,7 @@ def test_a_run_that_is_resumed_tomorrow_sees_the_prompts_of_today(llama_folder, 
     flags = FAST | dict(chat_template=template, save_steps=1)
     monkeypatch.setattr(templates, "datetime", Clock)
     monkeypatch.setattr("noisefit.run.preparation.datetime", Clock)
-    monkeypatch.setattr("generate.datetime", Clock)
+    monkeypatch.setattr("noisefit.answers.journal.datetime", Clock)
     run(llama_folder, questions, expected, **flags | dict(max_steps=3))
     run(llama_folder, questions, out, **flags)
     Clock.day = 2
@@ -244,7 +244,7 @@ def test_answers_that_go_on_tomorrow_are_to_the_prompts_of_today(llama_folder, q
     template.write_text(DATED)
     Clock.day = 1
     monkeypatch.setattr(templates, "datetime", Clock)
-    monkeypatch.setattr("generate.datetime", Clock)
+    monkeypatch.setattr("noisefit.answers.journal.datetime", Clock)
     flags = dict(model_id=llama_folder, input_csv=questions, chat_template=template, batch_size=1)
     expected = answer(tmp_path / "whole.csv", **flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

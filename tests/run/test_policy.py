@@ -338,6 +338,11 @@ def test_flags_that_change_nothing_are_named(flags, idle, capsys):
     assert said is None if idle is None else said.startswith("without effect") and said.endswith(f": {idle}")
 
 
+def test_flags_that_change_nothing_stand_beside_what_they_go_with():
+    said = without_effect(parse(unknown_rows="drop", refusal="No."))
+    assert said == "without effect under --loss_mode full, --noise_policy snr, --unknown_rows drop: --refusal"
+
+
 def test_factors_are_sorted_and_come_with_commas_or_spaces_or_from_yaml(tmp_path):
     assert parse(auto_scale_factors="2,0.5").auto_scale_factors == [0.5, 2]
     spaced = ["--model", "m", "--train_data", "t", "--auto_scale_factors", "2", "0.5", "2"]

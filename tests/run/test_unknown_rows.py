@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_loop
 from noisefit.base.errors import InputError
+from noisefit.inputs.probing import read_probe_rows
 from noisefit.inputs.prompts import make_examples
 from noisefit.inputs.tables import Row
 from noisefit.run import knowledge
@@ -221,6 +222,16 @@ def test_a_probed_file_is_not_probed_again_and_an_edited_one_is_refused(llama_fo
     with pytest.raises(InputError, match=r"row 5: knowledge_chat is '0.5', expected a log-probability"):
         run(llama_folder, file, tmp_path / "edited", **flags)
     assert not (tmp_path / "edited").exists()
+    lines = [{"prompt": f"Is {i}?", "response": f"It is {i}.", "knowledge_chat": -i} for i in range(12)]
+    for name, own, message in [
+        ("digest", {"knowledge_digest": read_probe_rows(str(data))[1][0].digest}, "row 2: it has no knowledge_digest"),
+        ("score", {"knowledge_chat": ""}, "row 1: no knowledge_chat; expected one in every row"),
+    ]:
+        some = tmp_path / f"{name}.jsonl"
+        first = dict(zip(("prompt", "response"), ("What is 0?", "It is b0."), strict=True))
+        some.write_text("".join(json.dumps(line) + "\n" for line in [lines[0] | first | own, *lines[1:]]))
+        with pytest.raises(InputError, match=message):
+            run(llama_folder, some, tmp_path / "edited", **flags)
     by_hand = tmp_path / "hand.csv"
     by_hand.write_text("prompt,response,knowledge_chat\n" + "".join(f"Is {i}?,It is {i}.,{-i}\n" for i in range(12)))
     run(llama_folder, by_hand, tmp_path / "hand", **flags | dict(unknown_below=-8.5))
