@@ -75,8 +75,9 @@ def read_noise(folder: Path, num_layers: int) -> RecordedNoise:
     objective, scale = OBJECTIVES[mode], config["noise_scale"] or LIVE
     require(scale in NOISE_SCALES, where, f"noise_scale is {scale[:40]!r}, none of {', '.join(NOISE_SCALES)}")
     tokens = config["noise_tokens"] or ALL
-    require(tokens == ALL, where, f"its run had noise at the tokens of the {tokens[:40]} alone, and --noise_passes has "
-                                  "it at all; leave out --noise_passes")  # fmt: skip
+    knows = tokens == ALL or objective.noise != "layers"
+    require(knows, where, f"its run had noise at the tokens of the {tokens[:40]} alone, and --noise_passes has it at "
+                          "all; leave out --noise_passes")  # fmt: skip
     policy = NoisePolicy()
     if objective.noise == "layers":
         policy = _recorded_policy(folder, num_layers, config["noise_policy"] != "snr", scale)

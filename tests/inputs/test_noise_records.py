@@ -72,6 +72,7 @@ REFUSED = {
     "no policy": ("calibrated", "noise_policy.json", None, "noise_policy.json: no such file"),
     "no objective": ("live", "noisefit_config.json", dict(loss_mode="best"), "loss_mode is 'best', none of full, "),
     "no kind": ("live", "noisefit_config.json", dict(noise_scale="big"), "noise_scale is 'big', none of live"),
+    "of the prompt": ("live", "noisefit_config.json", dict(noise_tokens="prompt"), "at the tokens of the prompt alone"),
     "no strength": ("live", "noisefit_config.json", dict(noise_std=0.0), "had no noise, .* leave out --noise_passes"),
     "no alpha": ("embedding", "noisefit_config.json", dict(neftune_alpha=0.0), "neftune. had no noise"),
     "no scale": ("calibrated", "noise_policy.json", dict(selected=[1], scales=[0.0]), "had no noise"),

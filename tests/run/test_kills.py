@@ -18,6 +18,7 @@ import torch
 from running import MEASURED, PROCESSES, metrics_of, start, wait, wait_until
 from safetensors.torch import load_file
 
+from noisefit.method.teacher import MovingAverage
 from noisefit.run.checkpoint_files import find_checkpoint, list_checkpoints
 from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.file_record import RECORD
@@ -200,7 +201,7 @@ def tiny_run(out: Path, run: dict) -> Checkpoints:
     metrics = Metrics(accelerator, out, 4, Settings(model="m", train_data="t"))
     output = OutputFolder(out)
     parts = (accelerator, model, optimizer, schedule, metrics, byte_tokenizer())
-    return Checkpoints(output, 1, True, run, *parts)
+    return Checkpoints(output, 1, True, run, *parts, MovingAverage(model, 0.9))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
