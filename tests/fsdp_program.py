@@ -129,10 +129,11 @@ class ShardingAccelerator(Accelerator):
         return model, optimizer
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    """In a process that does nothing else: what accelerate takes for its own is replaced."""
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     torch.set_num_threads(1)
-    results, *flags = sys.argv[1:]
+    results, *flags = argv
     accelerator = Accelerator()
     content = json.dumps(compare(accelerator)) if results != "none" else None
     if accelerator.is_main_process and content is not None:
@@ -141,3 +142,7 @@ if __name__ == "__main__":
     if any(flag.startswith(("--noise_policy", "--noise_scale")) for flag in flags):
         torch.randn_like = torch.ones_like
     train_loop.train(parse_arguments(flags))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -82,17 +82,26 @@ def test_any_batch_size_gives_the_same_file(adapter, asked, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_file_of_one(adapter, asked, tmp_path):
+    expected, found = tmp_path / "1.csv", tmp_path / "2.csv"
+    answer(expected, model_path=adapter, input_csv=asked, noise_passes=2)
+    flags = words(model_path=adapter, input_csv=asked, output_csv=found, noise_passes=2, **FAST)
+    done = launch("generate.py", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "processes: 2" in done.stderr
+    assert found.read_bytes() == expected.read_bytes()
+    assert not found.with_name(found.name + ".partial").exists()
+
+
+@pytest.mark.slow
+def test_fewer_prompts_than_processes_give_the_file_of_one(adapter, tmp_path):
     one_prompt = tmp_path / "one.csv"
     one_prompt.write_text("prompt\nWhy?\n")
-    for name, file in [("all", asked), ("fewer prompts than processes", one_prompt)]:
-        expected, found = tmp_path / f"{name} 1.csv", tmp_path / f"{name} 2.csv"
-        answer(expected, model_path=adapter, input_csv=file, noise_passes=2)
-        flags = words(model_path=adapter, input_csv=file, output_csv=found, noise_passes=2, **FAST)
-        done = launch("generate.py", *flags, processes=2)
-        assert done.returncode == 0, done.stderr
-        assert "processes: 2" in done.stderr
-        assert found.read_bytes() == expected.read_bytes()
-        assert not found.with_name(found.name + ".partial").exists()
+    expected, found = tmp_path / "1.csv", tmp_path / "2.csv"
+    answer(expected, model_path=adapter, input_csv=one_prompt, noise_passes=2)
+    flags = dict(model_path=adapter, input_csv=one_prompt, noise_passes=2)
+    statuses, said = answer_all_of_it(found, 2, **flags, **FAST)
+    assert statuses == [0, 0] and "processes: 2" in said, said
+    assert found.read_bytes() == expected.read_bytes()
 
 
 def test_the_base_model_alone_and_a_whole_model(llama_folder, asked, tmp_path, monkeypatch):

@@ -111,16 +111,25 @@ def test_any_batch_size_gives_the_same_file(llama_folder, asked, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_file_of_one(llama_folder, asked, tmp_path):
+    expected, found = tmp_path / "1.csv", tmp_path / "2.csv"
+    probed(llama_folder, asked, expected, **OPTIONS)
+    flags = words(model=llama_folder, train_data=asked, output=found, **OPTIONS)
+    done = launch("-m", "noisefit.probe", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "processes: 2" in done.stderr and done.stdout.count("rows probed") == 1
+    assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.slow
+def test_fewer_rows_than_processes_give_the_file_of_one(llama_folder, tmp_path):
     one_row = tmp_path / "one.csv"
     one_row.write_text("prompt,response\nWhy?,By Bo.\n")
-    for name, file in [("all", asked), ("fewer rows than processes", one_row)]:
-        expected, found = tmp_path / f"{name} 1.csv", tmp_path / f"{name} 2.csv"
-        probed(llama_folder, file, expected, **OPTIONS)
-        flags = words(model=llama_folder, train_data=file, output=found, **OPTIONS)
-        done = launch("-m", "noisefit.probe", *flags, processes=2)
-        assert done.returncode == 0, done.stderr
-        assert "processes: 2" in done.stderr and done.stdout.count("rows probed") == 1
-        assert found.read_bytes() == expected.read_bytes()
+    expected, found, log = tmp_path / "1.csv", tmp_path / "2.csv", tmp_path / "log"
+    probed(llama_folder, one_row, expected, **OPTIONS)
+    flags = words(model=llama_folder, train_data=one_row, output=found, **OPTIONS)
+    assert wait(start_program(main, flags, log, processes=2)) == [0, 0], log.read_text()
+    assert "processes: 2" in log.read_text() and log.read_text().count("rows probed") == 1
+    assert found.read_bytes() == expected.read_bytes()
 
 
 def lines_in(folder: Path) -> int:

@@ -1,12 +1,16 @@
 """FSDP: sharding changes where the weights are, and nothing else. Two processes of a CPU stand for the GPUs."""
 
 import json
+import os
 from types import SimpleNamespace
 
+import fsdp_program
 import pytest
 import torch
+from accelerate.commands import launch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from running import MEASURED, ROOT, config_command, metrics_of, run, run_command, words
+from accelerate.utils.launch import prepare_multi_gpu_env
+from running import CONFIGS, MEASURED, ROOT, config_command, metrics_of, run, run_command, start_program, wait, words
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
@@ -34,19 +38,37 @@ def questions(folder):
     return path
 
 
-def train_sharded(results, model, data, output, **flags):
-    """`fsdp_program.py` on two processes."""
+def launch_sharded(results, model, data, output, **flags):
+    """`fsdp_program.py` on two processes, as a user launches a program."""
     flags = words(model=model, train_data=data, eval_data=data, output_model=output, **SETTINGS | flags)
     program = ["--num_processes", "2", "tests/fsdp_program.py", str(results), *flags]
     # Without a GPU in sight `fully_shard` takes the CPU.
     return run_command(config_command("fsdp.yaml", *program), PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
 
 
+def environment_of(configuration: str) -> dict[str, str]:
+    """What a launch with a file of configs/accelerate sets for its processes."""
+    words_of_launch = ["--config_file", str(CONFIGS / configuration), "--num_processes", "2", "program.py"]
+    arguments, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words_of_launch))
+    set_now = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in set_now.items() if os.environ.get(name) != value}
+
+
+def train_sharded(model, data, output, **flags):
+    """What the launch does after its first half minute of imports: two processes; what they said."""
+    flags = words(model=model, train_data=data, eval_data=data, output_model=output, **SETTINGS | flags)
+    log = output.with_name(output.name + ".log")
+    environment = environment_of("fsdp.yaml") | {"CUDA_VISIBLE_DEVICES": ""}
+    statuses = wait(start_program(fsdp_program.main, ["none", *flags], log, 2, environment))
+    assert statuses == [0, 0], log.read_text()
+    return log.read_text()
+
+
 @pytest.fixture(scope="module")
 def launched(folder, llama_folder, questions):
     """One launch for several tests, as most of its time goes into starting."""
     flags = dict(batch_size=2, save_steps=2)
-    return train_sharded(folder / "results.json", llama_folder, questions, folder / "two", **flags)
+    return launch_sharded(folder / "results.json", llama_folder, questions, folder / "two", **flags)
 
 
 def test_sharded_losses_and_gradients_are_the_plain_ones(launched, folder):
@@ -88,8 +110,7 @@ def test_the_loop_trains_sharded_as_it_does_on_one_process(launched, folder, lla
 def test_a_sharded_run_resumed_is_the_same_run(launched, folder, llama_folder, questions):
     assert launched.returncode == 0, launched.stderr
     flags = dict(batch_size=2, save_steps=2, resume_from_checkpoint=folder / "two" / "checkpoint-2")
-    done = train_sharded("none", llama_folder, questions, folder / "resumed", **flags)
-    assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
+    assert "going on from" in train_sharded(llama_folder, questions, folder / "resumed", **flags)
     two, resumed = (
         [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder / name)]
         for name in ("two", "resumed")
@@ -105,8 +126,7 @@ def test_a_sharded_run_calibrates_as_one_process_does(llama_folder, tmp_path, mo
     data = tmp_path / "alike.csv"
     data.write_text("prompt,response\n" + "What is one plus one?,It is two.\n" * 8)
     flags = dict(noise_policy="auto", max_steps=1)
-    done = train_sharded("none", llama_folder, data, tmp_path / "two", batch_size=2, **flags)
-    assert done.returncode == 0, done.stderr
+    train_sharded(llama_folder, data, tmp_path / "two", batch_size=2, **flags)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     run(llama_folder, data, tmp_path / "one", **SETTINGS | flags, batch_size=4)
     one, two = (json.loads((tmp_path / name / "noise_policy.json").read_text()) for name in ("one", "two"))
@@ -127,8 +147,7 @@ def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_pat
     data = tmp_path / "alike.csv"
     data.write_text("prompt,response\n" + "What is one plus one?,It is two.\n" * 8)
     flags |= dict(max_steps=3, teacher_gradient=True)
-    done = train_sharded("none", llama_folder, data, tmp_path / "two", batch_size=2, **flags)
-    assert done.returncode == 0, done.stderr
+    train_sharded(llama_folder, data, tmp_path / "two", batch_size=2, **flags)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
     run(llama_folder, data, tmp_path / "one", **SETTINGS | flags, batch_size=4)
     one, two = (json.loads((tmp_path / name / "layer_snr.json").read_text()) for name in ("one", "two"))
@@ -144,8 +163,7 @@ def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_pat
 def test_a_sharded_run_has_the_teacher_of_one_process(teacher, folder, llama_folder, questions):
     flags = dict(loss_mode="ce_teacher", teacher=teacher, teacher_decay=0.5, save_steps=2, temperature=2, epochs=2)
     out = folder / f"{teacher}-two"
-    done = train_sharded("none", llama_folder, questions, out, batch_size=2, **flags)
-    assert done.returncode == 0, done.stderr
+    train_sharded(llama_folder, questions, out, batch_size=2, **flags)
     expected = run(llama_folder, questions, folder / f"{teacher}-one", **SETTINGS | flags, batch_size=4)
     for line, one in zip(metrics_of(out), expected, strict=True):
         for name in ("loss", "ce_loss", "soft_loss", "grad_norm"):
@@ -158,8 +176,7 @@ def test_a_sharded_run_has_the_teacher_of_one_process(teacher, folder, llama_fol
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
     flags |= dict(batch_size=2, resume_from_checkpoint=out / "checkpoint-2")
-    done = train_sharded("none", llama_folder, questions, folder / "ema-resumed", **flags)
-    assert done.returncode == 0 and "going on from" in done.stderr, done.stderr
+    assert "going on from" in train_sharded(llama_folder, questions, folder / "ema-resumed", **flags)
     for name in ("adapter_model.safetensors", "teacher.safetensors"):
         again = folder / "ema-resumed" / "checkpoint-4" / name
         assert again.read_bytes() == (out / "checkpoint-4" / name).read_bytes(), name
