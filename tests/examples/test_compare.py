@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -275,16 +276,17 @@ def test_a_world_of_other_settings_is_not_used(tmp_path):
 
 RESULTS = ROOT / "docs" / "experiment" / "results.csv"
 SWEEP = ROOT / "docs" / "experiment" / "sweep.csv"
+ANSWERING = ROOT / "docs" / "experiment" / "answering.csv"
 # Another processor rounds the sums of a world's pretraining otherwise, which ends in another model of the same facts.
 # Measures of few questions may then differ by more than these.
 ELSEWHERE = {"hallucination_rate": 0.15, "train_accuracy": 0.15}
 
 
-@pytest.mark.parametrize("path", [RESULTS, SWEEP], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [RESULTS, SWEEP, ANSWERING], ids=lambda path: path.name)
 def test_every_row_was_made_with_the_flags_that_its_method_has_now(path):
     for row in results.read_results(path):
         run = Run(row["size"], int(row["seed"]), row["method"])
-        assert row["flags"] == " ".join(compare.words(run.flags))
+        assert row["flags"] == shlex.join(compare.words(run.flags))
         assert row["machine"] and row["versions"] and row["command"].startswith("compare.py ")
         for name in results.MEASURES:
             assert not float(row[name]) < 0 or name == "invented_rate"  # not measured in earlier runs: not a number
@@ -300,6 +302,25 @@ def test_there_is_headroom_and_the_settings_were_tuned_on_other_worlds():
     plain = [float(row["hallucination_rate"]) for row in rows if row["method"] == "basefit"]
     assert 0.15 < sum(plain) / len(plain) < 0.40
     assert not {row["seed"] for row in rows} & {row["seed"] for row in results.read_results(SWEEP)}
+
+
+def test_the_answering_worlds_pass_their_controls():
+    """Unknown answers that are learnt by heart cost told facts, and fine-tuning without refusals wipes refusing out."""
+    rows = {(row["seed"], row["method"]): row for row in results.read_results(ANSWERING)}
+    seeds = {seed for seed, _ in rows}
+    assert len(seeds) >= 2
+    for seed in seeds:
+
+        def wrong(method: str, seed: str = seed) -> float:
+            return float(rows[seed, method]["hallucination_rate"])
+
+        by_share = [wrong(f"basefit:unknown_share={share}:epochs=20") for share in (0, 0.1, 0.2, 0.5)]
+        assert by_share == sorted(by_share) and by_share[-1] > by_share[0] + 0.2
+        assert wrong("basefit:told_only:epochs=20") < 0.5 * wrong("basefit:epochs=20")
+        assert (
+            float(rows[seed, "before"]["refused_unknown"]) > 0.3
+            and float(rows[seed, "basefit"]["refused_unknown"]) == 0
+        )
 
 
 @pytest.fixture(scope="module")
