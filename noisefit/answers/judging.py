@@ -15,7 +15,7 @@ from typing import Any
 
 from noisefit.answers.outcomes import OUTCOMES as GRADES
 from noisefit.answers.outcomes import calls_for_refusal, outcome
-from noisefit.answers.reading import ALIASES, NEEDED, texts_cell
+from noisefit.answers.reading import ALIASES, NEEDED, is_unanswerable, texts_cell
 from noisefit.answers.refusals import is_refusal
 from noisefit.answers.scoring import Prompt
 from noisefit.base.errors import InputError
@@ -109,8 +109,7 @@ def read_cases(path: str) -> list[Answer]:
         true_answers = tuple(dict.fromkeys(text for text in (response, truth, *listed) if text))
         if not prompt or not true_answers:
             raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
-        # As `read_answers` has it: an answer that is there and empty says that nobody knows.
-        empty = record.get("answer") is not None and not truth and not listed
+        empty = is_unanswerable(record, truth, listed)
         asked = Prompt(
             question or prompt, true_answers[0], (), truth or None, aliases=tuple(listed), unanswerable=empty
         )

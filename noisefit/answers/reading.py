@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,7 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
         for column, value in facts.items():
             if entry["facts"][column] != value:
                 raise InputError(f"{path}: rows {entry['row']} and {row} give one prompt two values of {column!r}")
-        listed = facts["answers"] or facts["aliases"]
-        entry["empty"] |= record.get("answer") is not None and not facts["answer"] and not listed
+        entry["empty"] |= is_unanswerable(record, facts["answer"], facts["answers"] or facts["aliases"])
         answer = BEFORE_ABSTAINING if before_abstaining and BEFORE_ABSTAINING in record else NEEDED[2]
         entry["answers"].append(text_cell(path, row, answer, record.get(answer)))
         logprob = _logprob(path, row, record.get(LOGPROB))
@@ -79,6 +79,11 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
         for prompt, entry in found.items()
         for facts in [entry["facts"]]
     ]  # fmt: skip
+
+
+def is_unanswerable(record: Mapping[str, Any], answer: Collection[str], listed: Collection[str]) -> bool:
+    """Whether the column `answer` is there and empty, with no list of true answers beside it: a refusal is right."""
+    return record.get("answer") is not None and not answer and not listed
 
 
 def read_phrases(path: str | None) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ from noisefit.run.preparation import Prepared
 from noisefit.run.processes import on_any_process, progress_bar
 from noisefit.run.weights import write_tensors
 
-ABOUT = "about.json"
+ABOUT, PARTS = "about.json", "parts"
 PART_ROWS = 1024  # rows a file: what the main process holds of all others' at a time
 OF_THE_PREDICTIONS = ("quantization", "temperature", "cache_teacher")  # settings that change them
 
@@ -67,7 +68,8 @@ def with_predictions(prepared: Prepared, output: OutputFolder, teacher: Teacher,
             _compute(prepared, rows, teacher, strategy, staged)
             if staged is not None:
                 with writing(folder):
-                    (staged / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                    text = json.dumps({PARTS: math.ceil(len(rows) / PART_ROWS)} | about, indent=2)
+                    (staged / ABOUT).write_text(text + "\n", encoding="utf-8")
                     sync_folder(staged)
                     output.place_folder(staged, CACHE)
         accelerator.wait_for_everyone()
@@ -96,7 +98,7 @@ def _compute(
             everyones = gather_object(mine)
             if staged is not None:
                 with writing(staged):
-                    write_tensors(staged / f"part-{number:05}.safetensors", _as_tensors(everyones))
+                    write_tensors(staged / _part(number), _as_tensors(everyones))
             progress.update(len(part))
 
 
@@ -111,16 +113,22 @@ def _read(folder: Path, about: Mapping[str, str]) -> dict[bytes, TopK]:
     """The predictions of a row by its digest; none where the cache is of another model, or cannot be read."""
     found: dict[bytes, TopK] = {}
     try:
-        if json.loads((folder / ABOUT).read_text(encoding="utf-8")) != about:
+        recorded = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        parts = recorded.pop(PARTS)
+        if recorded != about:
             return {}
-        for path in sorted(folder.glob("part-*.safetensors")):
-            tensors = load_file(path)  # mapped into memory: a row is read when it is needed
+        for number in range(parts):  # whatever else lies there is not this program's
+            tensors = load_file(folder / _part(number))  # mapped into memory: a row is read when it is needed
             top = TopK(tensors["tokens"], tensors["log_probs"]).split(tensors["counts"].tolist())
             found |= zip([bytes(digest) for digest in tensors["digests"].tolist()], top, strict=True)
-    except (OSError, ValueError, KeyError, RuntimeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         notice(f"{folder} is not used: {' '.join(str(error).split())[:200]}")
         return {}
     return found
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05}.safetensors"
 
 
 def _digest(example: Example) -> bytes:

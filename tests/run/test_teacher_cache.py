@@ -116,6 +116,12 @@ def cut(out, data, model):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def add_a_part(out, data, model):
+    """Of the same rows, with other predictions: it is no file of the run's."""
+    tensors = load_file(out / "teacher_cache" / "part-00000.safetensors")
+    save_file(tensors | {"log_probs": tensors["log_probs"] * 2}, out / "teacher_cache" / "part-00001.safetensors")
+
+
 def other_weights(out, data, model):
     path = model / "model.safetensors"
     tensors = load_file(path)
@@ -123,7 +129,7 @@ def other_weights(out, data, model):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("change", [edit_rows, damage, cut, other_weights])
+@pytest.mark.parametrize("change", [edit_rows, damage, cut, add_a_part, other_weights])
 def test_predictions_of_something_else_are_not_used(change, cached, llama_folder, data, tmp_path):
     out, model = shutil.copytree(cached, tmp_path / "out"), shutil.copytree(llama_folder, tmp_path / "model")
     rows = tmp_path / "q.csv"
@@ -134,7 +140,7 @@ def test_predictions_of_something_else_are_not_used(change, cached, llama_folder
     fresh = run(model, rows, tmp_path / "fresh", **FAST, cache_teacher=WHOLE)
     assert losses(lines) == losses(fresh)
     now = (out / "teacher_cache" / "part-00000.safetensors").read_bytes()
-    assert (now == before) == (change in (damage, cut))
+    assert (now == before) == (change in (damage, cut, add_a_part))
 
 
 def test_two_processes_make_the_cache_of_one(llama_folder, tmp_path):
