@@ -35,13 +35,13 @@ sys.path.insert(0, str(ROOT))
 
 from noisefit.base.command_line import OneLineParser  # noqa: E402
 from noisefit.base.errors import InputError, notice, one_line_errors  # noqa: E402
-from noisefit.base.files import alone_in  # noqa: E402
+from noisefit.base.files import alone_in, read_text  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 
 # Each run in a process of its own, forked from one that has imported everything.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["compare", "runs", "train_loop", "generate", "measures", "pretrain", "peft"])
+PROCESSES.set_forkserver_preload(["compare", "runs", "rows", "train_loop", "generate", "measures", "pretrain", "peft"])
 
 
 # --- What runs in a process of its own -------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def compare(options: argparse.Namespace, command: str) -> bool:
     """Makes the runs that are missing; returns whether all could be made."""
     folder, path = options.output, options.results or options.output / "results.csv"
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    methods = list(dict.fromkeys(m for name in options.methods for m in GROUPS.get(name, [name])))
+    methods = named_methods(options.methods)
     wanted = [Run(options.size, seed, method) for seed in seeds for method in methods]
     check_flags(wanted)
     with ExitStack() as locks:
@@ -175,13 +175,32 @@ def compare(options: argparse.Namespace, command: str) -> bool:
     return made == len(missing)
 
 
+def named_methods(names: Sequence[str]) -> list[str]:
+    """The methods that names, groups and `@FILE` stand for, each once.
+
+    Raises:
+        InputError: a file is no JSON object whose values are methods or lists of them.
+    """
+    found: list[str] = []
+    for name in names:
+        if not name.startswith("@"):
+            found += GROUPS.get(name, [name])
+            continue
+        try:
+            chosen = json.loads(read_text(Path(name[1:])))
+            found += [m for value in chosen.values() for m in ([value] if isinstance(value, str) else value)]
+        except (ValueError, AttributeError, TypeError):
+            raise InputError(f"{name[1:]}: expected a JSON object of names and methods, or lists of methods") from None
+    return list(dict.fromkeys(found))
+
+
 def check_flags(runs: Iterable[Run]) -> None:
     """Raise `InputError` for a method that is none, or whose flags train_loop.py would refuse."""
     from noisefit.run.settings import parse_arguments
 
     for run in runs:
         try:
-            flags, _ = run.flags, run.unknown_share
+            flags, _ = run.flags, run.own
         except ValueError as error:
             raise InputError(f"--methods: {error}") from None
         parse_arguments(words({"model": "model", "train_data": "train.csv"} | flags))
@@ -202,8 +221,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--methods", nargs="+", default=["headline"], metavar="METHOD",
         help="names, groups (headline, ablations, all), or a name with other flags of train_loop.py, such as "
-        "snr_largest:noise_std=1:num_noise_layers=2, or with other rows: basefit:unknown_share=0.2, basefit:told_only "
-        "(default: headline)",
+        "snr_largest:noise_std=1:num_noise_layers=2, or with other rows: basefit:unknown_share=0.2, basefit:told_only; "
+        "@FILE: those of a JSON file, such as docs/experiment/chosen.json (default: headline)",
     )  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--jobs", type=integer("a number", 1, 256), default=cores, help="runs side by side (default: a core each)")

@@ -12,7 +12,9 @@ COMMON = {
     "gradient_accumulation_steps": "1",
 }  # fmt: skip
 
-OWN = ("told_only", "unknown_share")  # not flags of train_loop.py: which rows it is given
+# Not flags of train_loop.py: which rows it is given; see rows.py.
+OWN = ("told_only", "unknown_share", "doubted", "own_answers")
+DOUBTED = -0.5  # the score between the rows that are doubted and those that are not
 OF_SIZE = {"answering": {"learning_rate": "1e-3"}}
 # The headline: NoiseFiT with its published settings, and what it is compared with.
 HEADLINE = {
@@ -30,9 +32,14 @@ ABLATIONS = {
     "ce_noisy": {"loss_mode": "ce_noisy"},
     "consistency_only": {"loss_mode": "consistency_only"},
 }
+# An adapter on the later half of six layers alone.
+MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+           "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+LATE = ",".join(f"{layer}.{module}" for layer in (3, 4, 5) for module in MODULES)
+PLAINER = {"basefit_late": {"loss_mode": "basefit", "target_modules": LATE}}
 # The model as it was: what such a step changes is lost in rounding.
 BEFORE = {"before": {"loss_mode": "basefit", "learning_rate": "1e-30", "max_steps": "1"}}
-METHODS = HEADLINE | ABLATIONS | BEFORE
+METHODS = HEADLINE | ABLATIONS | PLAINER | BEFORE
 GROUPS = {"headline": list(HEADLINE), "ablations": list(ABLATIONS), "all": [*HEADLINE, *ABLATIONS]}
 
 # The switches that make a model hallucinate, so that plain fine-tuning has something to be better than.
@@ -53,7 +60,9 @@ class Run:
     size: str
     seed: int
     # A name of METHODS, then any flags of train_loop.py (`snr_largest:noise_std=1:num_noise_layers=2`), and of the
-    # experiment's own: `told_only` trains without the rows on untold facts, `unknown_share=0.2` with so many of them.
+    # experiment's own: `told_only` trains without the rows on untold facts, `unknown_share=0.2` with so many of them;
+    # with `doubted=0.2` the unknown rows of --unknown_rows are so many, on which noisy passes of the base model
+    # disagree most; with `own_answers` those that it does not know have its own answer as the response.
     method: str
 
     @property
@@ -72,27 +81,33 @@ class Run:
         if name not in METHODS:
             raise ValueError(f"{name!r} is no method; there are {', '.join([*METHODS, *GROUPS])}")
         changes = {flag: value for flag, value in self._changes().items() if flag not in OWN}
-        return {**COMMON, **OF_SIZE.get(self.size, {}), **METHODS[name], **changes}
+        doubted = {"unknown_below": str(DOUBTED)} if "doubted" in self.own else {}
+        return {**COMMON, **OF_SIZE.get(self.size, {}), **METHODS[name], **doubted, **changes}
+
+    @property
+    def own(self) -> dict[str, str | bool]:
+        """What the method says of its rows.
+
+        Raises:
+            ValueError: it is not as `OWN` has it.
+        """
+        own = {flag: value for flag, value in self._changes().items() if flag in OWN}
+        for flag, value in own.items():
+            if len(own) > 1 or (value is not True if flag in ("told_only", "own_answers") else not _is_share(value)):
+                raise ValueError(f"{self.method!r}: expected one of told_only, own_answers, unknown_share from 0 to "
+                                 "0.5, and doubted from 0 to 0.5")  # fmt: skip
+        return own
 
     @property
     def unknown_share(self) -> float | None:
-        """Of the training's facts, the share that the corpus never tells; `None` for all rows of the world.
-
-        Raises:
-            ValueError: it is none from 0 to 0.5.
-        """
-        own = {flag: value for flag, value in self._changes().items() if flag in OWN}
-        if not own:
-            return None
-        share = 0.0 if "told_only" in own else float(own["unknown_share"])
-        if len(own) > 1 or not 0 <= share <= 0.5 or own.get("told_only", True) is not True:
-            raise ValueError(f"{self.method!r}: expected either told_only or unknown_share from 0 to 0.5")
-        return share
+        """Of the training's facts, the share that the corpus never tells; `None` for that of the world."""
+        share = 0.0 if self.all_told else self.own.get("unknown_share")
+        return None if share is None else float(share)
 
     @property
     def all_told(self) -> bool:
         """Whether all rows on told facts are trained on, and not as few as with any `unknown_share`."""
-        return "told_only" in self._changes()
+        return "told_only" in self.own
 
     def _changes(self) -> dict[str, str | bool]:
         changes: dict[str, str | bool] = {}
@@ -106,6 +121,10 @@ class Run:
     @property
     def world_name(self) -> str:
         return f"{self.size}-{self.seed}"
+
+
+def _is_share(value: str | bool) -> bool:
+    return value is not True and 0 <= float(value) <= 0.5
 
 
 def describe_world(settings: Settings) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from methods import Run
-from questions import with_unknown_share
 
 import build
 
@@ -48,17 +47,14 @@ def train(run: Run, folder: Path) -> dict[str, float | str]:
         layers are at the end than at the start, and `noise_layers`.
     """
     import torch
-    from measures import read_csv
+    from rows import training_rows
 
     import train_loop
     from noisefit.run.settings import parse_arguments
 
     world, adapter = folder / "worlds" / run.world_name, run_folder(run, folder) / "adapter"
-    train_data, share = world / "train.csv", run.unknown_share
-    if share is not None:
-        train_data = run_folder(run, folder) / "train.csv"
-        build.write_questions(train_data, with_unknown_share(read_csv(world / "train.csv"), share, run.all_told))
-    paths = {"model": world / "model", "train_data": train_data, "output_model": adapter}
+    rows = training_rows(run, world, run_folder(run, folder))
+    paths = {"model": world / "model", "train_data": rows, "output_model": adapter}
     once = {"save_steps": 0, "overwrite_output": True, "seed": run.seed}
     settings = parse_arguments(words(once | run.flags | paths))
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -79,7 +75,7 @@ def train(run: Run, folder: Path) -> dict[str, float | str]:
 def ask(run: Run, folder: Path) -> dict[str, float | str]:
     """Lets the trained model answer, and measures the answers: see measures.py."""
     import measures
-    from accelerate.state import AcceleratorState, GradientState
+    from rows import new_process_state
 
     import generate
     from noisefit.answers.settings import parse_arguments
@@ -89,8 +85,7 @@ def ask(run: Run, folder: Path) -> dict[str, float | str]:
     sheets = {"likeliest": ("test", {"greedy": True, "rounds": 1}), "drawn": ("test", {"rounds": 5}),
               "trained": ("train", {"greedy": True, "rounds": 1})}  # fmt: skip
     for name, (questions, how) in sheets.items():
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        new_process_state()
         paths = {"input_csv": world / f"{questions}.csv", "output_csv": here / f"{name}.csv"}
         settings = parse_arguments(words(common | how | paths))
         generate.generate(settings)

@@ -25,9 +25,11 @@ import compare  # noqa: E402
 import measures  # noqa: E402
 import questions  # noqa: E402
 import results  # noqa: E402
-from methods import BEFORE, HEADLINE, METHODS, SIZES, Run  # noqa: E402
+import rows as own_rows  # noqa: E402
+from methods import ABLATIONS, HEADLINE, METHODS, SIZES, Run  # noqa: E402
 
 from noisefit import probe  # noqa: E402
+from noisefit.base.errors import InputError  # noqa: E402
 from noisefit.inputs.templates import set_chat_template  # noqa: E402
 from noisefit.score import score  # noqa: E402
 
@@ -136,6 +138,28 @@ def test_a_method_may_be_given_other_rows():
     assert questions.with_unknown_share(rows, 0, all_told=True) == [row for row in rows if row["kind"] == "known"]
 
 
+def test_rows_that_noise_casts_doubt_on_and_rows_with_the_models_own_answers():
+    assert Run("tiny", 0, "basefit:doubted=0.25:unknown_rows=drop").flags["unknown_below"] == "-0.5"
+    rows = [{"response": f"It is {n}."} for n in range(40)]
+    scores = [{"knowledge_disagreement": f"{n / 100}", "knowledge_chat": "-5" if n % 4 == 0 else f"{-n / 400}"}
+              for n in range(40)]  # fmt: skip
+    chosen = [float(row["knowledge_chat"]) for row in own_rows.doubted(rows, scores, 0.25)]
+    assert all((score < -0.5) == (n >= 30) for n, score in enumerate(chosen))
+
+    answers = [{"generated_response": " It is not known." if n else " "} for n in range(40)]
+    found = own_rows.with_own_answers(rows, scores, answers)
+    assert [row["response"] == "It is not known." for row in found] == [n % 4 == 0 and n > 0 for n in range(40)]
+    assert found[0] == rows[0]  # it answers nothing at all
+    with pytest.raises(InputError, match="does not part"):
+        own_rows.with_own_answers(rows, [{"knowledge_chat": "-1"}] * 40, answers)
+
+
+def test_methods_come_from_a_file_as_well(tmp_path):
+    path = tmp_path / "chosen.json"
+    path.write_text('{"plain": "basefit", "some noise": ["snr_largest:noise_std=0.2", "basefit"]}')
+    assert compare.named_methods(["before", f"@{path}"]) == ["before", "basefit", "snr_largest:noise_std=0.2"]
+
+
 def test_sizes_have_every_switch_on():
     for settings in SIZES.values():
         assert settings.zipf and settings.untold and settings.false_premises and settings.paraphrases
@@ -150,6 +174,8 @@ def run_compare(*arguments: object) -> subprocess.CompletedProcess[str]:
     [
         (["basefit", "magic"], "'magic' is no method; there are basefit, "),
         (["basefit:unknown_share=0.9"], "unknown_share from 0 to 0.5"),
+        (["basefit:told_only:doubted=0.1"], "expected one of told_only"),
+        ([f"@{WORLD_FOLDER / 'methods.py'}"], "methods.py: expected a JSON object"),
         (["basefit:unknown_share=much"], "could not convert string to float"),
         (["snr_largest:=3"], "neither FLAG=VALUE nor FLAG"),
         (["snr_largest:noise_std=loud"], "noise_std"),
@@ -294,7 +320,7 @@ def test_every_row_was_made_with_the_flags_that_its_method_has_now(path):
 
 def test_the_headline_has_ten_seeds_and_every_method_has_rows():
     seeds = Counter(row["method"] for row in results.read_results(RESULTS) if row["size"] == "standard")
-    assert all(seeds[method] >= 10 for method in HEADLINE) and set(METHODS) - set(BEFORE) <= set(seeds)
+    assert all(seeds[method] >= 10 for method in HEADLINE) and {*HEADLINE, *ABLATIONS} <= set(seeds)
 
 
 def test_there_is_headroom_and_the_settings_were_tuned_on_other_worlds():
