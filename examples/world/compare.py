@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -161,7 +162,8 @@ def compare(options: argparse.Namespace, command: str) -> bool:
                 notice(f"world {at}")
             logs = {run: run_folder(run, folder) / "log.txt" for run in missing if run.world_name in built}
             made = 0
-            for run, at in side_by_side(pool, train_and_ask, logs, folder):
+            whole = partial(train_and_ask, brief=options.brief)
+            for run, at in side_by_side(pool, whole, logs, folder):
                 measured = json.loads((run_folder(run, folder) / "measures.json").read_text())
                 key = dict(zip(KEY, (run.size, run.seed, run.method), strict=True))
                 rows.append(key | measured | origin | {"flags": shlex.join(words(run.flags))})
@@ -225,6 +227,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "@FILE: those of a JSON file, such as docs/experiment/chosen.json (default: headline)",
     )  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--brief", action="store_true", help="ask the held-out questions once and nothing else: for tuning")
     add("--jobs", type=integer("a number", 1, 256), default=cores, help="runs side by side (default: a core each)")
     return parser.parse_args(arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -117,16 +118,16 @@ def answer_probabilities(
 
 
 def measure(
-    world: Path, likeliest: Path, drawn: Path, trained: Path, settings: AnswerSettings
+    world: Path, settings: AnswerSettings, likeliest: Path, drawn: Path | None = None, trained: Path | None = None
 ) -> dict[str, float | str]:
-    """Every measure of a run.
+    """Every measure of a run; what a file is missing for is not a number.
 
     Args:
         world: the folder of the world.
+        settings: of generate.py, which name the model.
         likeliest: the model's likeliest answers to test.csv, as generate.py writes them.
         drawn: answers to it drawn at random, of several rounds.
         trained: the likeliest answers to train.csv.
-        settings: of generate.py, which name the model.
 
     Returns:
         What `hallucinations` and `calibration` say of the likeliest answers, the latter of those to the questions of
@@ -149,10 +150,13 @@ def measure(
     curve = wrong_by_right(attempts(rows))
     measured["best_right_minus_wrong"] = best_right_minus_wrong(curve, len(rows))
     measured |= {"asked": len(rows), "wrong_by_right": " ".join(map(str, curve))}
-    consistency = [score_prompt(prompt)["self_consistency"] for _, prompt in questions_with_answers(read_csv(drawn))]
-    measured["self_consistency"] = float(np.mean(consistency))
-    scored = [(row["kind"], score_prompt(prompt)["contains_truth"])
-              for row, prompt in questions_with_answers(read_csv(trained))]  # fmt: skip
-    for name, kind in (("train_accuracy", KNOWN), ("train_untold_accuracy", UNKNOWN)):
-        measured[name] = float(np.mean([share for other, share in scored if other == kind]))
+    measured |= dict.fromkeys(("self_consistency", "train_accuracy", "train_untold_accuracy"), math.nan)
+    if drawn:
+        asked = questions_with_answers(read_csv(drawn))
+        measured["self_consistency"] = float(np.mean([score_prompt(prompt)["self_consistency"] for _, prompt in asked]))
+    if trained:
+        scored = [(row["kind"], score_prompt(prompt)["contains_truth"])
+                  for row, prompt in questions_with_answers(read_csv(trained))]  # fmt: skip
+        for name, kind in (("train_accuracy", KNOWN), ("train_untold_accuracy", UNKNOWN)):
+            measured[name] = float(np.mean([share for other, share in scored if other == kind]))
     return measured

@@ -72,8 +72,9 @@ def train(run: Run, folder: Path) -> dict[str, float | str]:
     }
 
 
-def ask(run: Run, folder: Path) -> dict[str, float | str]:
-    """Lets the trained model answer, and measures the answers: see measures.py."""
+def ask(run: Run, folder: Path, brief: bool) -> dict[str, float | str]:
+    """Lets the trained model answer, and measures the answers: see measures.py; `brief`: without those drawn at random
+    and those to the training's questions."""
     import measures
     from rows import new_process_state
 
@@ -84,15 +85,16 @@ def ask(run: Run, folder: Path) -> dict[str, float | str]:
     common = {"model_path": here / "adapter", "repetition_penalty": 1.0, "overwrite_output": True}
     sheets = {"likeliest": ("test", {"greedy": True, "rounds": 1}), "drawn": ("test", {"rounds": 5}),
               "trained": ("train", {"greedy": True, "rounds": 1})}  # fmt: skip
+    sheets = {"likeliest": sheets["likeliest"]} if brief else sheets
     for name, (questions, how) in sheets.items():
         new_process_state()
         paths = {"input_csv": world / f"{questions}.csv", "output_csv": here / f"{name}.csv"}
         settings = parse_arguments(words(common | how | paths))
         generate.generate(settings)
-    return measures.measure(world, *(here / f"{name}.csv" for name in sheets), settings)
+    return measures.measure(world, settings, **{name: here / f"{name}.csv" for name in sheets})
 
 
-def train_and_ask(run: Run, folder: Path) -> None:
+def train_and_ask(run: Run, folder: Path, brief: bool = False) -> None:
     """A whole run; what came of it goes to `measures.json`."""
-    result = train(run, folder) | ask(run, folder)
+    result = train(run, folder) | ask(run, folder, brief)
     (run_folder(run, folder) / "measures.json").write_text(json.dumps(result))
