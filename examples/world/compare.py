@@ -227,7 +227,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "@FILE: those of a JSON file, such as docs/experiment/chosen.json (default: headline)",
     )  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--brief", action="store_true", help="ask the held-out questions once and nothing else: for tuning")
+    add(
+        "--brief",
+        action="store_true",
+        help="ask the held-out questions once and nothing else, for tuning; "
+        "what needs more is not a number in those rows",
+    )
     add("--jobs", type=integer("a number", 1, 256), default=cores, help="runs side by side (default: a core each)")
     return parser.parse_args(arguments)
 

@@ -283,10 +283,13 @@ def test_two_comparisons_do_not_write_one_file(tmp_path):
 
 def test_a_run_that_fails_is_named_and_the_others_have_their_row(tmp_path):
     methods = ["basefit:epochs=1", "snr_largest:num_noise_layers=9"]
-    done = run_compare("--output", tmp_path, "--size", "tiny", "--seeds", 1, "--methods", *methods)
+    done = run_compare("--output", tmp_path, "--size", "tiny", "--seeds", 1, "--brief", "--methods", *methods)
     assert done.returncode == 1
     assert "snr_largest:num_noise_layers=9: status 2: compare.py: error: --num_noise_layers 9" in done.stderr
-    assert list(rows_of(tmp_path / "results.csv")) == [("0", "basefit:epochs=1")]
+    [(run, row)] = rows_of(tmp_path / "results.csv").items()
+    assert run == ("0", "basefit:epochs=1")
+    asked = {name: not math.isnan(float(row[name])) for name in ("wrong_rate", "self_consistency", "train_accuracy")}
+    assert asked == {"wrong_rate": True, "self_consistency": False, "train_accuracy": False}  # --brief
 
 
 def test_a_world_of_other_settings_is_not_used(tmp_path):
@@ -301,6 +304,7 @@ def test_a_world_of_other_settings_is_not_used(tmp_path):
 # --- The committed results: consistent with this program, and one of their rows made again ----------------------------
 
 RESULTS = ROOT / "docs" / "experiment" / "results.csv"
+TUNING = ROOT / "docs" / "experiment" / "tuning.csv"
 SWEEP = ROOT / "docs" / "experiment" / "sweep.csv"
 ANSWERING = ROOT / "docs" / "experiment" / "answering.csv"
 # Another processor rounds the sums of a world's pretraining otherwise, which ends in another model of the same facts.
@@ -308,7 +312,7 @@ ANSWERING = ROOT / "docs" / "experiment" / "answering.csv"
 ELSEWHERE = {"hallucination_rate": 0.15, "train_accuracy": 0.15}
 
 
-@pytest.mark.parametrize("path", [RESULTS, SWEEP, ANSWERING], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [RESULTS, SWEEP, ANSWERING, TUNING], ids=lambda path: path.name)
 def test_every_row_was_made_with_the_flags_that_its_method_has_now(path):
     for row in results.read_results(path):
         run = Run(row["size"], int(row["seed"]), row["method"])
