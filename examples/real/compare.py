@@ -104,7 +104,8 @@ class Comparison:
         rows = [row | {"part": name} for name, part in parts.items() for row in part]
         replace_text(table, as_csv(rows).decode())
         if not probed.exists():
-            own = {"model": options.model, "train_data": table, "output": probed, "overwrite_output": True}  # its picture
+            # What is overwritten is a picture that was left.
+            own = {"model": options.model, "train_data": table, "output": probed, "overwrite_output": True}
             words = as_words(own | self._for_all | {"dtype": DTYPES[options.mixed_precision][0]})
             notice(f"probing {len(rows):,} rows")
             if failed := self.apart("the probe", self.folder / "probe.log", probe, words):
