@@ -230,6 +230,27 @@ def test_flops_are_those_that_torch_counts(llama_folder):
     assert told["full"].flops - told["none"].flops == 3 * both and told["full"].forward_passes == 3
 
 
+def test_what_answers_are_worth_worked_out_by_hand(tmp_path):
+    said = [  # known or not, the answer, its log-probability
+        ("known", "It is Ada.", -0.1), ("known", "A. Lovelace", -0.3), ("known", "It is Bob.", -0.2),
+        ("unknown", "It is Bob.", -1.0), ("unknown", "I do not know.", -0.5), ("unknown", "No idea at all", -0.6),
+    ]  # fmt: skip
+    with (tmp_path / "answers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "response", "answer", "answers", "known", "generated_response", "round", "logprob"])
+        for number, (known, text, logprob) in enumerate(said):
+            writer.writerow([f"Who was {number}?", "Ada", "Ada", '["Ada", "A. Lovelace"]', known, text, 1, logprob])
+    found = steps.measure(tmp_path / "answers.csv", "No idea at all")
+    rates = {"right_rate": 2 / 6, "wrong_rate": 2 / 6, "refused_rate": 2 / 6, "known_right_rate": 2 / 3,
+             "known_wrong_rate": 1 / 3, "known_refused_rate": 0, "unknown_right_rate": 0, "unknown_wrong_rate": 1 / 3,
+             "unknown_refused_rate": 2 / 3}  # fmt: skip
+    assert {name: found[name] for name in rates} == pytest.approx(rates)
+    assert (found["asked"], found["asked_known"], found["asked_unknown"]) == (6, 3, 3)
+    # Sure of Ada, then Bob, wrong, then Lovelace, then Bob, wrong.
+    assert found["wrong_by_right"] == "0 1 2" and found["auroc"] == pytest.approx(3 / 4)
+    assert found["best_right_minus_wrong"] == pytest.approx(1 / 6)
+
+
 def test_the_page_compares_seed_by_seed():
     def row(method: str, seed: int, right: float) -> dict[str, object]:
         found = dict.fromkeys(page.FIELDS, 0.0) | {"method": method, "seed": seed, "asked": 10, "flags": ""}
