@@ -34,6 +34,7 @@ PLAIN = "{%- for message in messages -%}{{- message['content'] -}}{%- endfor -%}
 TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA, "plain": PLAIN}
 BOS = "{{- bos_token -}}"
 DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+DATE_TEST = re.compile(r"strftime_now\s+is\s+(not\s+)?defined")  # Llama 3's asks whether there is such a thing
 
 
 def check_chat_template(name: str | None) -> None:
@@ -96,6 +97,7 @@ def _with_date(template: str, today: str | None) -> str:
     """The template with the date in place of each `strftime_now("...")`, which transformers gives to templates."""
     now = datetime.now() if today is None else datetime.fromisoformat(today)
     dated = DATE_CALL.sub(lambda call: json.dumps(now.strftime(call[1][1:-1])), template)
+    dated = DATE_TEST.sub(lambda test: "false" if test[1] else "true", dated)
     if "strftime_now" in dated:
         raise InputError("the chat template asks for the date in a way that cannot be kept for the run; write it as "
                          "strftime_now('%d %b %Y'), with the format as text")  # fmt: skip

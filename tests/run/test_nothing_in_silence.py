@@ -258,6 +258,17 @@ def interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_template_may_ask_whether_there_is_a_date_as_that_of_llama_3_does():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- else %}{%- set day = '?' %}"
+        "{%- endif %}{%- if strftime_now is not defined %}{{- 'no date' -}}{%- endif %}{{- 'Today Date: ' + day -}}"
+    ) + CHATML
+    set_chat_template(tokenizer, None, "2031-05-01")
+    assert templates.prompt_text(tokenizer, "Why?").startswith("Today Date: 01 May 2031<|im_start|>user")
+    assert not templates.asks_for_date(tokenizer)
+
+
 # --- Paths and names --------------------------------------------------------------------------------------------------
 
 
