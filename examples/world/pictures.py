@@ -1,96 +1,54 @@
 """Draws the results of compare.py: PNGs with a dot for each seed, and means with their 95% intervals.
 
     python examples/world/pictures.py build/compare/results.csv --output build/compare --sweep build/sweep/results.csv
+    python examples/world/pictures.py docs/experiment/answering.csv --size answering --only unknown_share --output build
 
 The intervals of differences are simultaneous over the methods of a picture. The same results give the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
+from answering_pictures import draw_risk_coverage, draw_unknown_share, read_curves, risk_lines, unknown_share_lines
+from drawing import (
+    SEEDS,
+    WIDTH,
+    Styles,
+    draw_differences,
+    draw_rows,
+    in_style,
+    look,
+    row_figure,
+    styles_of,
+    write_figures,
+)
 from matplotlib.figure import Figure
-from methods import HEADLINE
+from paired import AT_MATCHED, MEAN, PRIMARY, RATE, pairs, read_runs, summarise
 from results import BANDS
-from summary import MEAN, RATE, SIMULTANEOUS, choose_methods, make_parser, pairs, read_runs, summarise
+from summary import choose_runs, make_parser
 
 from noisefit.base.errors import InputError, one_line_errors
-from noisefit.base.files import writing
 from noisefit.base.settings import default_text, fields_of
 from noisefit.run.settings import Settings
 
-WIDTH, DPI = 9, 150  # inches; shown at 900 pixels, 11 points are 15 pixels
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "figure.constrained_layout.use": True, "legend.frameon": False,
-}  # fmt: skip
-# Okabe and Ito's colours, which colour-blind readers tell apart; shapes tell them apart in grey.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999")
-MARKERS = "osD^vPX*"
-SEEDS = {"s": 14, "alpha": 0.4, "linewidths": 0}
+# What is drawn of worlds whose primary figure this is, where `--only` does not say it.
+USUAL = {
+    RATE: ("differences", "fame", "refusals", "calibration_consistency"),
+    AT_MATCHED: ("matched", "risk_coverage_answering"),
+}
+BOTH = {"calibration_error": ("calibration error\n(less is better)", 1),
+        "self_consistency": ("self-consistency, points\n(more is better)", 100)}  # fmt: skip
+PICTURES = (*USUAL[RATE], *USUAL[AT_MATCHED], "unknown_share")
 DEFAULTS = {field.name: default_text(field) for field in fields_of(Settings)}
-ABLATION = "#777777"
 
 
-def look(index: int) -> dict[str, str]:
-    """The colour and shape of the line of this number."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-
-
-def draw_rows(axes: Axes, rows: Mapping[str, tuple[Iterable[float], Sequence[float]]]) -> None:
-    """Draws a row for each method: a dot for each seed, the mean, and the interval where there is one.
-
-    Args:
-        axes: whose horizontal axis has the values.
-        rows: for each method its values and (mean, low, high), in percent or as they are.
-    """
-    for place, (name, (values, (mean, low, high))) in enumerate(rows.items()):
-        style = look(list(HEADLINE).index(name)) if name in HEADLINE else {"color": ABLATION, "marker": "o"}
-        values = list(values)
-        spread = place + np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [place] * len(values)
-        axes.scatter(values, spread, color=style["color"], **SEEDS)
-        if np.isfinite(low):
-            axes.plot([low, high], [place, place], color=style["color"], linewidth=2.2, solid_capstyle="butt")
-        axes.plot(mean, place, **style, markersize=7)
-    axes.set_yticks(range(len(rows)), [name.replace(":", "\n") for name in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="0.9", linewidth=0.8)
-
-
-def row_figure(panels: int, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A figure of panels side by side with the same rows, high enough for the methods' names."""
-    lines = max(1.8, *(name.count(":") + 1.4 for name in names))  # of every row, as they are equally high
-    figure = Figure(figsize=(WIDTH, 1.4 + 0.2 * lines * len(names)))
-    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
-
-
-def draw_differences(
-    runs: pd.DataFrame, summary: pd.DataFrame, against: str, measures: Mapping[str, tuple[str, float]]
-) -> Figure:
-    """Each method's difference to another on the same seed, with simultaneous intervals; a panel for each measure.
-
-    Args:
-        runs, summary: as from `read_runs` and `summarise`.
-        against: the other method.
-        measures: for each, the label of its axis, and the factor from its unit to the label's.
-    """
-    names = [name for name in summary.loc[RATE].index if name != against]
-    figure, panels = row_figure(len(measures), names)
-    for axes, (measure, (label, factor)) in zip(panels, measures.items(), strict=True):
-        interval = factor * summary.loc[measure, list(SIMULTANEOUS)].astype(float)
-        draw_rows(axes, {name: (factor * pairs(runs, name, against, measure), interval.loc[name]) for name in names})
-        axes.axvline(0, color="black", linewidth=1)
-        axes.set_xlabel(label)
-    return figure
-
-
-def draw_refusals(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+def draw_refusals(runs: pd.DataFrame, summary: pd.DataFrame, styles: Styles) -> Figure:
     """The share of questions that each method refuses, by whether there was something to know."""
     names = list(summary.loc[RATE].index)
     figure, panels = row_figure(3, names)
@@ -98,7 +56,8 @@ def draw_refusals(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
              "refused_false_premise": "no such country\n(more is better)"}  # fmt: skip
     for axes, (measure, title) in zip(panels, kinds.items(), strict=True):
         interval = 100 * summary.loc[measure, list(MEAN)].astype(float)
-        draw_rows(axes, {name: (100 * runs[measure][name].dropna(), interval.loc[name]) for name in names})
+        rows = {name: (100 * runs[measure][name].dropna(), interval.loc[name]) for name in names}
+        draw_rows(axes, rows, styles)
         axes.set_title(title)
         axes.set_xlabel("refused, %")
         axes.set_xlim(left=min(0, axes.get_xlim()[0]))
@@ -106,13 +65,13 @@ def draw_refusals(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_fame(runs: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """The hallucination rate by how often the corpus told the fact; a line for each headline method."""
+def draw_fame(runs: pd.DataFrame, summary: pd.DataFrame, styles: Styles) -> Figure:
+    """The hallucination rate by how often the corpus told the fact; a line for each method with a style."""
     figure = Figure(figsize=(WIDTH, 5))
     axes = figure.subplots()
-    names = [name for name in summary.loc[RATE].index if name in HEADLINE]
+    names = [name for name in summary.loc[RATE].index if name in styles]
     for index, name in enumerate(names):
-        style, shift = look(list(HEADLINE).index(name)), 0.06 * (index - (len(names) - 1) / 2)
+        style, shift = styles[name], 0.06 * (index - (len(names) - 1) / 2)
         places = np.arange(len(BANDS)) + shift
         mean, low, high = (100 * np.array([summary.loc[(f"{RATE}_{band}", name), column] for band in BANDS])
                            for column in MEAN)  # fmt: skip
@@ -188,38 +147,54 @@ def draw_sweep(runs: pd.DataFrame, against: str) -> Figure:
     return figure
 
 
+def draw_compared(names: Sequence[str], options: argparse.Namespace, primary: str) -> dict[str, Figure]:
+    """The pictures of these names, and of a sweep if there is one; those that compare methods, that is.
+
+    Raises:
+        InputError: the results cannot be compared.
+    """
+    runs, chosen, against = choose_runs(options, options.against)
+    summary = summarise(runs, list(chosen), against, primary)
+    styles = styles_of(list(chosen), options.labels is not None)
+    differences = partial(draw_differences, runs, summary, against, styles=styles)
+    seeds = f"against {against} on the same seed, points; dots are seeds"
+    drawn: dict[str, Callable[[], Figure]] = {
+        "differences": lambda: differences({RATE: (f"hallucination rate {seeds}", 100)}),
+        "fame": lambda: draw_fame(runs, summary, styles),
+        "refusals": lambda: draw_refusals(runs, summary, styles),
+        "calibration_consistency": lambda: differences(BOTH),
+        "matched": lambda: differences({AT_MATCHED: (f"wrong at matched right {seeds}", 100)}),
+        "risk_coverage_answering": lambda: draw_risk_coverage(
+            *risk_lines(read_curves(options.results, options.size), chosen), styles
+        ),
+    }
+    figures = {name: drawn[name]() for name in names}
+    if "calibration_consistency" in figures:
+        figures["calibration_consistency"].suptitle(f"Against {against} on the same seed; dots are seeds")
+    if options.sweep:
+        sweep, method = read_runs(options.sweep, options.size), chosen[against]
+        if method not in sweep.index:
+            sweep = pd.concat([sweep, runs.loc[[against]].rename(index={against: method})])
+        figures["sweep"] = draw_sweep(sweep, method)
+    return figures
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; raises InputError for results that cannot be drawn."""
     parser = make_parser("pictures.py", "Draws the results of compare.py.")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the PNGs")
-    parser.add_argument("--sweep", type=Path, metavar="CSV", help="results of a sweep, for sweep.png")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the PNGs")
+    add("--only", nargs="+", choices=PICTURES, help="what to draw (default: by the primary figure)")
+    add("--sweep", type=Path, metavar="CSV", help="results of a sweep, for sweep.png")
     options = parser.parse_args(arguments)
-    runs, against = read_runs(options.results, options.size), options.against
-    summary = summarise(runs, choose_methods(runs, options.methods, against), against)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        rate = {RATE: (f"hallucination rate against {against} on the same seed, points; dots are seeds", 100)}
-        both = {"calibration_error": ("calibration error\n(less is better)", 1),
-                "self_consistency": ("self-consistency, points\n(more is better)", 100)}  # fmt: skip
-        figures = {
-            "differences": draw_differences(runs, summary, against, rate),
-            "fame": draw_fame(runs, summary),
-            "refusals": draw_refusals(runs, summary),
-            "calibration_consistency": draw_differences(runs, summary, against, both),
-        }
-        figures["calibration_consistency"].suptitle(f"Against {against} on the same seed; dots are seeds")
-        if options.sweep:
-            sweep = read_runs(options.sweep, options.size)
-            if against not in sweep.index:
-                sweep = pd.concat([sweep, runs.loc[[against]]])
-            figures["sweep"] = draw_sweep(sweep, against)
-        with writing(options.output):
-            options.output.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            path = options.output / f"{name}.png"
-            with writing(path):
-                figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})  # None: no version
+    primary = options.primary or PRIMARY[options.size]
+    names = options.only or USUAL[primary]
+    compared = [name for name in names if name != "unknown_share"]
+    with in_style():
+        figures = draw_compared(compared, options, primary) if compared or options.sweep else {}
+        if "unknown_share" in names:
+            figures["unknown_share"] = draw_unknown_share(unknown_share_lines(read_runs(options.results, options.size)))
+        write_figures(figures, options.output)
 
 
 if __name__ == "__main__":

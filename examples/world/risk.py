@@ -66,13 +66,18 @@ def matched(curve: Sequence[int], asked: int, wanted: float) -> tuple[float, flo
         `wrong_at_matched_right` and the shortfall in it, both shares of `asked`. Where the method has fewer right
         answers than wanted, all its wrong ones count, and the right ones that are missing.
     """
-    needed = int(np.ceil(wanted - 1e-9))
+    needed = reached(wanted)
     if needed == 0:
         return 0.0, 0.0
     right = len(curve) - 1
     short = max(0, needed - right)
     wrong = curve[-1] if short else curve[needed - 1]
     return (wrong + short) / asked, short / asked
+
+
+def reached(wanted: float) -> int:
+    """The least number of right answers that is no less than wanted."""
+    return int(np.ceil(wanted - 1e-9))
 
 
 def best_right_minus_wrong(curve: Sequence[int], asked: int) -> float:

@@ -15,6 +15,7 @@ from running import ROOT, call
 WORLD_FOLDER = ROOT / "examples" / "world"
 sys.path.insert(0, str(WORLD_FOLDER))
 
+import paired  # noqa: E402
 import pictures  # noqa: E402
 import results  # noqa: E402
 import summary  # noqa: E402
@@ -55,9 +56,9 @@ def test_the_interval_of_ten_values_by_students_table():
     values = [0.31, 0.29, 0.35, 0.30, 0.28, 0.33, 0.36, 0.27, 0.32, 0.30]
     mean = math.fsum(values) / 10
     half = 2.262157 * math.sqrt(math.fsum((v - mean) ** 2 for v in values) / 9 / 10)
-    assert summary.t_interval(values) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
+    assert paired.t_interval(values) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
     wider = 3.249836 * half / 2.262157  # 99%
-    assert summary.t_interval(values, 0.99)[2] == pytest.approx(mean + wider, rel=1e-6)
+    assert paired.t_interval(values, 0.99)[2] == pytest.approx(mean + wider, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 5, 10])
@@ -66,26 +67,26 @@ def test_the_sign_flip_test_counts_every_pattern_of_signs(count):
     patterns = list(itertools.product((-1, 1), repeat=count))
     observed = abs(differences.sum())
     as_large = sum(abs(np.dot(signs, differences)) >= observed - 1e-12 for signs in patterns)
-    assert summary.sign_flip_p(differences) == pytest.approx(as_large / len(patterns))
+    assert paired.sign_flip_p(differences) == pytest.approx(as_large / len(patterns))
 
 
 def test_ties_and_no_difference_are_no_evidence():
-    assert summary.sign_flip_p([0.0, 0.0, 0.0]) == 1
-    assert summary.sign_flip_p([0.1, -0.1]) == 1
+    assert paired.sign_flip_p([0.0, 0.0, 0.0]) == 1
+    assert paired.sign_flip_p([0.1, -0.1]) == 1
     # 0.1 + 0.2 is not 0.3 in floating point, and yet these patterns tie.
-    assert summary.sign_flip_p([0.1, 0.2, -0.3]) == 1
-    assert summary.sign_flip_p([0.1] * 10) == 2 / 2**10
+    assert paired.sign_flip_p([0.1, 0.2, -0.3]) == 1
+    assert paired.sign_flip_p([0.1] * 10) == 2 / 2**10
 
 
 def test_many_pairs_are_sampled_and_the_p_value_is_never_nought():
-    p = summary.sign_flip_p([0.1] * 40)
-    assert 0 < p < 1e-3 and p == summary.sign_flip_p([0.1] * 40)
+    p = paired.sign_flip_p([0.1] * 40)
+    assert 0 < p < 1e-3 and p == paired.sign_flip_p([0.1] * 40)
 
 
 def test_holm_on_a_worked_example():
     # 4 x 0.005, 3 x 0.01, 2 x 0.03, 1 x 0.04 raised to what stands before it
-    assert summary.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert summary.holm([0.9, 0.8]) == [1, 1]
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert paired.holm([0.9, 0.8]) == [1, 1]
 
 
 # --- From the file to the figures -------------------------------------------------------------------------------------
@@ -173,6 +174,12 @@ def test_results_that_cannot_be_compared_are_one_line(tmp_path, runs, flags, sai
         assert done.returncode == 2 and said in done.stderr
         assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
         assert not (tmp_path / "out").exists()
+
+
+def test_the_tables_of_the_page_are_what_the_program_prints():
+    page = (ROOT / "docs" / "experiment.md").read_text().partition("<!-- tables -->")[2]
+    done = program("summary.py", ROOT / "docs" / "experiment" / "results.csv", "--markdown")
+    assert done.stdout.strip() == page.partition("<!-- end of tables -->")[0].strip()
 
 
 # --- The pictures ----------------------------------------------------------------------------------------------------
