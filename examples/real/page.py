@@ -17,7 +17,8 @@ from comparison import BEFORE, METHODS, PLAIN
 from risk import MATCHED, matched
 
 try:
-    from summary import holm, print_table, sign_flip_p, t_interval
+    from paired import holm, sign_flip_p, t_interval
+    from summary_tables import print_table
 except ModuleNotFoundError as error:  # told now, and not after hours of training
     print(f"compare.py: error: {error.name} is not installed; pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)

@@ -25,6 +25,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from chosen import read_chosen
 from methods import GROUPS, SIZES, Run
 from results import KEY, read_results, write_results
 from runs import build_world, run_folder, train_and_ask, words
@@ -36,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from noisefit.base.command_line import OneLineParser  # noqa: E402
 from noisefit.base.errors import InputError, notice, one_line_errors  # noqa: E402
-from noisefit.base.files import alone_in, read_text  # noqa: E402
+from noisefit.base.files import alone_in  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 
@@ -178,21 +179,9 @@ def compare(options: argparse.Namespace, command: str) -> bool:
 
 
 def named_methods(names: Sequence[str]) -> list[str]:
-    """The methods that names, groups and `@FILE` stand for, each once.
-
-    Raises:
-        InputError: a file is no JSON object whose values are methods or lists of them.
-    """
-    found: list[str] = []
-    for name in names:
-        if not name.startswith("@"):
-            found += GROUPS.get(name, [name])
-            continue
-        try:
-            chosen = json.loads(read_text(Path(name[1:])))
-            found += [m for value in chosen.values() for m in ([value] if isinstance(value, str) else value)]
-        except (ValueError, AttributeError, TypeError):
-            raise InputError(f"{name[1:]}: expected a JSON object of names and methods, or lists of methods") from None
+    """The methods that names, groups and `@FILE`, as chosen.py has it, stand for, each once."""
+    found = [method for name in names for method in
+             (read_chosen(Path(name[1:])).values() if name.startswith("@") else GROUPS.get(name, [name]))]  # fmt: skip
     return list(dict.fromkeys(found))
 
 
@@ -224,7 +213,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--methods", nargs="+", default=["headline"], metavar="METHOD",
         help="names, groups (headline, ablations, all), or a name with other flags of train_loop.py, such as "
         "snr_largest:noise_std=1:num_noise_layers=2, or with other rows: basefit:unknown_share=0.2, basefit:told_only; "
-        "@FILE: those of a JSON file, such as docs/experiment/chosen.json (default: headline)",
+        "@FILE: those of such a file as docs/experiment/chosen.json (default: headline)",
     )  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add(

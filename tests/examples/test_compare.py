@@ -156,8 +156,12 @@ def test_rows_that_noise_casts_doubt_on_and_rows_with_the_models_own_answers():
 
 def test_methods_come_from_a_file_as_well(tmp_path):
     path = tmp_path / "chosen.json"
-    path.write_text('{"plain": "basefit", "some noise": ["snr_largest:noise_std=0.2", "basefit"]}')
-    assert compare.named_methods(["before", f"@{path}"]) == ["before", "basefit", "snr_largest:noise_std=0.2"]
+    path.write_text('{"plain": "basefit", "some noise": "snr_largest:noise_std=0.2"}')
+    assert compare.named_methods(["before", f"@{path}", "basefit"]) == [
+        "before",
+        "basefit",
+        "snr_largest:noise_std=0.2",
+    ]
 
 
 def test_sizes_have_every_switch_on():
@@ -175,7 +179,7 @@ def run_compare(*arguments: object) -> subprocess.CompletedProcess[str]:
         (["basefit", "magic"], "'magic' is no method; there are basefit, "),
         (["basefit:unknown_share=0.9"], "unknown_share from 0 to 0.5"),
         (["basefit:told_only:doubted=0.1"], "expected one of told_only"),
-        ([f"@{WORLD_FOLDER / 'methods.py'}"], "methods.py: expected a JSON object"),
+        ([f"@{WORLD_FOLDER / 'methods.py'}"], "methods.py: not JSON"),
         (["basefit:unknown_share=much"], "could not convert string to float"),
         (["snr_largest:=3"], "neither FLAG=VALUE nor FLAG"),
         (["snr_largest:noise_std=loud"], "noise_std"),
