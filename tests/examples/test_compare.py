@@ -22,6 +22,7 @@ WORLD_FOLDER = ROOT / "examples" / "world"
 sys.path.insert(0, str(WORLD_FOLDER))
 
 import compare  # noqa: E402
+import curves  # noqa: E402
 import measures  # noqa: E402
 import questions  # noqa: E402
 import results  # noqa: E402
@@ -262,6 +263,16 @@ def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_pa
     done = run_compare("--output", killed, *flags)
     assert done.returncode == 0 and "2 runs, of which 2 have their row" in done.stderr
     assert (killed / "results.csv").stat().st_mtime_ns == stamp
+
+    # What training logged, for a page.
+    collect = [whole, "--size", "tiny", "--methods", *methods, "--output", tmp_path / "curves.csv", "--seeds"]
+    done = call(curves.main, *collect, 7)
+    assert done.returncode == 0, done.stderr
+    logged = measures.read_csv(tmp_path / "curves.csv")
+    last = [row for row in logged if row["method"] == "auto:epochs=1"][-1]
+    assert float(last["noise_to_signal"]) > 0 and last["hidden_rms"] and last["soft_loss"]
+    done = call(curves.main, *collect, 8)
+    assert done.returncode == 2 and "on seed 8 was not run" in done.stderr
 
     # The rate is that of noisefit.score for the same questions.
     answers = whole / "runs" / "tiny-7" / "basefit,epochs=1" / "likeliest.csv"

@@ -177,7 +177,7 @@ def test_results_that_cannot_be_compared_are_one_line(tmp_path, runs, flags, sai
 
 
 def test_the_tables_of_the_page_are_what_the_program_prints():
-    page = (ROOT / "docs" / "experiment.md").read_text().partition("<!-- tables -->")[2]
+    page = (ROOT / "docs" / "first_world.md").read_text().partition("<!-- tables -->")[2]
     done = program("summary.py", ROOT / "docs" / "experiment" / "results.csv", "--markdown")
     assert done.stdout.strip() == page.partition("<!-- end of tables -->")[0].strip()
 
