@@ -1,6 +1,7 @@
 """The experiment: what a run is measured by, and a comparison that goes on where it stopped."""
 
 import csv
+import json
 import math
 import os
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -307,12 +309,17 @@ def test_a_run_that_fails_is_named_and_the_others_have_their_row(tmp_path):
     assert asked == {"wrong_rate": True, "self_consistency": False, "train_accuracy": False}  # --brief
 
 
-def test_a_world_of_other_settings_is_not_used(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"seed": 0, "countries": 10}, "it was built with other settings"),
+     (asdict(SIZES["tiny"]), "an earlier version of build.py made it")],
+)  # fmt: skip
+def test_a_world_of_other_settings_or_an_earlier_version_is_not_used(tmp_path, settings, said):
     world = tmp_path / "worlds" / "tiny-0"
     world.mkdir(parents=True)
-    (world / "facts.json").write_text('{"settings": {"seed": 0, "countries": 10}}')
+    (world / "facts.json").write_text(json.dumps({"settings": settings}))
     done = run_compare("--output", tmp_path, "--size", "tiny", "--seeds", 1, "--methods", "basefit")
-    assert done.returncode == 1 and "it was built with other settings" in done.stderr
+    assert done.returncode == 1 and said in done.stderr
     assert rows_of(tmp_path / "results.csv") == {}
 
 
