@@ -202,3 +202,26 @@ def test_the_second_worlds_pictures_are_drawn_and_the_same_results_give_the_same
         assert file.read_bytes() == (second / file.name).read_bytes() and file.stat().st_size > 10_000
     done = call(pictures.main, path, "--size", "answering", "--only", "unknown_share", "--output", first)
     assert done.returncode == 2 and "there are no runs of basefit:unknown_share=" in done.stderr
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+EXPERIMENT = ROOT / "docs" / "experiment"
+PAGE = (ROOT / "docs" / "experiment.md").read_text()
+
+
+def test_the_page_says_what_the_tuning_found_and_the_best_settings_went_on():
+    runs = paired.read_runs(EXPERIMENT / "tuning.csv", "answering")
+    means = 100 * runs[["wrong_at_matched_right", "wrong_rate"]].groupby(level="method").mean()
+    chosen = read_chosen(EXPERIMENT / "chosen.json").values()
+    settings: dict[str, list[str]] = {}
+    for label, method in read_chosen(EXPERIMENT / "tuning.json").items():
+        assert sorted(runs.loc[method].index) == [100, 101, 102, 103]
+        settings.setdefault(label.partition(": ")[0], []).append(method)
+        cell = f"{label.partition(': ')[2]}: {means.loc[method].iloc[0]:.1f} ({means.loc[method].iloc[1]:.0f})"
+        assert cell in PAGE, cell
+    best = {family: min(methods, key=lambda m: (round(means.loc[m].iloc[0], 3), means.loc[m].iloc[1]))
+            for family, methods in settings.items()}  # fmt: skip
+    for family, methods in settings.items():
+        went_on = set(methods) & set(chosen)
+        assert went_on <= {best[family]} or family == "as published"
