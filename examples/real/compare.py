@@ -36,13 +36,15 @@ from noisefit.inputs.probing import CHAT, read_probe_rows, read_scores
 from noisefit.inputs.tables import as_csv
 
 RESULTS, RECORD, PROBED = "results.csv", "experiment.json", "probed.csv"
+MADE = ("questions.csv", PROBED, "train.csv", "test.csv", "runs", RESULTS, "page.md", TEMPLATE)
 
 
 def check_folder(options: argparse.Namespace, plan: Plan) -> list[dict[str, str]]:
     """The rows of the results that are there. Writes nothing.
 
     Raises:
-        InputError: the folder is another comparison's, or a run has a row that was made with other flags.
+        InputError: the folder is another comparison's, has somebody's files under names that are this program's, or a
+            run has a row that was made with other flags.
     """
     folder, record = options.output, options.output / RECORD
     if folder.exists() and not folder.is_dir():
@@ -56,6 +58,9 @@ def check_folder(options: argparse.Namespace, plan: Plan) -> list[dict[str, str]
         if different:
             was = ", ".join(f"{name} {str(before[name])[:60]} (now {str(plan.fixed[name])[:60]})" for name in different)
             raise InputError(f"{record}: the runs there were made with {was}; choose another --output")
+    elif taken := [name for name in MADE if (folder / name).exists()]:
+        raise InputError(f"{folder / taken[0]}: it is not of this program, as there is no {RECORD}; choose another "
+                         "--output")  # fmt: skip
     rows = read_results(folder / RESULTS)
     flags_of = {(row["method"], row["seed"]): row["flags"] for row in rows}
     for run in plan.settings:
@@ -177,7 +182,7 @@ def compare(options: argparse.Namespace, apart: Apart) -> bool:
         *plan.lines,
         f"{len(plan.settings) - len(todo)} of {len(plan.settings)} runs have their row; so assumed, the others take "
         f"{sum(plan.seconds[run] for run in todo) / 3600:.1f} hours",
-        f"{folder} gets questions.csv, {PROBED}, train.csv, test.csv, runs/, {RESULTS} and page.md",
+        f"{folder} gets {', '.join(sorted(MADE))}",
     ]
     if options.dry_run:
         print(*said, sep="\n")

@@ -15,6 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from noisefit.answers.scoring import normalize, words
+from noisefit.base.command_line import canonical
 from noisefit.base.errors import InputError
 from noisefit.method.modes import part
 from noisefit.run.settings import Settings, parse_arguments
@@ -80,7 +81,7 @@ def _parsed(where: str, flags: Sequence[str]) -> dict[str, str | bool]:
         flag, equals, value = text.partition("=")
         if not flag or bool(equals) != bool(value):
             raise InputError(f"{where}: {text!r} is neither FLAG=VALUE nor FLAG")
-        if flag.replace("-", "_") in RESERVED:
+        if canonical(flag) in RESERVED:
             raise InputError(f"{where}: {flag} is not for a method; see --help for what all have in common")
         found[flag] = value or True
     return found

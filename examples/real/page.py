@@ -74,7 +74,8 @@ def _is_whole(row: Mapping[str, str]) -> bool:
         return False
     try:
         [float(row[name]) for name in MEASURES]
-        return int(row["seed"]) >= 0 and bool([int(text) for text in row["wrong_by_right"].split()])
+        counts = [int(row[name]) for name in ("seed", *COUNTS)] + [int(text) for text in row["wrong_by_right"].split()]
+        return min(counts) >= 0 and int(row["asked"]) > 0 and bool(row["wrong_by_right"].split())
     except ValueError:
         return False
 
@@ -96,7 +97,7 @@ def write_results(path: Path, rows: Iterable[Mapping[str, object]]) -> list[dict
         seed = plain_seeds[0] if has_one_row else row["seed"]
         plain = curves.get((PLAIN, seed))
         values = (math.nan, math.nan)
-        if plain:
+        if plain and len(plain) > 1:  # with no right answer there is nothing to match
             values = matched(curves[row["method"], row["seed"]], int(row["asked"]), MATCHED * (len(plain) - 1))
         writer.writerow(row | {name: f"{value:.6g}" for name, value in zip(OF_PLAIN, values, strict=True)})
     replace_text(path, text.getvalue())

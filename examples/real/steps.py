@@ -157,7 +157,7 @@ def measure(answers: Path, refusal: str) -> dict[str, float | str]:
         found[f"asked_{prefix}".rstrip("_")] = len(part)
         if not prefix:
             found |= {name: float(own[name][0]) for name in ("auroc", "aurc")}
-    attempts = [Attempt(float(np.exp(logprob)), outcome == RIGHT)
+    attempts = [Attempt(logprob, outcome == RIGHT)  # its exponential would be 0 for long answers
                 for item in assessed for outcome, logprob in zip(item.outcomes, item.prompt.logprobs or (), strict=True)
                 if outcome != NOT_ATTEMPTED]  # fmt: skip
     curve = wrong_by_right(attempts)

@@ -35,11 +35,14 @@ from build import integer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from noisefit.base.command_line import OneLineParser  # noqa: E402
+from noisefit.base.command_line import OneLineParser, canonical  # noqa: E402
 from noisefit.base.errors import InputError, notice, one_line_errors  # noqa: E402
 from noisefit.base.files import alone_in  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
+# What each run is given by this program; a token would end in the results.
+RESERVED = {"model", "train_data", "output_model", "seed", "save_steps", "overwrite_output", "resume_from_checkpoint",
+            "config", "hf_token", "help"}  # fmt: skip
 
 # Each run in a process of its own, forked from one that has imported everything.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -99,9 +102,11 @@ def missing_runs(wanted: Sequence[Run], rows: Sequence[Mapping[str, object]], pa
     """The runs that have no row yet.
 
     Raises:
-        InputError: a run has a row that was made with other flags.
+        InputError: a run has a row that was made with other flags, or its world one from another machine: another
+            processor rounds the sums of a world's pretraining otherwise, which ends in another model.
     """
     there = {tuple(row[name] for name in KEY): row["flags"] for row in rows}
+    machines = {(row["size"], row["seed"]): row["machine"] for row in rows}
     missing = []
     for run in wanted:
         flags = there.get((run.size, str(run.seed), run.method))
@@ -112,6 +117,11 @@ def missing_runs(wanted: Sequence[Run], rows: Sequence[Mapping[str, object]], pa
                 f"{path}: {run.method} on seed {run.seed} was run with other flags ({flags}); remove that row, or "
                 "choose another --results"
             )
+    for run in missing:
+        where = machines.get((run.size, str(run.seed)), machine())
+        if where != machine():
+            raise InputError(f"{path}: the runs on seed {run.seed} were made on another machine ({where}), where that "
+                             "seed's model is another one; choose another --results, or other seeds")  # fmt: skip
     return missing
 
 
@@ -192,9 +202,11 @@ def check_flags(runs: Iterable[Run]) -> None:
     for run in runs:
         try:
             flags, _ = run.flags, run.own
-        except ValueError as error:
-            raise InputError(f"--methods: {error}") from None
-        parse_arguments(words({"model": "model", "train_data": "train.csv"} | flags))
+            if taken := [flag for flag in flags if canonical(flag) in RESERVED]:
+                raise InputError(f"{taken[0]} is not for a method: each run gets its own")
+            parse_arguments(words({"model": "model", "train_data": "train.csv"} | flags))
+        except (ValueError, InputError) as error:
+            raise InputError(f"--methods {run.method}: {error}") from None
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

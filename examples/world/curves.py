@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from compare import check_flags, named_methods
 from methods import SIZES, Run
 from runs import run_folder
 
@@ -27,20 +28,38 @@ LOGGED = ("loss", "ce_loss", "soft_loss", "consistency_loss", "noise_to_signal")
 FIELDS = (*KEY, *LOGGED, "hidden_rms")  # the last: of the noisy layers, separated by spaces
 
 
-def curve_rows(folder: Path, run: Run) -> list[dict[str, object]]:
+def curve_rows(folder: Path, run: Run) -> list[dict[str, str]]:
     """A row for each line of a run's metrics.jsonl.
 
     Raises:
-        InputError: the run is not there.
+        InputError: the run is not there, or a line of it is damaged.
     """
     path = run_folder(run, folder) / "adapter" / "metrics.jsonl"
     if not path.exists():
         raise InputError(f"{path}: no such file; {run.method} on seed {run.seed} was not run with this --output")
     rows = []
-    for line in map(json.loads, read_text(path).splitlines()):
-        key = dict(zip(KEY, (run.size, run.seed, run.method, line["step"]), strict=True))
-        values = {name: "" if line.get(name) is None else f"{line[name]:.4g}" for name in LOGGED}
-        rows.append(key | values | {"hidden_rms": " ".join(f"{size:.4g}" for size in line["hidden_rms"])})
+    try:
+        for line in map(json.loads, read_text(path).splitlines()):
+            key = dict(zip(KEY, map(str, (run.size, run.seed, run.method, line["step"])), strict=True))
+            values = {name: "" if line[name] is None else f"{line[name]:.4g}" for name in LOGGED}
+            rows.append(key | values | {"hidden_rms": " ".join(f"{size:.4g}" for size in line["hidden_rms"])})
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: line {len(rows) + 1} is none of a training's; run the method again") from None
+    return rows
+
+
+def read_curves(path: Path) -> list[dict[str, str]]:
+    """The rows of an earlier call; none where there is no file.
+
+    Raises:
+        InputError: it is another file.
+    """
+    if not path.exists():
+        return []
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    rows = list(reader)
+    if tuple(reader.fieldnames or ()) != FIELDS or any(None in row or None in row.values() for row in rows):
+        raise InputError(f"{path}: its columns are not those of this program; choose another --output")
     return rows
 
 
@@ -53,16 +72,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--size", choices=SIZES, default="standard", help="of the worlds (default: standard)")
     add("--seeds", nargs="+", type=int, required=True, help="of the worlds")
     add("--methods", nargs="+", required=True, help="as compare.py has them")
-    add("--output", type=Path, required=True, metavar="CSV", help="rows that are there are replaced or kept")
+    add("--output", type=Path, required=True, metavar="CSV", help="rows of other runs that are there are kept")
     options = parser.parse_args(arguments)
-    wanted = [Run(options.size, seed, method) for seed in options.seeds for method in options.methods]
-    rows = [row for run in wanted for row in curve_rows(options.folder, run)]
+    wanted = [Run(options.size, seed, method) for seed in options.seeds for method in named_methods(options.methods)]
+    check_flags(wanted)
+    fresh = [row for run in wanted for row in curve_rows(options.folder, run)]
+    rows = {tuple(row[name] for name in KEY): row for row in (*read_curves(options.output), *fresh)}
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    with writing(options.output), replacing(options.output) as beside:
-        beside.write_text(text.getvalue(), encoding="utf-8")
+    writer.writerows(rows.values())
+    with writing(options.output):
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(options.output) as beside:
+            beside.write_text(text.getvalue(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,8 @@ class Run:
             flag, equals, value = change.partition("=")
             if not flag or bool(equals) != bool(value):
                 raise ValueError(f"{change!r} in {self.method!r} is neither FLAG=VALUE nor FLAG")
+            if flag in changes:
+                raise ValueError(f"{flag} is twice in {self.method!r}")
             changes[flag] = value or True
         return changes
 

@@ -41,7 +41,7 @@ def read_results(path: Path) -> list[dict[str, str]]:
         return []
     check_regular(path)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
             fields, rows = reader.fieldnames, list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -49,18 +49,26 @@ def read_results(path: Path) -> list[dict[str, str]]:
     if tuple(fields or ()) != FIELDS:
         raise InputError(f"{path}: its columns are not those of this program's results; choose another --results")
     for number, row in enumerate(rows, start=1):
-        if (
-            None in row
-            or None in row.values()
-            or not (row["seed"].isascii() and row["seed"].isdecimal())
-            or row["size"] not in SIZES
-        ):
+        if not _is_whole(row):
             raise InputError(f"{path}: row {number} is damaged; remove it, and that run is made again")
     return rows
 
 
+def _is_whole(row: Mapping[str, str]) -> bool:
+    if None in row or None in row.values() or row["size"] not in SIZES:
+        return False
+    if not (row["seed"].isascii() and row["seed"].isdecimal() and len(row["seed"]) < 10):
+        return False
+    try:
+        whole = all(not math.isinf(float(row[name])) for name in MEASURES)
+        curve = [int(count) for count in row["wrong_by_right"].split()]  # none in rows from before it was measured
+        return whole and (not curve or 0 < int(row["asked"]) < 10**9)
+    except ValueError:
+        return False
+
+
 def with_matched(rows: Iterable[Mapping[str, object]]) -> list[Mapping[str, object]]:
-    """The rows with `OF_PLAIN`; not a number where plain fine-tuning on the same world has no row."""
+    """The rows with `OF_PLAIN`, which is no number where plain fine-tuning on that world has no row, or none right."""
     rows = list(rows)
     curves = {tuple(map(str, (row[name] for name in KEY))): [int(n) for n in str(row["wrong_by_right"]).split()]
               for row in rows}  # fmt: skip
@@ -69,7 +77,7 @@ def with_matched(rows: Iterable[Mapping[str, object]]) -> list[Mapping[str, obje
         size, seed, method = (str(row[name]) for name in KEY)
         plain, curve = curves.get((size, seed, PLAIN)), curves[size, seed, method]
         values = (math.nan, math.nan)
-        if plain and curve:
+        if plain and len(plain) > 1 and curve:  # with no right answer there is nothing to match
             values = matched(curve, int(str(row["asked"])), MATCHED * (len(plain) - 1))
         found.append({**row, **dict(zip(OF_PLAIN, values, strict=True))})
     return found

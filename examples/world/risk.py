@@ -27,7 +27,7 @@ MATCHED = 0.9  # of the right answers of plain fine-tuning
 class Attempt:
     """An answer that is no refusal, to one of the held-out questions."""
 
-    confidence: float  # exp(logprob)
+    confidence: float  # exp(logprob), or what has the same order
     right: bool
 
 

@@ -186,7 +186,9 @@ def run_compare(*arguments: object) -> subprocess.CompletedProcess[str]:
         (["basefit:unknown_share=much"], "could not convert string to float"),
         (["snr_largest:=3"], "neither FLAG=VALUE nor FLAG"),
         (["snr_largest:noise_std=loud"], "noise_std"),
-        (["basefit:no_such_flag=1"], "no_such_flag"),
+        (["basefit:no_such_flag=1"], "basefit:no_such_flag=1: unrecognized arguments"),
+        (["basefit:output_dir=/tmp"], "output_dir is not for a method"),
+        (["basefit:epochs=3:epochs=4"], "epochs is twice"),
     ],
 )
 def test_a_bad_method_is_one_line_before_anything_is_written(tmp_path, methods, said):
@@ -197,7 +199,8 @@ def test_a_bad_method_is_one_line_before_anything_is_written(tmp_path, methods, 
 
 
 def row_of(**values: str) -> dict[str, str]:
-    return dict.fromkeys(results.FIELDS, "0") | {"size": "tiny", "seed": "0", "method": "basefit"} | values
+    whole = {"size": "tiny", "seed": "0", "method": "basefit", "asked": "9"}
+    return dict.fromkeys(results.FIELDS, "0") | whole | values
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,9 @@ def row_of(**values: str) -> dict[str, str]:
         (",".join(results.FIELDS) + "\ntiny,0,basefit\n", "row 1 is damaged"),
         (",".join(results.FIELDS) + "\n" + ",".join(row_of(seed="x").values()) + "\n", "row 1 is damaged"),
         (",".join(results.FIELDS) + "\n" + ",".join(row_of(flags="--epochs=99").values()) + "\n", "other flags"),
+        (",".join(results.FIELDS) + "\n" + ",".join(row_of(wrong_by_right="0 x").values()) + "\n", "row 1 is damaged"),
+        (",".join(results.FIELDS) + "\n" + ",".join(row_of(auroc="inf").values()) + "\n", "row 1 is damaged"),
+        (",".join(results.FIELDS) + "\n" + ",".join(row_of(method="auto").values()) + "\n", "on another machine (0)"),
         ("\udcff", "cannot be read"),
     ],
 )
@@ -275,6 +281,11 @@ def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_pa
     assert float(last["noise_to_signal"]) > 0 and last["hidden_rms"] and last["soft_loss"]
     done = call(curves.main, *collect, 8)
     assert done.returncode == 2 and "on seed 8 was not run" in done.stderr
+    assert call(curves.main, *collect, 7).returncode == 0 and measures.read_csv(tmp_path / "curves.csv") == logged
+    collect[collect.index(tmp_path / "curves.csv")] = whole / "results.csv"
+    done = call(curves.main, *collect, 7)
+    assert done.returncode == 2 and "its columns are not those of this program" in done.stderr
+    assert rows_of(whole / "results.csv") == expected
 
     # The rate is that of noisefit.score for the same questions.
     answers = whole / "runs" / "tiny-7" / "basefit,epochs=1" / "likeliest.csv"

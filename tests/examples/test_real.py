@@ -148,6 +148,7 @@ def test_a_run_that_fails_is_named_and_the_others_have_their_row(llama_folder, p
         (["--methods", "before:epochs=1"], "before is not trained"),
         (["--methods", "plain:loud=1"], "--methods plain:loud=1: unrecognized arguments: --loud=1"),
         (["--methods", "plain:hf_token=x"], "hf_token is not for a method"),
+        (["--methods", "plain:output_dir=x"], "output_dir is not for a method"),
         (["--methods", "noisefit:num_noise_layers=9"], "--methods noisefit:num_noise_layers=9: --num_noise_layers 9"),
         (["--train_flags", "epochs"], "epochs"),
         (["--train_rows", "33"], "32 more have none of their answers; expected --test_rows 8 and --train_rows 33"),
@@ -163,6 +164,14 @@ def test_bad_input_is_one_line_before_anything_is_written(llama_folder, popqa, t
     assert done.returncode == 2
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_somebody_else_are_left_alone(llama_folder, popqa, tmp_path):
+    (tmp_path / "questions.csv").write_text("mine")
+    done = call(main, *words_for(llama_folder, popqa, tmp_path))
+    assert done.returncode == 2 and f"{tmp_path / 'questions.csv'}: it is not of this program" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["questions.csv"]
+    assert (tmp_path / "questions.csv").read_text() == "mine"
 
 
 # --- Parts -----------------------------------------------------------------------------------------------------------

@@ -91,9 +91,10 @@ def test_a_row_is_measured_against_plain_fine_tuning_of_its_own_world():
         {"size": "tiny", "seed": seed, "method": method, "asked": 10, "wrong_by_right": curve}
         for seed, method, curve in (
             (0, "basefit", "0 1 1 2 3 5"), (0, "rdrop", "0 0 4"), (1, "rdrop", "0 0 4"), (1, "before", ""),
+            (2, "basefit", "5"), (2, "rdrop", "0 2"),  # plain fine-tuning has no right answer: nothing is matched
         )
     ]  # fmt: skip
-    plain, other, alone, old = results.with_matched(rows)
+    plain, other, *others = results.with_matched(rows)
     assert plain["wrong_at_matched_right"] == 0.3 and plain["matched_shortfall"] == 0.0  # 0.9 of 5, that is, all five
     assert other["wrong_at_matched_right"] == pytest.approx((4 + 3) / 10) and other["matched_shortfall"] == 0.3
-    assert all(math.isnan(row["wrong_at_matched_right"]) for row in (alone, old))
+    assert all(math.isnan(row["wrong_at_matched_right"]) for row in others)

@@ -29,6 +29,7 @@ def write(path: Path, runs: dict[str, dict[int, float]], **others: object) -> Pa
     for method, rates in runs.items():
         for seed, rate in rates.items():
             row = dict.fromkeys(results.FIELDS, "0.5") | {name: str(value) for name, value in others.items()}
+            row |= {"asked": "10", "wrong_by_right": "0 1"}
             rows.append(row | {"size": "standard", "seed": str(seed), "method": method, "flags": f"--{method}"}
                         | {"hallucination_rate": str(rate)})  # fmt: skip
     np.random.default_rng(0).shuffle(rows)
@@ -161,7 +162,7 @@ def test_methods_stand_in_their_order_and_a_sweep_in_that_of_its_rates(tmp_path)
         ({"auto": {0: 0.3, 1: 0.4}}, [], "there are no runs of 'basefit'; there are those of auto"),
         ({"basefit": {0: 0.3}, "auto": {0: 0.3}}, [], "no method has two seeds in common with basefit"),
         ({"basefit": {0: 0.3}}, ["--methods", "magic"], "there are no runs of 'magic'"),
-        ({"basefit": {0: "many"}}, [], "could not convert string to float"),
+        ({"basefit": {0: "many"}}, [], "row 1 is damaged"),
     ],
 )
 def test_results_that_cannot_be_compared_are_one_line(tmp_path, runs, flags, said):
