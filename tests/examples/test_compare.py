@@ -212,7 +212,10 @@ def row_of(**values: str) -> dict[str, str]:
         (",".join(results.FIELDS) + "\n" + ",".join(row_of(flags="--epochs=99").values()) + "\n", "other flags"),
         (",".join(results.FIELDS) + "\n" + ",".join(row_of(wrong_by_right="0 x").values()) + "\n", "row 1 is damaged"),
         (",".join(results.FIELDS) + "\n" + ",".join(row_of(auroc="inf").values()) + "\n", "row 1 is damaged"),
-        (",".join(results.FIELDS) + "\n" + ",".join(row_of(method="auto").values()) + "\n", "on another machine (0)"),
+        (
+            ",".join(results.FIELDS) + "\n" + ",".join(row_of(method="auto:epochs=9").values()) + "\n",
+            "on another machine (0)",
+        ),
         ("\udcff", "cannot be read"),
     ],
 )
