@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from running import ROOT, call
 
 sys.path.insert(0, str(ROOT / "examples" / "world"))
@@ -20,8 +21,11 @@ import risk
 import summary
 from answering_pictures import Curve
 from chosen import read_chosen
+from methods import COMMON, Run
+from runs import words
 
 from noisefit.base.errors import InputError
+from noisefit.run.settings import parse_arguments
 
 TEACHER = "basefit:loss_mode=ce_teacher:teacher=base:hybrid_loss_alpha"
 LABELS = {"teacher": f"{TEACHER}=0.5", "plain": "basefit"}
@@ -225,3 +229,29 @@ def test_the_page_says_what_the_tuning_found_and_the_best_settings_went_on():
     for family, methods in settings.items():
         went_on = set(methods) & set(chosen)
         assert went_on <= {best[family]} or family == "as published"
+
+
+def test_the_tables_of_the_comparison_are_what_the_program_prints():
+    tables = PAGE.partition("<!-- tables -->")[2].partition("<!-- end of tables -->")[0]
+    chosen = ["--labels", EXPERIMENT / "chosen.json", "--against", "plain", "--markdown"]
+    done = call(summary.main, EXPERIMENT / "fresh.csv", "--size", "answering", *chosen)
+    assert done.stdout.strip() == tables.strip()
+
+
+def test_every_method_was_compared_on_twelve_worlds_that_nothing_was_tuned_on():
+    runs = paired.read_runs(EXPERIMENT / "fresh.csv", "answering")
+    for name in ("chosen", "controls"):
+        for method in read_chosen(EXPERIMENT / f"{name}.json").values():
+            assert sorted(runs.loc[method].index) == list(range(200, 212))
+    for name in ("tuning", "answering"):
+        seeds = paired.read_runs(EXPERIMENT / f"{name}.csv", "answering").index.unique("seed")
+        assert not set(seeds) & set(range(200, 212))
+
+
+def test_the_file_of_the_best_noise_is_the_method_of_that_name():
+    config = yaml.safe_load((ROOT / "configs" / "base_teacher.yaml").read_text())
+    flags = Run("answering", 200, read_chosen(EXPERIMENT / "chosen.json")["teacher and noise"]).flags
+    settings = parse_arguments(words({"model": "m", "train_data": "t.csv"} | flags))
+    assert {
+        name: getattr(settings, name) for name in config
+    } == config and flags.keys() - COMMON.keys() <= config.keys()
