@@ -30,7 +30,13 @@ METHODS: dict[str, dict[str, str]] = {
     "relative": {"noise_scale": "relative", "noise_std": "0.2"},
     "neftune": {"loss_mode": "neftune"},
     "rdrop": {"loss_mode": "rdrop"},
-    "teacher": {**TEACHER, "hybrid_loss_alpha": "0.5"},
+    "teacher": {**TEACHER, "hybrid_loss_alpha": "0.8"},
+    "teacher_and_noise": {
+        "teacher": "base",
+        "noise_scale": "relative",
+        "noise_std": "0.2",
+    },  # configs/base_teacher.yaml
+    "weight": {"loss_mode": "basefit", "unknown_rows": "weight"},
     "drop": {"loss_mode": "basefit", "unknown_rows": "drop"},
     "refuse": {"loss_mode": "basefit", "unknown_rows": "refuse"},
     "hold": {**TEACHER, "unknown_rows": "weight", "unknown_weight": "0"},
