@@ -342,6 +342,7 @@ def test_a_world_of_other_settings_or_an_earlier_version_is_not_used(tmp_path, s
 RESULTS = ROOT / "docs" / "experiment" / "results.csv"
 TUNING = ROOT / "docs" / "experiment" / "tuning.csv"
 FRESH = ROOT / "docs" / "experiment" / "fresh.csv"
+EXTRA = ROOT / "docs" / "experiment" / "extra.csv"
 SWEEP = ROOT / "docs" / "experiment" / "sweep.csv"
 ANSWERING = ROOT / "docs" / "experiment" / "answering.csv"
 # Another processor rounds the sums of a world's pretraining otherwise, which ends in another model of the same facts.
@@ -349,7 +350,7 @@ ANSWERING = ROOT / "docs" / "experiment" / "answering.csv"
 ELSEWHERE = {"hallucination_rate": 0.15, "train_accuracy": 0.15}
 
 
-@pytest.mark.parametrize("path", [RESULTS, SWEEP, ANSWERING, TUNING, FRESH], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [RESULTS, SWEEP, ANSWERING, TUNING, FRESH, EXTRA], ids=lambda path: path.name)
 def test_every_row_was_made_with_the_flags_that_its_method_has_now(path):
     for row in results.read_results(path):
         run = Run(row["size"], int(row["seed"]), row["method"])
