@@ -26,8 +26,9 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 # The files that take longest, longest first: a long one that starts last leaves one of two cores without work.
 LONGEST = (
     "run/test_launch", "examples/test_compare", "run/test_kills", "run/test_signals", "examples/test_world",
-    "run/test_fsdp", "answers/test_generate", "run/test_nothing_in_silence", "run/test_bad_luck", "run/test_train_loop",
-    "test_editing", "test_package", "run/test_loop_exact", "benchmarks/test_benchmarks", "run/test_processes",
+    "run/test_fsdp", "answers/test_probe", "answers/test_generate", "run/test_nothing_in_silence", "run/test_bad_luck",
+    "run/test_train_loop", "test_editing", "test_package", "run/test_loop_exact", "benchmarks/test_benchmarks",
+    "run/test_processes", "examples/test_real",
 )  # fmt: skip
 
 

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "world"))
 
 from comparison import METHODS, Run, as_words, choose, unknown_below
 from page import page, read_results, replace_text, write_results
 from plan import DTYPES, TEMPLATE, Plan, make_plan
 from steps import KNOWN, UNKNOWN, Apart, answer, apart, probe, train
 
+from build import integer, number
 from noisefit.base.command_line import OneLineParser, a_path, add_token, without_token
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import alone_in, read_text, write_json
@@ -231,23 +233,30 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(METHODS)}, or one with other flags of "
         "train_loop.py, such as plain:learning_rate=1e-4:epochs=3 (default: all)")  # fmt: skip
     add("--train_flags", nargs="+", default=[], metavar="FLAG=VALUE", help="flags of train_loop.py for all methods")
-    add("--seeds", type=number(1, 1000), default=3, help="trainings of each method (default: 3)")
-    add("--first_seed", type=number(0, 10**6), default=0, help="of the first training (default: 0)")
-    add("--train_rows", type=number(1, 10**7), default=2000, help="questions to train on (default: 2000)")
-    add("--test_rows", type=number(1, 10**7), default=1000, help="questions to answer (default: 1000)")
-    add("--split_seed", type=number(0, 10**6), default=0, help="decides which questions these are (default: 0)")
-    add("--unknown_share", type=number(0, 1, float), metavar="SHARE", help="of the rows to train on, the share "
+    add("--seeds", type=integer("a number", 1, 1000), default=3, help="trainings of each method (default: 3)")
+    add("--first_seed", type=integer("a seed", 0, 10**6), default=0, help="of the first training (default: 0)")
+    add("--train_rows", type=integer("a number", 1, 10**7), default=2000, help="questions to train on (default: 2000)")
+    add("--test_rows", type=integer("a number", 1, 10**7), default=1000, help="questions to answer (default: 1000)")
+    add(
+        "--split_seed",
+        type=integer("a seed", 0, 10**6),
+        default=0,
+        help="decides which questions these are (default: 0)",
+    )
+    add("--unknown_share", type=number("a share", 0, 1), metavar="SHARE", help="of the rows to train on, the share "
         "that the base model does not know (default: as they come)")  # fmt: skip
-    add("--unknown_below", type=number(-1e6, 0, float), metavar="SCORE", help="a row is unknown if the mean "
+    add("--unknown_below", type=number("a score", -1e6, 0), metavar="SCORE", help="a row is unknown if the mean "
         "log-probability of its answer's decisive tokens is lower (default: where the rows part in two, else their "
         "median)")  # fmt: skip
-    add("--max_new_tokens", type=number(1, 10**6), help="of an answer (default: the benchmark's)")
+    add("--max_new_tokens", type=integer("a number", 1, 10**6), help="of an answer (default: the benchmark's)")
     add("--chat_template", type=a_path, metavar="NAME|FILE", help="as of train_loop.py")
     add(
         "--mixed_precision", choices=DTYPES, help="of training; weights are of it too (default: bf16 on a GPU, else no)"
     )
-    add("--save_steps", type=number(1, 10**9), default=100, help="steps between checkpoints (default: 100)")
-    add("--tflops", type=number(1e-6, 1e6, float), default=150.0, help="what the device is assumed to do, for the "
+    add(
+        "--save_steps", type=integer("a number", 1, 10**9), default=100, help="steps between checkpoints (default: 100)"
+    )
+    add("--tflops", type=number("a number", 1e-6, 1e6), default=150.0, help="what the device is assumed to do, for the "
         "estimate of the time (default: 150)")  # fmt: skip
     add("--dry_run", action="store_true", help="check everything, say what it takes, and write nothing")
     add("--trust_remote_code", action="store_true", help="run code that comes with the base model")
@@ -259,21 +268,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     options.max_new_tokens = options.max_new_tokens or BENCHMARKS[options.benchmark].new_tokens
     return options
-
-
-def number(low: float, high: float, kind: type = int) -> Callable[[str], float]:
-    """An argparse type: a number within limits."""
-
-    def parse(text: str) -> float:
-        try:
-            value: float = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {low:g} to {high:g}")
-        return value
-
-    return parse
 
 
 def main(arguments: Sequence[str] | None = None, apart: Apart = apart) -> int:

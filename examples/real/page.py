@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "world"))
 
 from comparison import BEFORE, METHODS, PLAIN
+from results import read_rows
 from risk import MATCHED, matched
 
 try:
@@ -23,8 +24,7 @@ except ModuleNotFoundError as error:  # told now, and not after hours of trainin
     print(f"compare.py: error: {error.name} is not installed; pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-from noisefit.base.errors import InputError
-from noisefit.base.files import check_regular, replacing, writing
+from noisefit.base.files import replacing, writing
 
 KEY = ("method", "seed")
 RATES = tuple(f"{kind}{name}_rate" for kind in ("", "known_", "unknown_") for name in ("right", "wrong", "refused"))
@@ -52,26 +52,10 @@ is over the methods of a measure."""
 
 def read_results(path: Path) -> list[dict[str, str]]:
     """The rows of a results file; none where there is no file. Raises `InputError` where it is no such file."""
-    if not path.exists():
-        return []
-    check_regular(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            fields, rows = reader.fieldnames, list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if tuple(fields or ()) != FIELDS:
-        raise InputError(f"{path}: its columns are not those of this program's results; choose another --output")
-    for number, row in enumerate(rows, start=1):
-        if not _is_whole(row):
-            raise InputError(f"{path}: row {number} is damaged; remove it, and that run is made again")
-    return rows
+    return read_rows(path, FIELDS, _is_whole, "--output")
 
 
 def _is_whole(row: Mapping[str, str]) -> bool:
-    if None in row or None in row.values():
-        return False
     try:
         [float(row[name]) for name in MEASURES]
         counts = [int(row[name]) for name in ("seed", *COUNTS)] + [int(text) for text in row["wrong_by_right"].split()]

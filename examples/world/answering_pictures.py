@@ -102,20 +102,15 @@ class RiskLine:
 
 
 def read_curves(path: Path, size: str) -> dict[str, dict[int, Curve]]:
-    """The curves of a results file's runs on worlds of a size, by method and seed.
+    """The curves of a results file's runs on worlds of a size, by method and seed; earlier runs have none.
 
     Raises:
-        InputError: it is no such file, or a row's curve is none.
+        InputError: it is no such file.
     """
     curves: dict[str, dict[int, Curve]] = {}
     for row in read_results(path):
-        if row["size"] != size:
-            continue
-        try:
+        if row["size"] == size and row["wrong_by_right"]:
             curve = Curve(tuple(map(int, row["wrong_by_right"].split())), int(row["asked"]))
-        except ValueError as error:
-            raise InputError(f"{path}: {row['method']} on seed {row['seed']}: {error}") from None
-        if curve.wrong:  # earlier runs have none
             curves.setdefault(row["method"], {})[int(row["seed"])] = curve
     return curves
 

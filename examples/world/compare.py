@@ -117,9 +117,10 @@ def missing_runs(wanted: Sequence[Run], rows: Sequence[Mapping[str, object]], pa
                 f"{path}: {run.method} on seed {run.seed} was run with other flags ({flags}); remove that row, or "
                 "choose another --results"
             )
+    here = machine()
     for run in missing:
-        where = machines.get((run.size, str(run.seed)), machine())
-        if where != machine():
+        where = machines.get((run.size, str(run.seed)), here)
+        if where != here:
             raise InputError(f"{path}: the runs on seed {run.seed} were made on another machine ({where}), where that "
                              "seed's model is another one; choose another --results, or other seeds")  # fmt: skip
     return missing

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from compare import check_flags, named_methods
 from methods import SIZES, Run
+from results import read_rows
 from runs import run_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -48,21 +49,6 @@ def curve_rows(folder: Path, run: Run) -> list[dict[str, str]]:
     return rows
 
 
-def read_curves(path: Path) -> list[dict[str, str]]:
-    """The rows of an earlier call; none where there is no file.
-
-    Raises:
-        InputError: it is another file.
-    """
-    if not path.exists():
-        return []
-    reader = csv.DictReader(io.StringIO(read_text(path)))
-    rows = list(reader)
-    if tuple(reader.fieldnames or ()) != FIELDS or any(None in row or None in row.values() for row in rows):
-        raise InputError(f"{path}: its columns are not those of this program; choose another --output")
-    return rows
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = OneLineParser(prog="curves.py", description=__doc__.partition("\n")[0] if __doc__ else "",
@@ -76,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     wanted = [Run(options.size, seed, method) for seed in options.seeds for method in named_methods(options.methods)]
     check_flags(wanted)
+    there = read_rows(options.output, FIELDS, lambda row: True, "--output")
     fresh = [row for run in wanted for row in curve_rows(options.folder, run)]
-    rows = {tuple(row[name] for name in KEY): row for row in (*read_curves(options.output), *fresh)}
+    rows = {tuple(row[name] for name in KEY): row for row in (*there, *fresh)}
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()

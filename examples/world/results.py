@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from methods import SIZES
@@ -32,10 +32,23 @@ FIELDS = (*KEY, *MEASURES, "noise_layers", "asked", "wrong_by_right", "flags", "
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file; none where there is no file.
+    """The rows of a results file; none where there is no file. Raises `InputError` where it is no such file."""
+    return read_rows(path, FIELDS, _is_whole, "--results")
+
+
+def read_rows(
+    path: Path, fields: Sequence[str], is_whole: Callable[[Mapping[str, str]], bool], flag: str
+) -> list[dict[str, str]]:
+    """The rows of a CSV that a program adds to; none where there is no file.
+
+    Args:
+        path: of the file.
+        fields: its columns.
+        is_whole: whether a row, which has a cell for each of them, has in each what belongs there.
+        flag: by which the user named the file.
 
     Raises:
-        InputError: it is no such file.
+        InputError: it is another file, or a row is damaged.
     """
     if not path.exists():
         return []
@@ -43,21 +56,20 @@ def read_results(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            fields, rows = reader.fieldnames, list(reader)
+            found, rows = reader.fieldnames, list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    if tuple(fields or ()) != FIELDS:
-        raise InputError(f"{path}: its columns are not those of this program's results; choose another --results")
+    if tuple(found or ()) != tuple(fields):
+        raise InputError(f"{path}: its columns are not those of this program; choose another {flag}")
     for number, row in enumerate(rows, start=1):
-        if not _is_whole(row):
+        if None in row or None in row.values() or not is_whole(row):
             raise InputError(f"{path}: row {number} is damaged; remove it, and that run is made again")
     return rows
 
 
 def _is_whole(row: Mapping[str, str]) -> bool:
-    if None in row or None in row.values() or row["size"] not in SIZES:
-        return False
-    if not (row["seed"].isascii() and row["seed"].isdecimal() and len(row["seed"]) < 10):
+    seed = row["seed"]
+    if row["size"] not in SIZES or not (seed.isascii() and seed.isdecimal() and len(seed) < 10):
         return False
     try:
         whole = all(not math.isinf(float(row[name])) for name in MEASURES)

@@ -29,6 +29,7 @@ def training_rows(run: Run, world: Path, folder: Path) -> Path:
     """
     if not run.own:
         return world / "train.csv"
+    folder.mkdir(parents=True, exist_ok=True)
     rows = read_csv(world / "train.csv")
     if run.unknown_share is not None:
         rows = with_unknown_share(rows, run.unknown_share, run.all_told)
@@ -36,7 +37,6 @@ def training_rows(run: Run, world: Path, folder: Path) -> Path:
         rows = doubted(rows, probed(world, folder), float(run.own["doubted"]))
     else:
         rows = with_own_answers(rows, probed(world, folder), answers_of_base(world, folder))
-    folder.mkdir(parents=True, exist_ok=True)
     build.write_questions(folder / "train.csv", rows)
     return folder / "train.csv"
 

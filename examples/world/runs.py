@@ -36,7 +36,7 @@ def build_world(run: Run, folder: Path) -> None:
         raise InputError(f"{world}: it was built with other settings; remove it, or choose another --output")
     if found is None:
         build.build(world, run.settings, required=0.0)
-    elif "completed" not in (world / "facts.json").read_text(encoding="utf-8"):  # the measures need it
+    elif '"completed"' not in (world / "facts.json").read_text(encoding="utf-8"):  # the measures need it
         raise InputError(f"{world}: an earlier version of build.py made it; remove it, or choose another --output")
 
 

@@ -276,17 +276,23 @@ def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_pa
     assert (killed / "results.csv").stat().st_mtime_ns == stamp
 
     # What training logged, for a page.
-    collect = [whole, "--size", "tiny", "--methods", *methods, "--output", tmp_path / "curves.csv", "--seeds"]
-    done = call(curves.main, *collect, 7)
-    assert done.returncode == 0, done.stderr
-    logged = measures.read_csv(tmp_path / "curves.csv")
+    path = tmp_path / "curves.csv"
+
+    def collect(method: str, seed: int, output: Path) -> subprocess.CompletedProcess[str]:
+        named = ["--size", "tiny", "--seeds", seed, "--methods", method, "--output", output]
+        return call(curves.main, whole, *named)
+
+    for method in (*methods, methods[0]):  # those of other runs are kept, its own replaced
+        done = collect(method, 7, path)
+        assert done.returncode == 0, done.stderr
+    logged = measures.read_csv(path)
+    assert len({(row["method"], row["step"]) for row in logged}) == len(logged)
+    assert {row["method"] for row in logged} == set(methods)
     last = [row for row in logged if row["method"] == "auto:epochs=1"][-1]
     assert float(last["noise_to_signal"]) > 0 and last["hidden_rms"] and last["soft_loss"]
-    done = call(curves.main, *collect, 8)
+    done = collect(methods[0], 8, path)
     assert done.returncode == 2 and "on seed 8 was not run" in done.stderr
-    assert call(curves.main, *collect, 7).returncode == 0 and measures.read_csv(tmp_path / "curves.csv") == logged
-    collect[collect.index(tmp_path / "curves.csv")] = whole / "results.csv"
-    done = call(curves.main, *collect, 7)
+    done = collect(methods[0], 7, whole / "results.csv")
     assert done.returncode == 2 and "its columns are not those of this program" in done.stderr
     assert rows_of(whole / "results.csv") == expected
 

@@ -156,7 +156,7 @@ def test_a_run_that_fails_is_named_and_the_others_have_their_row(llama_folder, p
         (["--benchmark", "triviaqa"], "expected columns question and answer"),
         (["--model", "./none"], "--model ./none: no such folder"),
         (["--max_new_tokens", "120"], "exceeds the model's context of 128"),
-        (["--unknown_share", "2"], "expected 0 to 1"),
+        (["--unknown_share", "2"], "a share from 0 to 1, not '2'"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(llama_folder, popqa, tmp_path, more, said):

@@ -77,6 +77,14 @@ def test_ties_and_no_difference_are_no_evidence():
     # 0.1 + 0.2 is not 0.3 in floating point, and yet these patterns tie.
     assert paired.sign_flip_p([0.1, 0.2, -0.3]) == 1
     assert paired.sign_flip_p([0.1] * 10) == 2 / 2**10
+    # Shares of 240 questions with the six digits of a results file tie where the whole numbers do.
+    for seed in range(20):
+        counts = np.random.default_rng(seed).integers(0, 30, (2, 10))
+        written = [[float(f"{count / 240:.6g}") for count in method] for method in counts]
+        whole = (counts[0] - counts[1]).tolist()
+        patterns = itertools.product((1, -1), repeat=len(whole))
+        as_large = sum(abs(np.dot(signs, whole)) >= abs(sum(whole)) for signs in patterns)
+        assert paired.sign_flip_p(np.subtract(*written)) == as_large / 2 ** len(whole)
 
 
 def test_many_pairs_are_sampled_and_the_p_value_is_never_nought():
