@@ -22,7 +22,7 @@ from transformers import get_scheduler
 from noisefit.base.errors import Stopped, notice, one_line_errors
 from noisefit.base.precision import keep_float32_when_sharded
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, TEACHER, BranchedModel, Logits, Losses
-from noisefit.fork.exactness import choose_strategy
+from noisefit.fork.exactness import can_pack, choose_strategy
 from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_sizes
 from noisefit.inputs.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.inputs.model_checks import try_out
@@ -89,10 +89,10 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     set_seed(settings.seed, device_specific=True)  # ... but noise and dropout of its own
 
-    def micro_batches(step_rows: list[Example]) -> list[Batch]:
+    def micro_batches(step_rows: list[Example], packing: bool = False) -> list[Batch]:
         """This process's share of an optimizer step's rows, as tensors on its device."""
-        shares = cut_step(step_rows, settings.batch_size, num_processes, accelerator.process_index)
-        how = tokenizer.pad_token_id, accelerator.device, settings.noise_tokens
+        shares = cut_step(step_rows, settings.batch_size, num_processes, accelerator.process_index, packing)
+        how = tokenizer.pad_token_id, accelerator.device, settings.noise_tokens, packing
         return [collate(share, *how) for share in shares]
 
     # --- The method: which layers get noise, and what the loss is ---------------------------------------------------
@@ -159,6 +159,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         if state["total_steps"] != total_steps:
             notice(f"the learning rate now follows a schedule of {total_steps} steps instead of {state['total_steps']}")
     noise = noise_of(policy)
+    packing = settings.packing and can_pack(model, calibration[0], list(noise), strategy, objective.branches)
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
 
     # --- The loop ---------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                 target_tokens = count_targets(rows)  # of the whole step: all its micro-batches, all processes
                 step_loss = torch.zeros((), device=accelerator.device)
                 step_losses: Losses = {}
-                batches = micro_batches(rows)
+                batches = micro_batches(rows, packing)
                 for batch in batches:
                     # Gradients are reduced over the processes once a step, with its last micro-batch.
                     reduction = nullcontext() if batch is batches[-1] else accelerator.no_sync(model)

@@ -48,6 +48,19 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(real, values, 0).sum() / (real.sum() * elements_per_token)
 
 
+def row_lengths(mask: Tensor) -> Tensor:
+    """How many real tokens the row of each token has.
+
+    Args:
+        mask: `[B, L]` int64, 0 at padding, else the same number throughout a row: 1, or its own where rows are packed.
+
+    Returns:
+        `[B, L]` int64; at padding that of all padding.
+    """
+    counts = mask.new_zeros(len(mask), mask.shape[1] + 1).scatter_add_(1, mask, torch.ones_like(mask))
+    return counts.gather(1, mask)
+
+
 def mean_magnitude(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of `|values|` over real tokens, `[B, L, H]` to a scalar tensor, float32 or wider."""
     # First over each token, so that the mask has a number a token to go over.

@@ -10,29 +10,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from noisefit.fork.decoder import find_causal_lm, find_decoder, find_decoder_layers, logits_of
-from noisefit.fork.hooks import EMBEDDING, INPUT, Noise, NoiseFunction, Pass, layer_hooks
+from noisefit.fork.decoder import find_causal_lm, find_decoder_layers, logits_of
+from noisefit.fork.hooks import Noise, NoiseFunction, layer_hooks
+from noisefit.fork.packing import Packing
+from noisefit.fork.passes import (
+    BRANCHES,
+    CLEAN,
+    DROPOUT,
+    NOISY,
+    STRATEGIES,
+    TEACHER,
+    Branch,
+    check_branches,
+    decoder_pass,
+    full_pass,
+    run_branches,
+)
 
-
-class Branch(Enum):
-    """How a branch of the batch differs from the others."""
-
-    CLEAN = "clean"  # the model as it is
-    NOISY = "noisy"  # with noise of its own
-    DROPOUT = "dropout"  # with dropout of its own
-    TEACHER = "teacher"  # no branch of the batch: predictions from a pass of their own, without gradient
-
-
-CLEAN, NOISY, DROPOUT, TEACHER = Branch
-BRANCHES = (CLEAN, NOISY, NOISY)
-STRATEGIES = ("fork", "separate", "full_logits")
+__all__ = ["BRANCHES", "CLEAN", "DROPOUT", "NOISY", "STRATEGIES", "TEACHER", "Branch", "BranchedModel",
+           "branch_hidden_states", "check_branches", "run_branches"]  # fmt: skip
 
 Logits = Mapping[Branch, Sequence[Tensor]]
 """Of each kind the logits `[N, V]` of its branches, in their order; no branch of a kind is an empty sequence."""
@@ -81,6 +83,7 @@ class BranchedModel(nn.Module):
         target_weights: Tensor | None = None,
         teacher: Tensor | Any = None,
         noise_mask: Tensor | None = None,
+        packing: Packing | None = None,
         *,
         branches: Sequence[Branch] = BRANCHES,
         noise: Mapping[int, Noise | NoiseFunction] | None = None,
@@ -92,7 +95,7 @@ class BranchedModel(nn.Module):
 
         Args:
             input_ids: `[B, L]`, int64, padded on the right.
-            attention_mask: `[B, L]`, 1 at real tokens.
+            attention_mask: `[B, L]`, 1 at real tokens; of a packed batch the number of the token's row, from 1.
             target_positions: `[N]`, int64, the positions that predict a supervised token, as indices into the
                 `B * L` positions of the batch.
             target_tokens: `[N]`, int64, the token that each of them predicts. `N` may be 0.
@@ -100,6 +103,7 @@ class BranchedModel(nn.Module):
             teacher: what this returned of a teacher's pass without `chunk_losses`: its logits are `TEACHER`'s; or what
                 is known of its predictions, `[N, ..]` by its `split`, given to `chunk_losses` as it is.
             noise_mask: `[B, L]`, for the noise in place of `attention_mask`: the tokens that get it.
+            packing: where the rows of a packed batch lie, `[1, L]` tokens; `None` where each row is one.
             branches: of which kind each one is.
             noise: the index of a layer, or `EMBEDDING`, to its noise: a `Noise`, or a function of hidden states, the
                 number of the branch (of the noisy ones, from 1) and the mask. Empty: clean and noisy branches are one,
@@ -121,21 +125,22 @@ class BranchedModel(nn.Module):
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
         if target_positions is None:
-            return _decoder_pass(self.model, input_ids, attention_mask)
-        run = _full_pass if strategy == "full_logits" else _decoder_pass
+            return decoder_pass(self.model, input_ids, attention_mask, packing)
         # Attention that looks to the left never sees padding on the right. The fork's is told that there is none: with
         # padding, the mask would be a dense one, which keeps SDPA from its fastest kernels. The noise has the real
         # mask, and `choose_strategy` checks that nothing else changes.
         mask = torch.ones_like(attention_mask) if strategy == "fork" else attention_mask
+        one_pass = full_pass if strategy == "full_logits" else decoder_pass
+        run = functools.partial(one_pass, self.model, input_ids, mask, packing)
         if chunk_losses is None:
-            return run(self.model, input_ids, mask).flatten(0, 1).index_select(0, target_positions)
+            return run().flatten(0, 1).index_select(0, target_positions)
         assert target_tokens is not None
         states = run_branches(
             self.model,
             len(input_ids),
             noise or {},
             "fork" if strategy == "fork" else "separate",
-            functools.partial(run, self.model, input_ids, mask),
+            run,
             branches if clean_states is None else branches[1:],
             self.dropout,
             attention_mask if noise_mask is None else noise_mask,
@@ -226,73 +231,10 @@ def branch_hidden_states(
     Returns:
         `[3, B, L, H]`: clean, noisy 1, noisy 2.
     """
-    run = functools.partial(_decoder_pass, model, input_ids, attention_mask)
+    run = functools.partial(decoder_pass, model, input_ids, attention_mask, None)
     functions = {layer: _without_mask(function) for layer, function in noise.items()}
     return run_branches(model, len(input_ids), functions, strategy, run).expand(len(BRANCHES), -1, -1, -1)
 
 
-def check_branches(branches: Sequence[Branch]) -> None:
-    """Raise `ValueError` where a branch is of no known kind."""
-    kinds = CLEAN, NOISY, DROPOUT
-    if others := [kind for kind in branches if kind not in kinds]:
-        raise ValueError(f"a branch is {others[0]!r}, expected one of {', '.join(map(str, kinds))}")
-
-
 def _without_mask(function: Callable[[Tensor, int], Tensor]) -> NoiseFunction:
     return lambda hidden_states, branch, mask: function(hidden_states, branch)
-
-
-def run_branches(
-    model: nn.Module, batch_size: int, noise: Mapping[int, Noise | NoiseFunction], strategy: str,
-    run: Callable[[int], Tensor], branches: Sequence[Branch] = BRANCHES, dropout: float = 0.0,
-    mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Call `run`, which passes a batch of `batch_size` rows through `model`, so that it yields the branches.
-
-    Args:
-        model: a causal language model, wrapped or not.
-        batch_size: `B`.
-        noise: the index of a layer, or `EMBEDDING`, to its noise.
-        strategy: `fork` or `separate`.
-        run: called with the number of copies of the batch that are to go in as its rows.
-        branches: the kind of each branch.
-        dropout: of the `DROPOUT` branches.
-        mask: `[B, L]`, non-zero at real tokens, for the noise; `None` where all are real.
-
-    Returns:
-        `[branches, B, ...]`; `[1, B, ...]` where they are all one, as there is neither noise nor dropout.
-    """
-    hooks = layer_hooks(model)
-    if strategy not in ("fork", "separate"):
-        raise ValueError(f"strategy is {strategy!r}, expected 'fork' or 'separate'")
-    check_branches(branches)
-    if unknown := [layer for layer in noise if layer not in range(EMBEDDING, hooks.num_layers)]:
-        raise ValueError(f"noise for layers {unknown}, but the model's are 0 to {hooks.num_layers - 1}")
-    if not noise and DROPOUT not in branches:
-        return run(1).unsqueeze(0)
-    numbers = tuple(branches[: i + 1].count(NOISY) if kind == NOISY else 0 for i, kind in enumerate(branches))
-    dropped = tuple(dropout if kind == DROPOUT else 0.0 for kind in branches)
-    count = len(branches)
-    if strategy == "separate" or count == 1:
-        separate = []
-        for number, share in zip(numbers, dropped, strict=True):
-            with hooks.applying(Pass(noise, (number,), batch_size, mask, dropout=(share,))):
-                separate.append(run(1))
-        return torch.stack(separate)
-    # Dropout and noise on the embedding set the branches apart from the first layer on.
-    fork_layer = INPUT if DROPOUT in branches or EMBEDDING in noise else min(noise)
-    with hooks.applying(Pass(noise, numbers, batch_size, mask, fork_layer, dropped)):
-        return run(count if fork_layer == INPUT else 1).unflatten(0, (count, batch_size))
-
-
-def _decoder_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, copies: int = 1) -> Tensor:
-    return find_decoder(model)(**_inputs(input_ids, attention_mask, copies)).last_hidden_state
-
-
-def _full_pass(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, copies: int = 1) -> Tensor:
-    return find_causal_lm(model)(**_inputs(input_ids, attention_mask, copies)).logits
-
-
-def _inputs(input_ids: Tensor, attention_mask: Tensor, copies: int) -> dict[str, Any]:
-    rows = {"input_ids": input_ids.repeat(copies, 1), "attention_mask": attention_mask.repeat(copies, 1)}
-    return rows | {"use_cache": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from noisefit.base.errors import InputError
+from noisefit.base.errors import InputError, notice
 from noisefit.base.precision import masked_mean
 from noisefit.fork.branches import BRANCHES, CLEAN, DROPOUT, NOISY, STRATEGIES, Branch, Logits, Losses
+from noisefit.fork.packing import pack
 
 ROWS, TOKENS = 2, 48  # of the first batch; two rows, so that a batch dimension is not mistaken for a broadcast one
 
@@ -45,12 +47,11 @@ def choose_strategy(
         InputError: `requested` is `fork`, and the fork is not exact for this model.
     """
     noise = {layer: functools.partial(_explicit_noise, layer) for layer in layers}
+    batch = _slice(batch)
     was_training = model.training
     model.eval()
     try:
-        truth, dtype = _logits(model, batch, noise, branches, "full_logits")
-        is_int8 = any(parameter.dtype == torch.int8 for parameter in model.parameters())
-        tolerance = INT8_TOLERANCE if is_int8 else TOLERANCE[dtype]
+        truth, tolerance = _truth(model, batch, noise, branches)
         strategies = STRATEGIES[1:] if requested == "separate" else STRATEGIES
         reason = None
         for strategy in strategies:
@@ -68,6 +69,59 @@ def choose_strategy(
     if reason is not None:
         reason += "; training on separate passes" + (", all logits in memory" if strategy == "full_logits" else "")
     return strategy, reason
+
+
+@torch.no_grad()
+def can_pack(
+    model: nn.Module, batch: Mapping[str, Any], layers: Sequence[int], strategy: str,
+    branches: Sequence[Branch] = BRANCHES,
+) -> bool:  # fmt: skip
+    """Whether rows that are packed do not see each other in this model, tried on a slice of `batch`; if not, a line.
+
+    Packed, with the strategy of the run, they must give the logits that the model itself gives them padded.
+
+    Args:
+        model, layers, branches: as for `choose_strategy`.
+        batch: a padded one, as there.
+        strategy: that it chose.
+    """
+    batch = _slice(batch, neighbours=True)
+    real = batch["attention_mask"].bool()
+    was_training = model.training
+    model.eval()
+    try:
+        padded = {layer: functools.partial(_explicit_noise, layer) for layer in layers}
+        truth, tolerance = _truth(model, batch, padded, branches)
+        packed = {layer: functools.partial(_explicit_noise, layer, real=real) for layer in layers}
+        problem = _problem(model, pack(batch), packed, branches, strategy, truth, tolerance)
+    finally:
+        model.train(was_training)
+    problems = [found for found in gather_object([problem]) if found is not None]
+    if problems:
+        notice(f"--packing: rows are padded, as packed ones are not exact for this model ({problems[0]})")
+    return not problems
+
+
+def _slice(batch: Mapping[str, Any], neighbours: bool = False) -> dict[str, Any]:
+    """The first tokens of the first rows of a batch, all of them supervised, with some padding."""
+    ids, mask = (batch[name][:ROWS, :TOKENS] for name in ("input_ids", "attention_mask"))
+    if neighbours and len(ids) == 1:
+        ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
+    mask = mask.clone()
+    if padded := ids.shape[1] // 3:  # the fork is not told which tokens are padding: attention to the right would show
+        mask[-1, -padded:] = 0
+    positions = mask.flatten().nonzero().flatten()
+    targets = {"target_positions": positions, "target_tokens": ids.flatten()[positions]}
+    return {"input_ids": ids, "attention_mask": mask} | targets
+
+
+def _truth(
+    model: nn.Module, batch: Mapping[str, Any], noise: Mapping, branches: Sequence[Branch]
+) -> tuple[Tensor, float]:
+    """The logits of separate passes of the model's own forward, and how far others may be from them."""
+    truth, dtype = _logits(model, batch, noise, branches, "full_logits")
+    is_int8 = any(parameter.dtype == torch.int8 for parameter in model.parameters())
+    return truth, INT8_TOLERANCE if is_int8 else TOLERANCE[dtype]
 
 
 def _problem(
@@ -91,11 +145,6 @@ def _logits(
     model: nn.Module, batch: Mapping[str, Tensor], noise: Mapping, branches: Sequence[Branch], strategy: str
 ) -> tuple[Tensor, torch.dtype]:
     """The branches' logits at the slice's real tokens, `[branches, N, V]` float64, and the model's dtype."""
-    ids = batch["input_ids"][:ROWS, :TOKENS]
-    mask = batch["attention_mask"][:ROWS, :TOKENS].clone()
-    if padded := ids.shape[1] // 3:  # the fork is not told which tokens are padding: attention to the right would show
-        mask[-1, -padded:] = 0
-    positions = mask.flatten().nonzero().flatten()
     chunks: list[Tensor] = []
 
     def collect(logits: Logits, target_tokens: Tensor) -> Losses:
@@ -103,12 +152,16 @@ def _logits(
         return {}
 
     how: dict[str, Any] = {"branches": branches, "noise": noise, "strategy": strategy}
-    model(ids, mask, positions, ids.flatten()[positions], **how, chunk_losses=collect)
+    model(**batch, **how, chunk_losses=collect)
     return torch.cat(chunks, dim=1).double(), chunks[0].dtype
 
 
-def _explicit_noise(layer: int, hidden: Tensor, branch: int, mask: Tensor | None = None) -> Tensor:
+def _explicit_noise(
+    layer: int, hidden: Tensor, branch: int, mask: Tensor | None = None, real: Tensor | None = None
+) -> Tensor:
     """Noise `[B, L, H]`, about half as strong as the signal at real tokens (what is at padded ones differs between
-    strategies), the same whenever a layer and branch are asked for it."""
-    wave = torch.sin(torch.arange(hidden.numel(), device=hidden.device) * 0.7 + 3.0 * branch + layer)
-    return (wave.view_as(hidden) * 0.5 * masked_mean(hidden.float().abs(), mask)).to(hidden.dtype)
+    strategies), the same whenever a layer and branch are asked for it; of a packed batch, `real` is the padded mask."""
+    shape = hidden.shape if real is None else (*real.shape, hidden.shape[-1])
+    wave = torch.sin(torch.arange(math.prod(shape), device=hidden.device) * 0.7 + 3.0 * branch + layer).view(shape)
+    wave = wave if real is None else wave[real].unsqueeze(0)
+    return (wave * 0.5 * masked_mean(hidden.float().abs(), mask)).to(hidden.dtype)

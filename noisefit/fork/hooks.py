@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from noisefit.base.precision import DROPPED_BITS, EPS, add_noise, mean_magnitude, root_mean_square
 from noisefit.fork.decoder import block_hidden_states, find_causal_lm, find_decoder, find_decoder_layers
+from noisefit.fork.packing import BORDERS, repeat_borders
 
 EMBEDDING = -1  # the index of the token embedding, among those of the layers
 INPUT = -2  # the branches have rows of their own from the token ids on
@@ -194,10 +195,14 @@ def _checkpoint_in_its_pass(hooks: LayerHooks, checkpointing: Callable, function
 def _repeat(value: Any, batch_size: int, copies: int) -> Any:
     """Repeat for the branches every tensor of the batch, at any nesting: `[B, ...]` of two dimensions or more."""
     if isinstance(value, Tensor):
-        is_batch = value.dim() >= 2 and value.shape[0] == batch_size
-        return value.repeat(copies, *[1] * (value.dim() - 1)) if is_batch else value
+        if value.dim() < 2 or value.shape[0] != batch_size:
+            return value
+        # One row needs no copies: of a packed batch, the mask is the largest of all.
+        of_one = value.expand if batch_size == 1 else value.repeat
+        return of_one(copies, *[-1 if batch_size == 1 else 1] * (value.dim() - 1))
     if isinstance(value, dict):
-        return {key: _repeat(item, batch_size, copies) for key, item in value.items()}
+        borders = {key: repeat_borders(value[key], copies) for key in BORDERS if value.get(key) is not None}
+        return {key: _repeat(item, batch_size, copies) for key, item in value.items()} | borders
     if type(value) in (tuple, list):
         return type(value)(_repeat(item, batch_size, copies) for item in value)
     return value

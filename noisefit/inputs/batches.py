@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from noisefit.fork.packing import pack
 from noisefit.inputs.prompts import Example
 from noisefit.method.policy import ALL, PROMPT
 from noisefit.method.top_k import TopK
 
 Batch = dict[str, Any]
-"""Tensors by name, and what is known of a teacher's predictions."""
+"""Tensors by name, what is known of a teacher's predictions, and where the rows of a packed batch lie."""
 
 
 def steps_per_epoch(num_examples: int, rows_per_step: int) -> int:
@@ -42,25 +44,40 @@ def epoch_steps(
 
 
 def cut_step(
-    rows: Sequence[Example], batch_size: int, num_processes: int = 1, process_index: int = 0
+    rows: Sequence[Example], batch_size: int, num_processes: int = 1, process_index: int = 0, packing: bool = False
 ) -> list[list[Example]]:
     """This process's micro-batches of an optimizer step.
 
     Rows are sorted by length within the step and nowhere else: that saves padding and, as a step's loss does not
     depend on how the step was cut, changes nothing. Every process gets equally many micro-batches of nearly equal
-    size; one may be empty where rows are fewer than processes.
+    size; one may be empty where rows are fewer than processes. Where rows are packed there is no padding to save:
+    micro-batches, as many, then get nearly equally many tokens.
 
     Args:
         rows: the rows of the whole step.
-        batch_size: rows a micro-batch at the most.
+        batch_size: rows a micro-batch at the most; where they are packed, on average at the most.
         num_processes, process_index: of the launch.
+        packing: whether they are packed.
     """
     rows = sorted(rows, key=lambda example: len(example.input_ids), reverse=True)
     rounds = math.ceil(len(rows) / (batch_size * num_processes))
     parts = rounds * num_processes
+    if packing:
+        return _even_parts(rows, parts)[process_index::num_processes]
     borders = [part * len(rows) // parts for part in range(parts + 1)]
     # Part i goes to process i % num_processes: neighbours in length run at the same time.
     return [rows[borders[part] : borders[part + 1]] for part in range(process_index, parts, num_processes)]
+
+
+def _even_parts(rows: Sequence[Example], parts: int) -> list[list[Example]]:
+    """Deal rows, longest first, each to the part with the fewest tokens so far; of equal ones to the first."""
+    dealt: list[list[Example]] = [[] for _ in range(parts)]
+    tokens = [(0, part) for part in range(parts)]
+    for row in rows:
+        count, part = tokens[0]
+        dealt[part].append(row)
+        heapq.heapreplace(tokens, (count + len(row.input_ids), part))
+    return dealt
 
 
 def count_targets(rows: Sequence[Example]) -> int:
@@ -74,15 +91,17 @@ def count_tokens(rows: Sequence[Example]) -> int:
 
 
 def collate(
-    rows: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu", noise_tokens: str = ALL
-) -> Batch:
-    """The tensors of a micro-batch, right-padded.
+    rows: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu", noise_tokens: str = ALL,
+    packing: bool = False,
+) -> Batch:  # fmt: skip
+    """The tensors of a micro-batch, right-padded, or packed.
 
     Args:
         rows: may be empty: the batch then is one row of padding without a supervised token.
         pad_token_id: fills padded positions.
         device: where the tensors go.
         noise_tokens: the value of `--noise_tokens`.
+        packing: whether to leave the padding out, see `noisefit.fork.packing.pack`.
 
     Returns:
         `input_ids` and `attention_mask`, `[B, L]` int64; `target_positions` and `target_tokens`, `[N]` int64, see
@@ -120,4 +139,5 @@ def collate(
         batch["noise_mask"] = noise_mask
     if taught := [example.teacher for example in rows if example.teacher is not None]:
         batch["teacher"] = TopK.joined(taught)
+    batch = pack(batch) if packing else batch
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noisefit.base.precision import EPS, at_least_float32, masked_mean, mean_magnitude
+from noisefit.base.precision import EPS, at_least_float32, masked_mean, mean_magnitude, row_lengths
 
 BETA = 0.1  # how fast the noise fades for elements far from their token's median
 MAX_TOKEN_FACTOR = 5.0
@@ -193,9 +193,10 @@ class EmbeddingNoise(TokenScaledNoise):
     def scale(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         """The largest noise at each element of the embeddings, float32 or wider."""
         token = at_least_float32(hidden_states[..., 0].detach())
-        real = torch.ones_like(token) if mask is None else mask.bool().to(token.dtype)
-        largest = self.alpha * self.strength / (real.sum(dim=1) * hidden_states.shape[-1]).sqrt()  # [B]
-        return (largest.view(-1, 1, 1) * real.unsqueeze(-1)).expand_as(hidden_states)
+        mask = torch.ones_like(token, dtype=torch.long) if mask is None else mask.long()
+        lengths = row_lengths(mask).to(token.dtype)
+        largest = self.alpha * self.strength / (lengths * hidden_states.shape[-1]).sqrt() * mask.bool()
+        return largest.unsqueeze(-1).expand_as(hidden_states)
 
     def draw(self, scale: Tensor) -> Tensor:
         """Uniform noise up to this scale, to either side."""

@@ -24,7 +24,7 @@ from noisefit.fork.decoder import find_causal_lm
 from noisefit.method.top_k import TopK
 
 SELF, BASE, EMA = TEACHERS = ("self", "base", "ema")  # of --teacher
-INPUTS = ("input_ids", "attention_mask", "target_positions")  # what a pass needs of a batch
+INPUTS = ("input_ids", "attention_mask", "target_positions", "packing")  # what a pass needs of a batch, as it has it
 
 
 class Teacher:
@@ -88,7 +88,7 @@ class OtherTeacher(Teacher):
             self.model.train(was_training)
 
     def predictions(self, batch: Mapping[str, Any], strategy: str) -> dict[str, Any]:
-        inputs = {name: batch[name] for name in INPUTS}
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
         with self.passing():
             return {"teacher": self.model(**inputs, strategy=strategy)}
 
@@ -129,7 +129,7 @@ class BaseModel(OtherTeacher):
             found.append(TopK.of(logits[CLEAN][0], k, temperature))
             return {}
 
-        inputs = {name: batch[name] for name in (*INPUTS, "target_tokens")}
+        inputs = {name: batch[name] for name in (*INPUTS, "target_tokens") if name in batch}
         with self.passing():
             self.model(**inputs, branches=(CLEAN,), strategy=strategy, chunk_losses=collect)
         return TopK.joined(found)

@@ -80,6 +80,9 @@ class StepSettings:
 
     batch_size: int = setting(4, "rows a micro-batch, on each device", **POSITIVE)
     gradient_accumulation_steps: int = setting(4, "micro-batches an optimizer step", **POSITIVE)
+    packing: bool = setting(
+        False, "no padding: rows one behind the other; for mixed lengths, with --attn_implementation flash_attention_2"
+    )
     epochs: int = setting(5, "passes over the data", **POSITIVE)
     max_steps: int = setting(
         -1, "optimizer steps; training ends at this or --epochs, whichever comes first; -1 for no limit", low=1,

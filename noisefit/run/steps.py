@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
@@ -54,7 +53,7 @@ def take_step(optimizer: Any, schedule: LRScheduler, step: int, bad: bool, bad_s
 
 
 @contextmanager
-def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Tensor]) -> Iterator[None]:
+def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Any]) -> Iterator[None]:
     """Turn memory that runs out into one line that says with what batch, and what would help.
 
     Args:
@@ -71,6 +70,9 @@ def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Tens
         if not is_out_of_memory(error):
             raise
         rows, length = batch["input_ids"].shape
+        shape = f"{rows} rows of {length} tokens"
+        if packing := batch.get("packing"):
+            shape = f"{len(packing.borders) - 1} rows, packed into {length} tokens,"
         helps = [] if settings.gradient_checkpointing else ["--gradient_checkpointing"]
         if settings.batch_size > 1:
             parts = 2 if settings.batch_size % 2 == 0 else settings.batch_size  # so that a step keeps its rows
@@ -82,6 +84,6 @@ def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Tens
         before = list_checkpoints(Path(settings.output_model))  # not opened, for which there may be no memory
         resume = f"; --resume_from_checkpoint latest goes on from {before[-1].name}" if before else ""
         raise LocalError(
-            f"step {step}: out of memory with {rows} rows of {length} tokens in a micro-batch, "
+            f"step {step}: out of memory with {shape} in a micro-batch, "
             f"{len(batch['target_tokens'])} of them supervised; any of these helps: {', '.join(helps)}{resume}"
         ) from None

@@ -35,7 +35,7 @@ SETTINGS = dict(
 
 def fixed_noise(hidden, branch, mask):
     """In place of the drawn noise: what a token gets depends on its own hidden state and on being real."""
-    return 0.3 * hidden.detach().roll(branch, dims=-1) * mask.unsqueeze(-1)
+    return 0.3 * hidden.detach().roll(branch, dims=-1) * mask.bool().unsqueeze(-1)
 
 
 def fix_the_noise(settings, policy, *kind):
@@ -180,15 +180,20 @@ def plain_training(model_folder, output, data, selected, mode, teacher):
         {"loss_mode": "ce_kl", "teacher": "ema", "teacher_decay": 0.6, "branches": "separate"},
         {"loss_mode": "full", "teacher": "base", "gradient_checkpointing": True},
         {"loss_mode": "full", "teacher": "base", "cache_teacher": 259},  # all tokens
+        *({"loss_mode": mode, "packing": True} for mode in ("basefit", "neftune", "rdrop")),
+        {"loss_mode": "full", "packing": True, "teacher": "base", "gradient_checkpointing": True},
+        {"loss_mode": "full", "packing": True, "teacher": "ema", "teacher_decay": 0.6, "branches": "separate"},
+        {"loss_mode": "full", "packing": True, "teacher": "base", "cache_teacher": 259},
     ],
     ids=str,
 )
-def test_the_loop_is_its_definition(flags, llama_folder, few_questions, tmp_path, monkeypatch):
+def test_the_loop_is_its_definition(flags, llama_folder, few_questions, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train_loop, "make_noise", fix_the_noise)
     monkeypatch.setattr(hooks.F, "dropout", FixedDropout())
     load = train_loop.load_model
     monkeypatch.setattr(train_loop, "load_model", lambda *args: load(*args).double())  # both sides in float64
     lines = run(llama_folder, few_questions, tmp_path / "out", **SETTINGS, **flags)
+    assert "--packing" not in capfd.readouterr().err  # a line where it is off
     selected = json.loads((tmp_path / "out" / "layer_snr.json").read_text())["selected"]
     mode = flags["loss_mode"]
     assert len(selected) == (0 if mode in ("basefit", "neftune", "rdrop", "ce_teacher") else 2)

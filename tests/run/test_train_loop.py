@@ -377,3 +377,12 @@ def test_the_base_models_own_folder_is_no_output(llama_folder, questions, tmp_pa
     model = tiny_folder(tmp_path / "model")
     with pytest.raises(InputError, match="own folder"):
         run(model, questions, model, overwrite_output=True)
+
+
+def test_a_model_that_cannot_be_packed_trains_as_without_packing(questions, tmp_path, capfd):
+    model = tiny_folder(tmp_path / "opt", "opt")
+    flags = dict(max_steps=2, logging_steps=1, max_length=100)
+    packed, padded = (run(model, questions, tmp_path / name, **flags, **how)
+                      for name, how in {"packed": dict(packing=True), "padded": {}}.items())  # fmt: skip
+    assert "--packing: rows are padded, as packed ones are not exact for this model (logits" in capfd.readouterr().err
+    assert [line["loss"] for line in packed] == [line["loss"] for line in padded]
