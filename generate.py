@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Abstention, Job
@@ -65,7 +65,7 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
         notice(describe_skipped(settings.input_csv, skipped, "with an empty or missing prompt"))
     tokenizer = load_answer_tokenizer(settings, base)
     # A process that is done waits for the others, however long that takes.
-    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    accelerator = start_accelerator(patience=timedelta(days=7))
     check_processes(accelerator)
     journal = Journal(output, accelerator.process_index)
     today = None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -26,7 +25,6 @@ from noisefit.fork.exactness import can_pack, choose_strategy
 from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_sizes
 from noisefit.inputs.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.inputs.model_checks import try_out
-from noisefit.inputs.models import load_model
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import (
     add_losses,
@@ -46,8 +44,9 @@ from noisefit.run.noise_policy import choose_policy, describe
 from noisefit.run.output import open_output, save_model, start_output, where_things_are, write_policy
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.preparation import prepare
-from noisefit.run.processes import finish, on_any_process, progress_bar
+from noisefit.run.processes import finish, on_any_process, progress_bar, reduction
 from noisefit.run.settings import Settings, parse_arguments
+from noisefit.run.sharding import load_model, prepare_model
 from noisefit.run.signals import StopSignals, end_with_launcher
 from noisefit.run.steps import naming_out_of_memory, take_step
 from noisefit.run.teacher_cache import with_predictions
@@ -86,7 +85,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     # The schedule is not given to `prepare`, which would step it once for every process.
     warmup_steps = math.ceil(settings.warmup_ratio * total_steps)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, warmup_steps, total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare_model(accelerator, model, optimizer)
     set_seed(settings.seed, device_specific=True)  # ... but noise and dropout of its own
 
     def micro_batches(step_rows: list[Example], packing: bool = False) -> list[Batch]:
@@ -165,9 +164,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     # --- The loop ---------------------------------------------------------------------------------------------------
     model.train()
     with StopSignals() as stop, progress_bar(accelerator, total_steps, "training", "step", step) as progress:
-        if accelerator.is_main_process:
-            start_output(settings, output, checkpoint, prepared.scores)
-            write_policy(output, policy)
+        start_output(accelerator, settings, output, policy, checkpoint, prepared.scores)
         start_trackers(accelerator, settings)
         with metrics.pausing():
             examples = with_predictions(prepared, output, teacher, strategy)
@@ -187,9 +184,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                 step_losses: Losses = {}
                 batches = micro_batches(rows, packing)
                 for batch in batches:
-                    # Gradients are reduced over the processes once a step, with its last micro-batch.
-                    reduction = nullcontext() if batch is batches[-1] else accelerator.no_sync(model)
-                    with reduction, naming_out_of_memory(settings, step, batch):
+                    reducing = reduction(accelerator, model, last=batch is batches[-1])  # over the processes
+                    with reducing, naming_out_of_memory(settings, step, batch):
                         how = {"branches": objective.branches, "noise": noise, "strategy": strategy}
                         batch |= teacher.predictions(batch, strategy)  # none where the clean branch teaches
                         losses = model(**batch, **how, chunk_losses=chunk_losses)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 
 from noisefit.answers.generation import Answerer, answer_all
@@ -89,7 +89,7 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
     if skipped:
         notice(describe_skipped(settings.train_data, skipped, "with an empty or missing cell"))
     tokenizer = load_answer_tokenizer(settings.answers, base)
-    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    accelerator = start_accelerator(patience=timedelta(days=7))
     check_processes(accelerator)
     journal = Journal(output, accelerator.process_index)
     today = None

@@ -83,8 +83,12 @@ class LayerHooks:
         embedding = find_causal_lm(model).get_input_embeddings()
         embedding.register_forward_hook(functools.partial(self._after, EMBEDDING), with_kwargs=True)
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True)
-            layer.register_forward_hook(functools.partial(self._after, index), with_kwargs=True)
+            self.register(index, layer)
+
+    def register(self, index: int, layer: nn.Module) -> None:
+        """Let a module be the decoder block of this index."""
+        layer.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True)
+        layer.register_forward_hook(functools.partial(self._after, index), with_kwargs=True)
 
     @contextmanager
     def applying(self, this_pass: Pass | None) -> Iterator[None]:

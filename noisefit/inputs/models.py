@@ -94,17 +94,28 @@ def check_model(
             that this machine cannot do.
     """
     check_quantization(settings.quantization, training=True)
-    with loading("--model", model, "a causal language model"), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    empty = build_empty(model, config, trust_remote_code)
     num_layers, embeddings = len(find_decoder_layers(empty)), empty.get_input_embeddings()
     if not settings.full_finetune:
         add_adapter(settings, empty, model)
     return num_layers, len(embeddings.weight)
 
 
+def build_empty(name: str, config: PreTrainedConfig, trust_remote_code: bool, **options: Any) -> Any:
+    """The model on the `meta` device, without weights. Raises `InputError` where it is no causal language model."""
+    with loading("--model", name, "a causal language model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
+
+
 def length_limit(config: PreTrainedConfig) -> int | None:
     """The most tokens of a row that the model has positions for; `None` where it names no limit."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or None
+
+
+def attention_options(settings: ModelSettings) -> dict[str, Any]:
+    """What transformers is to be told for `--attn_implementation`."""
+    wanted = settings.attn_implementation
+    return {} if wanted is None else {"attn_implementation": wanted}
 
 
 def quantization_options(quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -143,9 +154,7 @@ def load_base(
     Raises:
         InputError: no such model in safetensors.
     """
-    options: dict[str, Any] = {"dtype": dtype}
-    if settings.attn_implementation is not None:
-        options["attn_implementation"] = settings.attn_implementation
+    options = {"dtype": dtype} | attention_options(settings)
     options |= quantization_options(settings.quantization, frozen_dtype(accelerator), accelerator.device)
     with loading("--model", name, "weights as safetensors"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -183,18 +192,21 @@ def load_model(
     whole = checkpoint if settings.full_finetune else None
     dtype = torch.float32 if settings.full_finetune else frozen_dtype(accelerator)
     model = load_base(settings, str(whole or name), accelerator, dtype, trust_remote_code, finite=whole is not None)
+    adapted = make_trainable(settings, model, name)
+    if checkpoint is not None and not settings.full_finetune:
+        _restore_adapter(adapted, checkpoint)
+    return adapted
+
+
+def make_trainable(settings: ModelSettings, model: PreTrainedModel, name: str) -> nn.Module:
+    """The base model with a new adapter, or as it is under `--full_finetune`. Raises `InputError` as `add_adapter`."""
     if settings.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if settings.gradient_checkpointing:
         # Newer transformers have another name for it, and warn of this one.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    if settings.full_finetune:
-        return model
-    adapted = add_adapter(settings, model, name)
-    if checkpoint is not None:
-        _restore_adapter(adapted, checkpoint)
-    return adapted
+    return model if settings.full_finetune else add_adapter(settings, model, name)
 
 
 def _restore_adapter(model: nn.Module, checkpoint: Path) -> None:

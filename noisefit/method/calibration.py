@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 from noisefit.base.errors import InputError
 from noisefit.fork.branches import CLEAN, NOISY, Logits, Losses
-from noisefit.fork.decoder import answering, find_decoder, find_decoder_layers
+from noisefit.fork.decoder import find_decoder, find_decoder_layers
 from noisefit.fork.exactness import ROWS, TOKENS, TOLERANCE
+from noisefit.fork.known import knowing
 from noisefit.method.losses import cross_entropy, symmetric_kl
 from noisefit.method.noise import TokenScaledNoise
 from noisefit.method.policy import NoiseKind
@@ -126,7 +126,7 @@ def measure(
             outputs, clean = _clean_pass(model, batch, blocks) if reusing else ([], None)
             run = functools.partial(model, **batch, **how, chunk_losses=_sum_responses, clean_states=clean)
             for row, layer in enumerate(layers):
-                with _known(blocks[: layer + 1], outputs):
+                with knowing(model, outputs[: layer + 1]):
                     sums[row] += run(noise={layer: _OneDraw(noise, scales)})[RESPONSES].double()
                 step()
     finally:
@@ -232,15 +232,6 @@ def _sum_responses(logits: Logits, target_tokens: Tensor, target_weights: Tensor
     return {RESPONSES: torch.stack([*ce, *(symmetric_kl(clean, branch, 1.0) for branch in noisy)])}
 
 
-@contextmanager
-def _known(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Let blocks answer what they did before, those whose output is known."""
-    with ExitStack() as stack:
-        for block, output in zip(blocks, outputs, strict=False):
-            stack.enter_context(answering(block, output))
-        yield
-
-
 def _clean_pass(model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList) -> tuple[list[Any], Tensor]:
     """Every block's own output, and the final hidden states `[B, L, H]`."""
     outputs: list[Any] = []
@@ -281,7 +272,7 @@ def _reusable(
         how: dict[str, Any] = {"branches": (CLEAN, NOISY, NOISY), "strategy": "fork", "chunk_losses": watch}
         largest = 0.0
         for layer in layers:
-            with _known(blocks[: layer + 1], outputs):
+            with knowing(model, outputs[: layer + 1]):
                 sums = model(**small, **how, noise={layer: _OneDraw(noise, [0.0, 0.0])}, clean_states=clean)[RESPONSES]
             largest = max(largest, (sums[-2:].max() / len(positions)).item())
         same = largest <= TOLERANCE[dtypes[0]] ** 2  # a KL is quadratic in what the logits differ by

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,15 @@ from noisefit.run.checkpoint_files import (
 )
 from noisefit.run.metrics import LINES, Metrics
 from noisefit.run.output_folder import OutputFolder
-from noisefit.run.weights import gather_optimizer, gather_weights, restore_optimizer, write_model, write_tensors
+from noisefit.run.processes import apart
+from noisefit.run.weights import (
+    check_optimizer,
+    gather_optimizer,
+    gather_weights,
+    restore_optimizer,
+    write_model,
+    write_tensors,
+)
 
 
 class Checkpoints:
@@ -86,8 +95,15 @@ class Checkpoints:
         own |= {f"metrics.{name}": value.cpu() for name, value in metrics.items() if isinstance(value, Tensor)}
         everyones = gather_object([own])
         folder = self.output.path / f"checkpoint-{step}"
-        if not self.accelerator.is_main_process:
-            return folder
+        with apart(self.accelerator, f"writing {folder}") as is_main:
+            if is_main:
+                self._save(folder, step, variables, weights, tensors, everyones, metrics)
+        return folder
+
+    def _save(
+        self, folder: Path, step: int, variables: Mapping[str, Any], weights: dict[str, Tensor],
+        tensors: dict[str, dict[str, Tensor]], everyones: list[dict[str, Tensor]], metrics: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         tensors[PROCESSES] = {f"{rank}.{name}": value for rank, theirs in enumerate(everyones)
                               for name, value in theirs.items()}  # fmt: skip
         tensors = {name: content for name, content in tensors.items() if content or name != TEACHER}
@@ -109,7 +125,6 @@ class Checkpoints:
         with writing(folder, advice if before else "; free some space"):
             self._write(folder, weights, tensors, state)
         self._prune(keep=folder)
-        return folder
 
     def _write(
         self, folder: Path, weights: dict[str, Tensor], tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]
@@ -144,28 +159,40 @@ class Checkpoints:
         Raises:
             InputError: the checkpoint's files do not fit this run or each other.
         """
-        try:
+        with apart(self.accelerator, f"reading {folder}") as is_main, _fitting(folder):
             state = read_state(folder)
             if len(state["metrics"]["noisy_steps"]) != len(find_decoder_layers(self.model)) + 1:
                 raise ValueError("it is of a model with another number of layers")
-            restore_optimizer(self.model, self.optimizer, load_file(folder / OPTIMIZER))
+            # The main process alone reads what may be larger than the model, and the others are sent it.
+            moments = load_file(folder / OPTIMIZER) if is_main else {}
+            check_optimizer(self.model, moments)
+            teacher = load_file(folder / TEACHER) if TEACHER in state["files"] else {}
+            own = _under(f"{self.accelerator.process_index}.", load_file(folder / PROCESSES))
+        restore_optimizer(self.accelerator, self.model, self.optimizer, moments)
+        with _fitting(folder):
             if state["schedule"]["last_epoch"]:
                 # The schedule may end later now: the learning rate is computed anew, by the step that it stands at.
                 self.schedule.last_epoch = state["schedule"]["last_epoch"] - 1
                 self.schedule.step()
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.teacher.load_state_dict(load_file(folder / TEACHER) if TEACHER in state["files"] else {})
-            own = _under(f"{self.accelerator.process_index}.", load_file(folder / PROCESSES))
+            self.teacher.load_state_dict(teacher)
             self.metrics.load_state_dict(_under("metrics.", own) | state["metrics"])
             restore_random_state(_under("random.", own), self.accelerator.device)
             variables: dict[str, Any] = state["loop"]
-            return variables
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise InputError(f"{folder}: its files do not fit this run ({reason}); resume from another one") from None
+        return variables
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Turn what is wrong with a checkpoint's files into an `InputError`."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{folder}: its files do not fit this run ({reason}); resume from another one") from None
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from noisefit.method.decisive import words
 from noisefit.method.knowledge import Item, Probe, score_all
 from noisefit.method.modes import part
 from noisefit.run.checkpoint_files import SCORES, asked_for
-from noisefit.run.processes import progress_bar
+from noisefit.run.processes import apart, progress_bar
 from noisefit.run.settings import Settings
 
 EXAMPLES = 3  # rows that a line names
@@ -144,7 +144,8 @@ def _probe(
     settings: Settings, rows: Sequence[ProbedRow], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> Scores:
     name = settings.model
-    model = load_base(settings, name, accelerator, frozen_dtype(accelerator), settings.trust_remote_code)
+    with apart(accelerator, "loading the base model"):
+        model = load_base(settings, name, accelerator, frozen_dtype(accelerator), settings.trust_remote_code)
     if settings.quantization == "none":
         model = model.to(accelerator.device)
     columns = probe_rows(model, tokenizer, rows, settings.max_length, settings.batch_size, accelerator)

@@ -22,6 +22,7 @@ from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_chec
 from noisefit.run.metrics import LINES
 from noisefit.run.noise_policy import as_file
 from noisefit.run.output_folder import PREVIOUS, SCRATCH, OutputFolder
+from noisefit.run.processes import apart
 from noisefit.run.settings import KillSettings, Settings
 from noisefit.run.weights import gather_weights, write_model
 
@@ -146,12 +147,17 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return folder.resolve() in (path.absolute().parent.resolve(), path.resolve().parent)
 
 
-def start_output(settings: Settings, output: OutputFolder, checkpoint: Path | None, scores: str | None = None) -> None:
-    """Make the folder ready for a run, and write its settings there.
+def start_output(
+    accelerator: Accelerator, settings: Settings, output: OutputFolder, policy: NoisePolicy, checkpoint: Path | None,
+    scores: str | None = None,
+) -> None:  # fmt: skip
+    """Make the folder ready for a run, and write its settings and noise policy there. All processes call it.
 
     Args:
+        accelerator: of the run.
         settings: of the run.
         output: its folder.
+        policy: that the run begins with.
         checkpoint: the run goes on from it, and its records with it; `None`: it starts afresh. What another run left
             is set aside as `previous_run`, until this one is saved.
         scores: the content of `knowledge.csv`; `None` where the run goes by no probe.
@@ -159,6 +165,13 @@ def start_output(settings: Settings, output: OutputFolder, checkpoint: Path | No
     Raises:
         LocalError: it cannot be written.
     """
+    with apart(accelerator, "making the output folder ready") as is_main:
+        if is_main:
+            _start_output(settings, output, checkpoint, scores)
+            write_policy(output, policy)
+
+
+def _start_output(settings: Settings, output: OutputFolder, checkpoint: Path | None, scores: str | None) -> None:
     output.start()
     with writing(output.path):
         if checkpoint is None or not _is_inside(checkpoint, output.path):
@@ -208,16 +221,16 @@ def save_model(
     if not tokens:
         raise InputError("no step could be taken, so nothing was learnt and no model is saved; see the lines above")
     weights = gather_weights(accelerator, model, adapter_only=not settings.full_finetune)
-    if not accelerator.is_main_process:
-        return
-    before = latest_whole(output.path)
-    advice = f"; free some space, and --resume_from_checkpoint latest goes on from {before.name}" if before else ""
-    with writing(output.path, advice), output.staging("model") as staged:
-        write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
-        (staged / "README.md").write_text(model_card(settings, tokens), encoding="utf-8")
-        sync_folder(staged)
-        output.move_in(staged)
-        output.drop_previous()
+    with apart(accelerator, "saving the model") as is_main:
+        if is_main:
+            before = latest_whole(output.path)
+            go_on = f"; free some space, and --resume_from_checkpoint latest goes on from {before and before.name}"
+            with writing(output.path, go_on if before else ""), output.staging("model") as staged:
+                write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
+                (staged / "README.md").write_text(model_card(settings, tokens), encoding="utf-8")
+                sync_folder(staged)
+                output.move_in(staged)
+                output.drop_previous()
 
 
 def where_things_are(settings: Settings) -> list[str]:

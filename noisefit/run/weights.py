@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -80,29 +81,36 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return {f"{name}.{key}": tensor for name, held in state.items() for key, tensor in held.items()}
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give the optimizer the tensors that `gather_optimizer` returned. All processes call it with all of them.
-
-    Learning rate and the other numbers of its groups are left as they are.
-
-    Raises:
-        ValueError: a tensor is not finite, is of no trained parameter, or has another shape than it.
-    """
-    if not tensors:
-        return
+def check_optimizer(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` where a tensor of the optimizer's is not finite, is of no trained parameter of the model, or
+    has another shape than it."""
     shapes = {name.removeprefix("module."): p.shape for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in tensors.items():
         fits = tensor.dim() == 0 or tensor.shape == shapes.get(name.rpartition(".")[0])
         if not fits or name.rpartition(".")[0] not in shapes or not tensor.isfinite().all():
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} is not of this model, or not finite")
-    groups: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions())["param_groups"]
+
+
+def restore_optimizer(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give the optimizer the tensors that `gather_optimizer` returned. All processes call it; those that the main one
+    has are sent to the others.
+
+    Learning rate and the other numbers of its groups are left as they are.
+    """
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(".")
         state.setdefault(parameter, {})[key] = tensor
-    whole: Any = {"state": state, "param_groups": groups}
-    options = StateDictOptions(full_state_dict=True, strict=False)
+    [known] = broadcast_object_list([set(state)])
+    if not known:
+        return
+    groups: Any = get_optimizer_state_dict(model, optimizer, options=StateDictOptions())["param_groups"]
+    whole: Any = {"state": state, "param_groups": groups} if accelerator.is_main_process else {}
+    sent = accelerator.num_processes > 1
+    options = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=sent)
     set_optimizer_state_dict(model, optimizer, whole, options=options)
     for name, weight in model.named_parameters():
-        if name.removeprefix("module.") not in state:  # it never had a gradient; torch has made a state for it
+        if name.removeprefix("module.") not in known:  # it never had a gradient; torch has made a state for it
             optimizer.state.pop(weight, None)

@@ -10,6 +10,9 @@ import pytest
 import torch
 from running import start, wait
 from tiny_models import LaplaceNoise, rows_and_calls, supervise, tiny_batch, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from noisefit.base.errors import InputError
 from noisefit.fork.branches import BranchedModel
@@ -20,7 +23,7 @@ from noisefit.method import calibration
 from noisefit.method.calibration import Responses, Rules, choose, measure, record
 from noisefit.method.noise import TokenScaledNoise, noise_scale
 from noisefit.run.noise_policy import rules_of
-from noisefit.run.processes import finish
+from noisefit.run.processes import finish, start_accelerator
 from noisefit.run.settings import Settings
 
 FACTORS = [0.25, 0.5, 1.0, 1.5, 2.0]
@@ -343,16 +346,30 @@ def test_the_record_has_the_whole_grid():
 # --- Two processes ----------------------------------------------------------------------------------------------------
 
 
-def measure_together(argv: list[str]) -> None:
-    from accelerate import Accelerator
+class CountGathers(TorchDispatchMode):
+    count = 0
 
-    accelerator = Accelerator()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.c10d._allgather_base_.default
+        return function(*args, **kwargs or {})
+
+
+def measure_together(argv: list[str]) -> None:
+    """First the model whole on each process, then in shards, of which it is counted how often blocks are gathered."""
+    accelerator = start_accelerator()
     rank = accelerator.process_index
     calibration.torch.randn_like = pattern
     batch = supervise(tiny_batch((9, 6) if rank == 0 else (12,), seed=rank), first=2)
     found = measure(BranchedModel(tiny_model(), 7), [batch], range(4), FACTORS, "fork")
-    output = argv[-1].partition("=")[2]
-    Path(f"{output}.{rank}").write_text(json.dumps([found.kl.tolist(), found.ce_change.tolist(), found.tokens]))
+    sharded = BranchedModel(tiny_model(), 7)
+    for layer in find_decoder_layers(sharded):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    with CountGathers() as gathers:
+        again = measure(sharded, [batch], range(4), FACTORS, "fork")
+    torch.testing.assert_close((again.kl, again.ce_change), (found.kl, found.ce_change), rtol=1e-9, atol=1e-12)
+    output, both = argv[-1].partition("=")[2], (found.kl.tolist(), found.ce_change.tolist())
+    Path(f"{output}.{rank}").write_text(json.dumps([*both, found.tokens, gathers.count]))
     finish(accelerator)
 
 
@@ -366,7 +383,9 @@ def test_all_processes_measure_the_same_over_the_batches_of_all(llama_folder, tm
     assert first == second
     batches = [supervise(tiny_batch(lengths, seed=rank), first=2) for rank, lengths in enumerate([(9, 6), (12,)])]
     kl, change, _ = full_passes(tiny_model(), batches, range(4), FACTORS)
-    found_kl, found_change, tokens = json.loads(first)
+    found_kl, found_change, tokens, gathers = json.loads(first)
     torch.testing.assert_close(torch.tensor(found_kl, dtype=torch.float64), kl, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(torch.tensor(found_change, dtype=torch.float64), change, rtol=1e-4, atol=1e-6)
     assert tokens == 7 + 4 + 10
+    # For the check and for the batch: each of 4 blocks in the clean pass, and those after each layer; the root once.
+    assert gathers == 2 * (4 + (3 + 2 + 1)) + 1
