@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from noisefit.base.errors import InputError
-from noisefit.base.precision import masked_mean
+from noisefit.base.precision import as_float64, masked_mean
 from noisefit.fork.branches import BRANCHES, CLEAN, DROPOUT, NOISY, STRATEGIES, Branch, Logits, Losses
 
 ROWS, TOKENS = 2, 48  # of the first batch; two rows, so that a batch dimension is not mistaken for a broadcast one
@@ -19,6 +19,20 @@ ROWS, TOKENS = 2, 48  # of the first batch; two rows, so that a batch dimension 
 # Largest difference that reordered sums explain, as a share of the largest logit. A wrong fork is off by about 1.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 INT8_TOLERANCE = 0.1  # 8-bit layers round their inputs by the outliers of the whole batch
+
+
+def tolerance_of(model: nn.Module, dtype: torch.dtype) -> float:
+    """The largest difference, as a share of the largest logit, that is rounding in this model and not a wrong fork.
+
+    Args:
+        model: wrapped or not.
+        dtype: of its logits. Layers of fewer bits may compute in another one, and say so (bitsandbytes' of 4 bits have
+            a `compute_dtype`): the coarsest decides.
+    """
+    if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
+        return INT8_TOLERANCE
+    named = [getattr(module, "compute_dtype", None) for module in model.modules()]
+    return max(TOLERANCE[of_some] for of_some in (dtype, *named) if of_some in TOLERANCE)
 
 
 @torch.no_grad()
@@ -49,8 +63,7 @@ def choose_strategy(
     model.eval()
     try:
         truth, dtype = _logits(model, batch, noise, branches, "full_logits")
-        is_int8 = any(parameter.dtype == torch.int8 for parameter in model.parameters())
-        tolerance = INT8_TOLERANCE if is_int8 else TOLERANCE[dtype]
+        tolerance = tolerance_of(model, dtype)
         strategies = STRATEGIES[1:] if requested == "separate" else STRATEGIES
         reason = None
         for strategy in strategies:
@@ -104,7 +117,7 @@ def _logits(
 
     how: dict[str, Any] = {"branches": branches, "noise": noise, "strategy": strategy}
     model(ids, mask, positions, ids.flatten()[positions], **how, chunk_losses=collect)
-    return torch.cat(chunks, dim=1).double(), chunks[0].dtype
+    return as_float64(torch.cat(chunks, dim=1)), chunks[0].dtype
 
 
 def _explicit_noise(layer: int, hidden: Tensor, branch: int, mask: Tensor | None = None) -> Tensor:
