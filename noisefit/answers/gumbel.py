@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from noisefit.base.errors import LocalError
+from noisefit.base.precision import as_float64
 
 # Odd constants of the finalizers of SplitMix64 (Steele et al., OOPSLA 2014), as signed 64-bit integers.
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
@@ -85,8 +86,10 @@ class GumbelSampling(LogitsProcessor):
         if self.top_p is not None:
             values = self.top_p(input_ids, values)
         position = input_ids.shape[1] - self.prompt_length
-        noisy = values.double() + gumbel_noise(self.keys.unsqueeze(-1), position, tokens)
-        drawn = tokens.gather(-1, noisy.argmax(dim=-1, keepdim=True))
+        values = as_float64(values)
+        place = values.device  # the CPU where the device has no float64
+        noise = gumbel_noise(self.keys.to(place).unsqueeze(-1), position, tokens.to(place))
+        drawn = tokens.gather(-1, (values + noise).argmax(dim=-1, keepdim=True).to(tokens.device))
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 

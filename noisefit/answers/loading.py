@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -33,7 +33,7 @@ from noisefit.inputs.model_checks import (
     loading,
     try_out,
 )
-from noisefit.inputs.models import quantization_options
+from noisefit.inputs.models import check_adapter_names, quantization_options
 from noisefit.inputs.prompts import check_tokens, stop_token_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -180,9 +180,7 @@ def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str,
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of weights that have no place; they are an error below
             adapted = PeftModel.from_pretrained(model, folder)
-        unmatched = tensors ^ get_peft_model_state_dict(adapted).keys()
-        if unmatched:  # of layers that only one of the two has
-            raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
+        check_adapter_names(adapted, tensors)
     except Exception as error:  # whatever PEFT makes of files that anybody may have written
         if is_out_of_memory(error):
             raise

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from noisefit.base.precision import as_float64
+
 DECIMALS = 3
 FEWEST, MOST = 3, 5  # significant digits
 # Twice the error of a float32 logit, as a share of one plus the largest. What it bounds was measured over batch sizes,
@@ -51,13 +53,13 @@ def token_log_p(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens: `[N]`, int64.
 
     Returns:
-        Each `[N]`, float64.
+        Each `[N]`, float64; on the CPU where the device has none.
     """
     largest, at = logits.max(dim=-1, keepdim=True)
     others = (logits - largest).exp_().scatter_(-1, at, 0.0).sum(dim=-1, keepdim=True)
-    below = (logits.gather(-1, tokens.unsqueeze(-1)) - largest).double()
-    log_p = below - others.double().log1p()
-    error = -log_p.expm1() * LOGIT_ERROR * (1 + largest.double().abs())
+    below = as_float64(logits.gather(-1, tokens.unsqueeze(-1)) - largest)
+    log_p = below - as_float64(others).log1p()
+    error = -log_p.expm1() * LOGIT_ERROR * (1 + as_float64(largest).abs())
     return log_p.squeeze(-1), error.squeeze(-1)
 
 

@@ -4,11 +4,14 @@ added to numbers of 16 bits arrives there."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from noisefit.base.errors import is_out_of_memory
 
 EPS = 1e-6  # of the published program: what keeps its quotients finite
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # the low bits of a float32 that the dtype has no place for
@@ -28,6 +31,23 @@ def keep_float32_when_sharded(accelerator: Accelerator) -> None:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """`tensor` itself where it is float32 or float64, else its float32 copy."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """A float64 copy: on the tensor's own device, or on the CPU where that device has no float64 (Apple's MPS)."""
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64. Tried, as no list of those that do not would be whole."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+        return True
+    except (TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

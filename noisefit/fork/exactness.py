@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from noisefit.base.errors import InputError, notice
-from noisefit.base.precision import masked_mean
+from noisefit.base.precision import as_float64, masked_mean
 from noisefit.fork.branches import BRANCHES, CLEAN, DROPOUT, NOISY, STRATEGIES, Branch, Logits, Losses
 from noisefit.fork.packing import pack
 
@@ -21,6 +21,20 @@ ROWS, TOKENS = 2, 48  # of the first batch; two rows, so that a batch dimension 
 # Largest difference that reordered sums explain, as a share of the largest logit. A wrong fork is off by about 1.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 INT8_TOLERANCE = 0.1  # 8-bit layers round their inputs by the outliers of the whole batch
+
+
+def tolerance_of(model: nn.Module, dtype: torch.dtype) -> float:
+    """The largest difference, as a share of the largest logit, that is rounding in this model and not a wrong fork.
+
+    Args:
+        model: wrapped or not.
+        dtype: of its logits. Layers of fewer bits may compute in another one, and say so (bitsandbytes' of 4 bits have
+            a `compute_dtype`): the coarsest decides.
+    """
+    if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
+        return INT8_TOLERANCE
+    named = [getattr(module, "compute_dtype", None) for module in model.modules()]
+    return max(TOLERANCE[of_some] for of_some in (dtype, *named) if of_some in TOLERANCE)
 
 
 @torch.no_grad()
@@ -120,8 +134,7 @@ def _truth(
 ) -> tuple[Tensor, float]:
     """The logits of separate passes of the model's own forward, and how far others may be from them."""
     truth, dtype = _logits(model, batch, noise, branches, "full_logits")
-    is_int8 = any(parameter.dtype == torch.int8 for parameter in model.parameters())
-    return truth, INT8_TOLERANCE if is_int8 else TOLERANCE[dtype]
+    return truth, tolerance_of(model, dtype)
 
 
 def _problem(
@@ -153,7 +166,7 @@ def _logits(
 
     how: dict[str, Any] = {"branches": branches, "noise": noise, "strategy": strategy}
     model(**batch, **how, chunk_losses=collect)
-    return torch.cat(chunks, dim=1).double(), chunks[0].dtype
+    return as_float64(torch.cat(chunks, dim=1)), chunks[0].dtype
 
 
 def _explicit_noise(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from peft import (
     LoraConfig,
     get_peft_model,
     get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
@@ -177,7 +177,9 @@ def load_model(
     """The base model with its adapter, or all of it trainable under `--full_finetune`.
 
     Frozen weights are loaded in the launch's mixed-precision dtype; weights that are trained are float32, as an
-    update is too small a change for 16 bits.
+    update is too small a change for 16 bits. That goes for what is not quantized of a quantized model, too: PEFT's
+    `prepare_model_for_kbit_training` would make it float32, and at a vocabulary of 128,256 and width 4096 embedding and
+    head would take 2 GiB more.
 
     Args:
         settings: what of it is trained, and how it is loaded.
@@ -200,8 +202,6 @@ def load_model(
 
 def make_trainable(settings: ModelSettings, model: PreTrainedModel, name: str) -> nn.Module:
     """The base model with a new adapter, or as it is under `--full_finetune`. Raises `InputError` as `add_adapter`."""
-    if settings.quantization != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if settings.gradient_checkpointing:
         # Newer transformers have another name for it, and warn of this one.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -212,12 +212,21 @@ def make_trainable(settings: ModelSettings, model: PreTrainedModel, name: str) -
 def _restore_adapter(model: nn.Module, checkpoint: Path) -> None:
     with loading("--resume_from_checkpoint", str(checkpoint), "this model's adapter"):
         weights = load_file(checkpoint / "adapter_model.safetensors")
-        unmatched = weights.keys() ^ get_peft_model_state_dict(model).keys()
-        if unmatched:
-            raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
+        check_adapter_names(model, weights.keys())
         if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{bad[0]} is not finite")
         set_peft_model_state_dict(model, weights)
+
+
+def check_adapter_names(model: nn.Module, names: Set[str]) -> None:
+    """Raise `ValueError` where these names of an adapter's tensors are not those of the adapter on the model."""
+    # Other programs save embeddings with an adapter. Asked for "auto", PEFT would ask the hub whether they were resized.
+    for with_embeddings in (False, True):
+        own = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings).keys()
+        if names <= own:
+            break
+    if unmatched := names ^ own:  # of layers that only one of the two has
+        raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
 
 
 def add_adapter(settings: ModelSettings, model: PreTrainedModel, name: str) -> nn.Module:

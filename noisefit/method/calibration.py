@@ -17,9 +17,10 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from noisefit.base.errors import InputError
+from noisefit.base.precision import as_float64
 from noisefit.fork.branches import CLEAN, NOISY, Logits, Losses
 from noisefit.fork.decoder import find_decoder, find_decoder_layers
-from noisefit.fork.exactness import ROWS, TOKENS, TOLERANCE
+from noisefit.fork.exactness import ROWS, TOKENS, tolerance_of
 from noisefit.fork.known import knowing
 from noisefit.method.losses import cross_entropy, symmetric_kl
 from noisefit.method.noise import TokenScaledNoise
@@ -112,11 +113,10 @@ def measure(
     blocks = find_decoder_layers(model)
     was_training = model.training
     model.eval()
-    device = batches[0]["input_ids"].device
     hidden_size: int = find_decoder(model).config.get_text_config(decoder=True).hidden_size
     scales = [factor / math.sqrt(hidden_size) for factor in factors]
     noise = kind(base_std=1.0)
-    sums = torch.zeros(len(layers), 2 * len(factors) + 1, dtype=torch.float64, device=device)
+    found: list[Tensor] = []  # of each batch, [layers, 2 * scales + 1]
     try:
         reusing = strategy == "fork" and _reusable(model, batches[0], blocks, layers, noise)
         if strategy == "fork" and not reusing:
@@ -125,12 +125,15 @@ def measure(
         for batch in batches:
             outputs, clean = _clean_pass(model, batch, blocks) if reusing else ([], None)
             run = functools.partial(model, **batch, **how, chunk_losses=_sum_responses, clean_states=clean)
-            for row, layer in enumerate(layers):
+            of_layers = []
+            for layer in layers:
                 with knowing(model, outputs[: layer + 1]):
-                    sums[row] += run(noise={layer: _OneDraw(noise, scales)})[RESPONSES].double()
+                    of_layers.append(run(noise={layer: _OneDraw(noise, scales)})[RESPONSES])
                 step()
+            found.append(as_float64(torch.stack(of_layers)))
     finally:
         model.train(was_training)
+    sums = functools.reduce(torch.add, found)
     tokens = sums.new_tensor([sum(len(batch["target_tokens"]) for batch in batches)])
     *_, count = total = reduce(torch.cat([sums.flatten(), tokens]), "sum").cpu()
     means = (total[:-1] / count).view(sums.shape)
@@ -275,7 +278,7 @@ def _reusable(
             with knowing(model, outputs[: layer + 1]):
                 sums = model(**small, **how, noise={layer: _OneDraw(noise, [0.0, 0.0])}, clean_states=clean)[RESPONSES]
             largest = max(largest, (sums[-2:].max() / len(positions)).item())
-        same = largest <= TOLERANCE[dtypes[0]] ** 2  # a KL is quadratic in what the logits differ by
+        same = largest <= tolerance_of(model, dtypes[0]) ** 2  # a KL is quadratic in what the logits differ by
     except torch.OutOfMemoryError:
         raise
     except Exception:  # an architecture's own code runs here without some of its blocks

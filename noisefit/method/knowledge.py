@@ -100,7 +100,7 @@ class Probe:
         noise = {layer: self._noise(layer, items) for layer in self.noise_layers}
         how = {"branches": self.branches, "noise": noise, "strategy": self.strategy}
         self.model(**self._batch(items), **how, chunk_losses=collect)
-        tokens, spread = torch.cat(log_p, dim=1).double().cpu(), torch.cat(divergences).double().cpu()
+        tokens, spread = torch.cat(log_p, dim=1).cpu().double(), torch.cat(divergences).cpu().double()
         values, start = [], 0
         for item in items:
             places = self._scored(item)

@@ -10,7 +10,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from noisefit.base.errors import InputError
-from noisefit.base.precision import EPS, mean_magnitude
+from noisefit.base.precision import EPS, as_float64, mean_magnitude
 from noisefit.fork.decoder import block_hidden_states, find_decoder_layers
 from noisefit.method.noise import TokenScaledNoise, snr_base_std
 from noisefit.method.policy import NoiseKind
@@ -124,7 +124,7 @@ def average_base_std(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], 
 
 
 def _average(measured: Iterable[Tensor]) -> Tensor:
-    total = torch.stack([of_layers.double() for of_layers in measured]).mean(dim=0)
+    total = torch.stack([as_float64(of_layers) for of_layers in measured]).mean(dim=0)
     return reduce(total, reduction="mean").cpu()
 
 

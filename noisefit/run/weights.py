@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -59,7 +60,9 @@ def write_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer:
     The weights are for all who may read the folder: safetensors makes them their owner's alone.
     """
     state = {name: tensor.contiguous() for name, tensor in weights.items()}
-    model.save_pretrained(folder, state_dict=state)
+    # No embedding is trained, but for its adapter. Left to itself, PEFT asks the hub at each save whether it was resized.
+    how = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, state_dict=state, **how)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of headings with nothing under them
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
