@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from noisefit.inputs.prompts import Example
+from noisefit.inputs.stored import StoredExamples
 from noisefit.method.policy import ALL, PROMPT
 from noisefit.method.top_k import TopK
 
@@ -36,15 +38,15 @@ def epoch_steps(
         first_step: start at this step of the epoch.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator)
     for start in range(first_step * rows_per_step, len(order), rows_per_step):
-        yield [examples[i] for i in order[start : start + rows_per_step]]
+        yield [examples[i] for i in order[start : start + rows_per_step].tolist()]
 
 
 def cut_step(
     rows: Sequence[Example], batch_size: int, num_processes: int = 1, process_index: int = 0
-) -> list[list[Example]]:
-    """This process's micro-batches of an optimizer step.
+) -> Iterator[list[Example]]:
+    """This process's micro-batches of an optimizer step, each made when it is asked for.
 
     Rows are sorted by length within the step and nowhere else: that saves padding and, as a step's loss does not
     depend on how the step was cut, changes nothing. Every process gets equally many micro-batches of nearly equal
@@ -55,16 +57,20 @@ def cut_step(
         batch_size: rows a micro-batch at the most.
         num_processes, process_index: of the launch.
     """
-    rows = sorted(rows, key=lambda example: len(example.input_ids), reverse=True)
+    lengths = rows.lengths if isinstance(rows, StoredExamples) else np.array([len(row.input_ids) for row in rows])
+    order = np.argsort(-lengths, kind="stable")
     rounds = math.ceil(len(rows) / (batch_size * num_processes))
     parts = rounds * num_processes
     borders = [part * len(rows) // parts for part in range(parts + 1)]
     # Part i goes to process i % num_processes: neighbours in length run at the same time.
-    return [rows[borders[part] : borders[part + 1]] for part in range(process_index, parts, num_processes)]
+    for part in range(process_index, parts, num_processes):
+        yield [rows[i] for i in order[borders[part] : borders[part + 1]].tolist()]
 
 
 def count_targets(rows: Sequence[Example]) -> int:
     """Supervised tokens in these rows: what a step's losses are divided by."""
+    if isinstance(rows, StoredExamples):
+        return rows.num_targets
     return sum(example.num_targets for example in rows)
 
 

@@ -119,9 +119,14 @@ def load_rows(path: str | None) -> list[Row]:
     if path is None:
         return []
     rows, skipped = read_rows(path)
-    if skipped:
-        notice(describe_skipped(path, skipped, "with an empty or missing cell"))
+    tell_of_skipped(path, skipped)
     return rows
+
+
+def tell_of_skipped(path: str, skipped: Sequence[int] | SomeRows) -> None:
+    """A line about rows that are skipped, if any."""
+    if SomeRows.of(skipped).number:
+        notice(describe_skipped(path, skipped, "with an empty or missing cell"))
 
 
 class SomeRows(NamedTuple):
