@@ -91,7 +91,8 @@ def _write(staged: Path, path: str, tokenizer: PreTrainedTokenizerBase, how: Map
     with _errors_of_ours(), _progress():
         rows = Dataset.from_generator(cells, features=as_text, cache_dir=str(staged / "rows"))
         examples = rows.map(
-            _columns, batched=True, batch_size=BATCH, num_proc=_cores(), remove_columns=["prompt", "response"],
+            _columns, batched=True, batch_size=BATCH, num_proc=min(_cores(), len(rows)),
+            remove_columns=["prompt", "response"],
             features=as_tokens, fn_kwargs={"path": path, "tokenizer": tokenizer, **how}, desc="Tokenizing",
             cache_file_name=str(staged / "tokens.arrow"), new_fingerprint=staged.name.partition(".")[0][:32],
         )  # fmt: skip
