@@ -132,6 +132,21 @@ def _lock(folder: Path, made: list[Path]) -> int:
         os.close(descriptor)  # it was removed before the lock was had: again
 
 
+def free_lock(folder: Path) -> int | None:
+    """A descriptor that holds a folder's lock; `None` where another process has it, or there are no such locks."""
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
 def _remove_empty(folders: list[Path]) -> None:
     while folders:
         with suppress(OSError):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from noisefit.fork.packing import pack
 from noisefit.inputs.prompts import Example
+from noisefit.inputs.stored import StoredExamples
 from noisefit.method.policy import ALL, PROMPT
 from noisefit.method.top_k import TopK
 
@@ -38,15 +41,15 @@ def epoch_steps(
         first_step: start at this step of the epoch.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator)
     for start in range(first_step * rows_per_step, len(order), rows_per_step):
-        yield [examples[i] for i in order[start : start + rows_per_step]]
+        yield [examples[i] for i in order[start : start + rows_per_step].tolist()]
 
 
 def cut_step(
     rows: Sequence[Example], batch_size: int, num_processes: int = 1, process_index: int = 0, packing: bool = False
-) -> list[list[Example]]:
-    """This process's micro-batches of an optimizer step.
+) -> Iterator[list[Example]]:
+    """This process's micro-batches of an optimizer step, each made when it is asked for.
 
     Rows are sorted by length within the step and nowhere else: that saves padding and, as a step's loss does not
     depend on how the step was cut, changes nothing. Every process gets equally many micro-batches of nearly equal
@@ -59,29 +62,34 @@ def cut_step(
         num_processes, process_index: of the launch.
         packing: whether they are packed.
     """
-    rows = sorted(rows, key=lambda example: len(example.input_ids), reverse=True)
+    lengths = rows.lengths if isinstance(rows, StoredExamples) else np.array([len(row.input_ids) for row in rows])
+    order = np.argsort(-lengths, kind="stable").tolist()
     rounds = math.ceil(len(rows) / (batch_size * num_processes))
     parts = rounds * num_processes
-    if packing:
-        return _even_parts(rows, parts)[process_index::num_processes]
     borders = [part * len(rows) // parts for part in range(parts + 1)]
+    of_each = [order[start:end] for start, end in itertools.pairwise(borders)]
+    if packing:
+        of_each = _deal(order, lengths.tolist(), parts)
     # Part i goes to process i % num_processes: neighbours in length run at the same time.
-    return [rows[borders[part] : borders[part + 1]] for part in range(process_index, parts, num_processes)]
+    for part in of_each[process_index::num_processes]:
+        yield [rows[i] for i in part]
 
 
-def _even_parts(rows: Sequence[Example], parts: int) -> list[list[Example]]:
-    """Deal rows, longest first, each to the part with the fewest tokens so far; of equal ones to the first."""
-    dealt: list[list[Example]] = [[] for _ in range(parts)]
+def _deal(order: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Give rows, longest first, each to the part with the fewest tokens so far; of equal ones to the first."""
+    dealt: list[list[int]] = [[] for _ in range(parts)]
     tokens = [(0, part) for part in range(parts)]
-    for row in rows:
+    for row in order:
         count, part = tokens[0]
         dealt[part].append(row)
-        heapq.heapreplace(tokens, (count + len(row.input_ids), part))
+        heapq.heapreplace(tokens, (count + lengths[row], part))
     return dealt
 
 
 def count_targets(rows: Sequence[Example]) -> int:
     """Supervised tokens in these rows: what a step's losses are divided by."""
+    if isinstance(rows, StoredExamples):
+        return rows.num_targets
     return sum(example.num_targets for example in rows)
 
 

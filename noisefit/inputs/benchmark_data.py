@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from noisefit.base.errors import InputError
 from noisefit.base.files import read_text
-from noisefit.inputs.tables import is_unicode, read_records
+from noisefit.inputs.readers import is_unicode
+from noisefit.inputs.tables import read_records
 
 Record = dict[str, Any]
 Question = dict[str, str]

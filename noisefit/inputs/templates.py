@@ -109,13 +109,18 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> str:
+def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, before: str | None = None) -> str:
     """The text that the template puts after `prompt_text`: the answer and its end-of-turn text, if it has one.
+
+    Args:
+        tokenizer: with its chat template.
+        prompt, response: the question and its answer.
+        before: `prompt_text` of the prompt, where it is known already.
 
     Raises:
         InputError: the template renders an answered question with another beginning than the question alone.
     """
-    before = prompt_text(tokenizer, prompt)
+    before = prompt_text(tokenizer, prompt) if before is None else before
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     whole = _render(tokenizer, messages, add_generation_prompt=False)
     if not whole.startswith(before) or response not in whole[len(before) :]:

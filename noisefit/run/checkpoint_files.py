@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from noisefit.base.files import ends_of
 from noisefit.base.schema import AMOUNT, ANY, COUNT, EACH, INTEGER, OBJECT, TEXT, Maybe, checked, require
 from noisefit.fork.branches import STRATEGIES
 from noisefit.inputs.prompts import Example
+from noisefit.inputs.stored import StoredExamples, rows_digest
 from noisefit.run.noise_policy import POLICY_SHAPE, policy_from, read_policy
 from noisefit.run.settings import POLICIES, Settings
 
@@ -252,8 +252,8 @@ def identify_run(
         policy = read_policy(settings.noise_policy)
         identity["noise_policy"] = hashlib.sha256(repr((policy.layers, policy.base_stds)).encode()).hexdigest()
     return identity | {
-        ROWS: _rows_digest(examples),
-        EVALUATION: _rows_digest(eval_examples),
+        ROWS: _digest_of_rows(examples),
+        EVALUATION: _digest_of_rows(eval_examples),
         FILES: _model_digest(settings.model, config),
         "rows an optimizer step": rows_per_step,
         "processes": accelerator.num_processes,
@@ -274,13 +274,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _rows_digest(examples: Sequence[Example]) -> str:
-    content = hashlib.sha256()
-    for example in examples:
-        content.update(array("q", [example.target_start, len(example.input_ids), *example.input_ids]).tobytes())
-        if example.weight != 1:
-            content.update(array("d", [example.weight]).tobytes())
-    return content.hexdigest()
+def _digest_of_rows(examples: Sequence[Example]) -> str:
+    return examples.digest if isinstance(examples, StoredExamples) else rows_digest(examples)
 
 
 def _model_digest(name: str, config: PreTrainedConfig) -> str:

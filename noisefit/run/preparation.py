@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,8 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from noisefit.base.errors import notice
 from noisefit.inputs.batches import steps_per_epoch
 from noisefit.inputs.models import check_model, length_limit, load_config, load_tokenizer
-from noisefit.inputs.prompts import Example, stop_token_ids, tokenize_rows
-from noisefit.inputs.tables import load_rows
+from noisefit.inputs.prompts import Example, stop_token_ids
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.knowledge import by_what_is_known
@@ -24,6 +24,7 @@ from noisefit.run.noise_policy import check_policy
 from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
+from noisefit.run.rows import list_rows, make_rows
 from noisefit.run.settings import Settings, without_effect
 
 
@@ -48,8 +49,8 @@ class Prepared:
     settings: Settings
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    examples: list[Example]
-    eval_examples: list[Example]
+    examples: Sequence[Example]
+    eval_examples: Sequence[Example]
     scores: str | None
     num_layers: int
     accelerator: Accelerator
@@ -72,7 +73,9 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_output(settings, output)
     check_tracker(settings.report_to)
     check_chat_template(settings.chat_template)
-    rows, eval_rows = load_rows(settings.train_data), load_rows(settings.eval_data)
+    # What decides on rows needs them in a list; other large files are tokenized into one that lies on the disk.
+    rows = list_rows(settings.train_data, always=settings.unknown_rows != "keep")
+    eval_rows = list_rows(settings.eval_data)
     config, tokenizer = load_config(model, trusted), load_tokenizer(model, trusted)
     num_layers, vocabulary = check_model(settings, model, config, trusted)
     check_policy(settings, num_layers)
@@ -86,9 +89,12 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
     check_tokenizer_names(tokenizer, output)
     stops = stop_token_ids(model)
-    rows, scores = by_what_is_known(settings, rows, tokenizer, accelerator)
-    examples = tokenize_rows(tokenizer, rows, settings.train_data, settings, vocabulary, stops)
-    eval_examples = tokenize_rows(tokenizer, eval_rows, str(settings.eval_data), settings, vocabulary, stops)
+    scores = None
+    if rows is not None:
+        rows, scores = by_what_is_known(settings, rows, tokenizer, accelerator)
+    how = tokenizer, settings, vocabulary, stops, accelerator
+    examples = make_rows(settings.train_data, rows, *how)
+    eval_examples = make_rows(settings.eval_data, eval_rows, *how)
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     total_steps = settings.epochs * steps_per_epoch(len(examples), rows_per_step)

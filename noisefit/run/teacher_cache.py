@@ -40,7 +40,7 @@ PART_ROWS = 1024  # rows a file: what the main process holds of all others' at a
 OF_THE_PREDICTIONS = ("quantization", "temperature", "cache_teacher")  # settings that change them
 
 
-def with_predictions(prepared: Prepared, output: OutputFolder, teacher: Teacher, strategy: str) -> list[Example]:
+def with_predictions(prepared: Prepared, output: OutputFolder, teacher: Teacher, strategy: str) -> Sequence[Example]:
     """The rows with the teacher's predictions, where `--cache_teacher` asks for them. All processes call it.
 
     A cache that a run left in the output folder is used if it has all rows, and is replaced or removed if not.

@@ -195,7 +195,7 @@ def example(length, start=1):
 def test_packed_micro_batches_have_all_rows_once_and_nearly_equal_tokens():
     rows = [example(length) for length in (50, 3, 4, 5, 20, 21, 22, 2, 9, 30, 31)]
     for processes in (1, 2, 3):
-        of_each = [cut_step(rows, 3, processes, index, packing=True) for index in range(processes)]
+        of_each = [list(cut_step(rows, 3, processes, index, packing=True)) for index in range(processes)]
         assert {len(batches) for batches in of_each} == {-(-len(rows) // (3 * processes))}
         batches = [batch for of_one in of_each for batch in of_one]
         assert sorted(len(row.input_ids) for batch in batches for row in batch) == sorted(
@@ -204,7 +204,7 @@ def test_packed_micro_batches_have_all_rows_once_and_nearly_equal_tokens():
         tokens = [sum(len(row.input_ids) for row in batch) for batch in batches]
         mean = sum(tokens) / len(tokens)
         assert max(tokens) <= max(50, mean + 22) and min(tokens) >= 0.5 * mean
-    assert cut_step(rows[:1], 3, 2, 1, packing=True) == [[]]  # fewer rows than processes
+    assert list(cut_step(rows[:1], 3, 2, 1, packing=True)) == [[]]  # fewer rows than processes
 
 
 def test_a_packed_batch_is_the_padded_one_packed_and_none_is_one_token():

@@ -38,7 +38,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(rows_per_step):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_processes_share_a_step_without_loss_or_repetition(count, num_processes, batch_size):
     rows = random_examples(count)
-    shares = [cut_step(rows, batch_size, num_processes, process) for process in range(num_processes)]
+    shares = [list(cut_step(rows, batch_size, num_processes, process)) for process in range(num_processes)]
     assert len({len(share) for share in shares}) == 1  # or the processes would wait for each other for ever
     assert sorted(id(row) for share in shares for batch in share for row in batch) == sorted(map(id, rows))
     assert all(len(batch) <= batch_size for share in shares for batch in share)
