@@ -15,12 +15,14 @@ from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator
 
+from noisefit.answers.disks import agreed, gathered, together
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Abstention, Job
-from noisefit.answers.journal import Journal, alone_with, check_answers_output, default_output, write_answers
+from noisefit.answers.journal import Answers, Journal, alone_with, check_answers_output, default_output, write_answers
 from noisefit.answers.loading import (
     base_config,
     check_vocabulary,
@@ -44,72 +46,79 @@ from noisefit.run.processes import check_processes, finish, progress_bar, start_
 
 
 def generate(settings: AnswerSettings) -> None:
-    output = Path(os.path.realpath(settings.output_csv or default_output(settings)))  # a link stays one
-    check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
-    with alone_with(output):
-        answer_file(settings, output)
-
-
-def answer_file(settings: AnswerSettings, output: Path) -> None:
-    # --- Everything that can be checked before the model is loaded ---------------------------------------------------
-    # Again: now nobody else writes it.
-    check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
-    check_chat_template(settings.chat_template)
-    base = find_base(settings)
-    noise = None
-    if settings.noise_passes:
-        noise = read_noise(Path(str(settings.model_path)), base_config(settings, base).num_hidden_layers)
-    # In the plain format a prompt is what stands in the file, white space and all: a benchmark's may end in lines.
-    records, prompts, skipped = read_prompts(settings.input_csv, strip=settings.chat_template != "plain")
-    if skipped:
-        notice(describe_skipped(settings.input_csv, skipped, "with an empty or missing prompt"))
-    tokenizer = load_answer_tokenizer(settings, base)
     # A process that is done waits for the others, however long that takes.
     accelerator = start_accelerator(patience=timedelta(days=7))
     check_processes(accelerator)
-    journal = Journal(output, accelerator.process_index)
-    today = None
-    if asks_for_date(tokenizer, settings.chat_template):
-        today = journal.prompt_date()
-    set_chat_template(tokenizer, settings.chat_template, today)
+    output = Path(os.path.realpath(settings.output_csv or default_output(settings)))  # a link stays one
+    with together():
+        check_output(settings, output, accelerator)
+    with alone_with(output) as first_on_disk:
+        answer_file(settings, output, accelerator, Journal(output, accelerator.process_index, first_on_disk))
+
+
+def check_output(settings: AnswerSettings, output: Path, accelerator: Accelerator) -> None:
+    # The main process writes it. What stands under that name on the disk of another is nobody's business.
+    if accelerator.is_main_process:
+        check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
+
+
+def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator, journal: Journal) -> None:
+    # --- Everything that can be checked before the model is loaded ---------------------------------------------------
+    with together():
+        check_output(settings, output, accelerator)  # again: now nobody else writes it
+        check_chat_template(settings.chat_template)
+        base = find_base(settings)
+        noise = None
+        if settings.noise_passes:
+            noise = read_noise(Path(str(settings.model_path)), base_config(settings, base).num_hidden_layers)
+        # In the plain format a prompt is what stands in the file, white space and all: a benchmark's may end in lines.
+        records, prompts, skipped = read_prompts(settings.input_csv, strip=settings.chat_template != "plain")
+        if skipped:
+            notice(describe_skipped(settings.input_csv, skipped, "with an empty or missing prompt"))
+        tokenizer = load_answer_tokenizer(settings, base)
+    date = journal.prompt_date()
 
     # --- What is to be answered --------------------------------------------------------------------------------------
-    # Greedy rounds are all the same, so one of them is computed.
-    rounds = (1,) if settings.greedy else tuple(range(1, settings.rounds + 1))
-    jobs, seen = [], Counter[str]()
-    for index, row in enumerate(prompts):
-        with naming_row(row, settings.input_csv):
-            jobs.append(Job(index, row.prompt, prompt_ids(tokenizer, row.prompt), rounds, seen[row.prompt]))
-        seen[row.prompt] += 1
-    limit = context_length(settings, base)
-    for row, job in zip(prompts, jobs, strict=True):
-        if limit is not None and len(job.input_ids) + settings.max_new_tokens > limit:
-            raise InputError(
-                f"{settings.input_csv}: row {row.number}: the prompt has {len(job.input_ids)} tokens, which with "
-                f"--max_new_tokens {settings.max_new_tokens} exceeds the model's context of {limit}"
-            )
-    record = {name: getattr(settings, name) for name in names_of(DrawSettings)} | {
-        "input": digest(Path(settings.input_csv).read_bytes()),
-        "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
-        "model": model_fingerprint(settings, base, accelerator.device),
-        "prompt_date": today,
-        "noise": digest(repr((settings.noise_passes, noise.identity)).encode()) if noise else None,
-    }
-    journal.check(record)
+    with together():
+        today = date if asks_for_date(tokenizer, settings.chat_template) else None
+        set_chat_template(tokenizer, settings.chat_template, today)
+        # Greedy rounds are all the same, so one of them is computed.
+        rounds = (1,) if settings.greedy else tuple(range(1, settings.rounds + 1))
+        jobs, seen = [], Counter[str]()
+        for index, row in enumerate(prompts):
+            with naming_row(row, settings.input_csv):
+                jobs.append(Job(index, row.prompt, prompt_ids(tokenizer, row.prompt), rounds, seen[row.prompt]))
+            seen[row.prompt] += 1
+        limit = context_length(settings, base)
+        for row, job in zip(prompts, jobs, strict=True):
+            if limit is not None and len(job.input_ids) + settings.max_new_tokens > limit:
+                raise InputError(
+                    f"{settings.input_csv}: row {row.number}: the prompt has {len(job.input_ids)} tokens, which with "
+                    f"--max_new_tokens {settings.max_new_tokens} exceeds the model's context of {limit}"
+                )
+        record = {name: getattr(settings, name) for name in names_of(DrawSettings)} | {
+            "input": digest(Path(settings.input_csv).read_bytes()),
+            "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
+            "model": model_fingerprint(settings, base, accelerator.device),
+            "prompt_date": today,
+            "noise": digest(repr((settings.noise_passes, noise.identity)).encode()) if noise else None,
+        }
+    record = agreed(record)
+    with together():
+        journal.check(record)
 
     # --- Answering, what is left of it, shared out over the processes ------------------------------------------------
-    model = load_answer_model(settings, base, accelerator.device)
-    check_vocabulary(model, jobs)
-    noisy = NoisyPasses(model, noise.make(), settings.noise_passes) if noise else None
-    answerer = Answerer(model, tokenizer, settings, noisy)
+    with together():
+        model = load_answer_model(settings, base, accelerator.device)
+        check_vocabulary(model, jobs)
+        noisy = NoisyPasses(model, noise.make(), settings.noise_passes) if noise else None
+        answerer = Answerer(model, tokenizer, settings, noisy)
+        journal.start(record, accelerator.num_processes)
     if answerer.not_applied:
         asked = ", ".join(f"{name}={value}" for name, value in answerer.not_applied.items())
         notice(f"the model's generation_config.json asks for {asked}; not applied: the flags alone decide")
-    if accelerator.is_main_process:
-        journal.start(record, accelerator.num_processes)
-    accelerator.wait_for_everyone()
     wanted = {(job.index, number) for job in jobs for number in rounds}
-    [done] = broadcast_object_list([journal.read(wanted)])  # all must agree on what is left
+    done = journal.read_all(wanted)  # the same on all, who must agree on what is left
     left = [replace(job, rounds=tuple(r for r in job.rounds if (job.index, r) not in done)) for job in jobs]
     left = sorted((job for job in left if job.rounds), key=lambda job: len(job.input_ids))
     mine = left[accelerator.process_index :: accelerator.num_processes]  # neighbours in length go to different ones
@@ -121,33 +130,36 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
     for batch in answer_all(answerer, mine, settings.batch_size):
         journal.append(batch)
         if accelerator.is_main_process:
-            progress.update(min(journal.count(), len(wanted)) - progress.n)  # of all processes
+            progress.update(max(min(journal.count(), len(wanted)) - progress.n, 0))  # of all processes on its disk
 
     # --- The whole of it, written by one process ---------------------------------------------------------------------
-    accelerator.wait_for_everyone()
+    fresh = gathered(journal.read_own(wanted))
     progress.update(len(wanted) - progress.n)
     progress.close()
-    fresh = gather_object([journal.read_own(wanted)])
-    if accelerator.is_main_process:
-        answers = done | {key: answer for part in fresh for key, answer in part.items()}
-        if settings.greedy:
-            answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, settings.rounds + 1)}
-        below = settings.abstain_below
-        abstention = None if below is None else Abstention(below, settings.refusal)
-        write_answers(output, records, answers, settings.rounds, abstention)
-        journal.remove()
-        if abstention:
-            replaced = sum(map(abstention.replaces, answers.values()))
-            notice(f"{replaced} of {len(answers)} answers have a confidence under {below:g} and are now "
-                   f"{settings.refusal!r}; the column {BEFORE_ABSTAINING} has all as they were")  # fmt: skip
-            if not is_refusal(settings.refusal):
-                notice(f"--refusal {settings.refusal!r} is none that noisefit.score knows: give it a file with that "
-                       "line as --refusals, or it counts as a wrong answer")  # fmt: skip
+    with together():
+        if accelerator.is_main_process:
+            write_all(settings, output, records, done | {k: answer for part in fresh for k, answer in part.items()})
+    journal.remove()
     notice(f"the answers are in {output}")
     if "response" in records[0]:
         program = "noisefit.benchmarks letters" if {"answer", "choices"} <= records[0].keys() else "noisefit.score"
         notice(f"next, how many are true: python -m {program} {shlex.quote(str(output))}")
     finish(accelerator)
+
+
+def write_all(settings: AnswerSettings, output: Path, records: list[dict[str, Any]], answers: Answers) -> None:
+    if settings.greedy:
+        answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, settings.rounds + 1)}
+    below = settings.abstain_below
+    abstention = None if below is None else Abstention(below, settings.refusal)
+    write_answers(output, records, answers, settings.rounds, abstention)
+    if abstention:
+        replaced = sum(map(abstention.replaces, answers.values()))
+        notice(f"{replaced} of {len(answers)} answers have a confidence under {below:g} and are now "
+               f"{settings.refusal!r}; the column {BEFORE_ABSTAINING} has all as they were")  # fmt: skip
+        if not is_refusal(settings.refusal):
+            notice(f"--refusal {settings.refusal!r} is none that noisefit.score knows: give it a file with that line "
+                   "as --refusals, or it counts as a wrong answer")  # fmt: skip
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 
+from noisefit.answers.disks import agreed, gathered, together
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Answer, Job
 from noisefit.answers.journal import Journal, alone_with, check_answers_output
@@ -68,15 +68,28 @@ SCORES = {CHAT: 0, TEXT: -1, NOISY[0]: -2}
 
 def probe(settings: ProbeSettings) -> None:
     """Probe a file as the settings say."""
+    accelerator = start_accelerator(patience=timedelta(days=7))
+    check_processes(accelerator)
     output = Path(os.path.realpath(settings.output))  # a link stays one
+    with together():
+        picture = check_output(settings, output, accelerator)
+    with alone_with(output) as first:
+        with together():
+            check_output(settings, output, accelerator)  # again: now nobody else writes it
+        probe_file(settings, output, picture, accelerator, Journal(output, accelerator.process_index, first))
+
+
+def check_output(settings: ProbeSettings, output: Path, accelerator: Accelerator) -> Path:
+    """Where the picture goes. The main process writes, so it alone looks."""
+    if not accelerator.is_main_process:
+        return output
     check_answers_output(output, Path(settings.train_data), settings.overwrite_output, "--output")
-    picture = check_picture(settings.picture, output, settings.overwrite_output)
-    with alone_with(output):
-        check_answers_output(output, Path(settings.train_data), settings.overwrite_output, "--output")
-        probe_file(settings, output, picture)
+    return check_picture(settings.picture, output, settings.overwrite_output)
 
 
-def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
+def probe_file(
+    settings: ProbeSettings, output: Path, picture: Path, accelerator: Accelerator, journal: Journal
+) -> None:
     # --- Everything that can be checked before the model is loaded ---------------------------------------------------
     check_chat_template(settings.chat_template)
     base = find_base(settings.answers)
@@ -89,9 +102,6 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
     if skipped:
         notice(describe_skipped(settings.train_data, skipped, "with an empty or missing cell"))
     tokenizer = load_answer_tokenizer(settings.answers, base)
-    accelerator = start_accelerator(patience=timedelta(days=7))
-    check_processes(accelerator)
-    journal = Journal(output, accelerator.process_index)
     today = None
     if asks_for_date(tokenizer, settings.chat_template):
         today = journal.prompt_date(settings.prompt_date)
@@ -126,16 +136,17 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
         "base": model_fingerprint(settings.answers, base, accelerator.device),
         "prompt_date": today,
     }
-    journal.check(record)
+    record = agreed(record)
+    with together():
+        journal.check(record)
 
     # --- Probing, what is left of it, shared out over the processes --------------------------------------------------
     model = load_answer_model(settings.answers, base, accelerator.device)
     check_vocabulary(model, [Job(i, "", item.input_ids, ()) for (i, _), item in items.items()])
-    if accelerator.is_main_process:
+    with together():
         journal.start(record, accelerator.num_processes)
-    accelerator.wait_for_everyone()
     wanted = {*items, *((job.index, number) for job in jobs for number in job.rounds)}
-    [done] = broadcast_object_list([journal.read(wanted)])  # all must agree on what is left
+    done = journal.read_all(wanted)  # the same on all, who must agree on what is left
     if done:
         notice(f"going on with {journal.folder}: {len(done)} of {len(wanted)} are there already")
     notice(f"{len(rows)} rows of {settings.train_data}; processes: {accelerator.num_processes}")
@@ -147,7 +158,7 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
         for scores in score_batches(settings, model, tokenizer, items, noise, left, accelerator):
             journal.append([(index, number, Answer(json.dumps(own), 0.0, 0)) for index, own in scores.items()])
             if accelerator.is_main_process:
-                progress.update(min(journal.count(), len(wanted)) - progress.n)  # of all processes
+                progress.update(max(min(journal.count(), len(wanted)) - progress.n, 0))  # of all processes
     if jobs:
         unanswered = [Job(j.index, j.prompt, j.input_ids, tuple(r for r in j.rounds if (j.index, r) not in done),
                           j.occurrence) for j in jobs]  # fmt: skip
@@ -156,23 +167,23 @@ def probe_file(settings: ProbeSettings, output: Path, picture: Path) -> None:
         for batch in answer_all(Answerer(model, tokenizer, settings.sampling), mine, settings.batch_size):
             journal.append(batch)
             if accelerator.is_main_process:
-                progress.update(min(journal.count(), len(wanted)) - progress.n)
+                progress.update(max(min(journal.count(), len(wanted)) - progress.n, 0))
 
     # --- The whole of it, written by one process ---------------------------------------------------------------------
-    accelerator.wait_for_everyone()
+    fresh = gathered(journal.read_own(wanted))
     progress.update(len(wanted) - progress.n)
     progress.close()
-    fresh = gather_object([journal.read_own(wanted)])
     if accelerator.is_main_process:
         whole = done | {key: entry for part in fresh for key, entry in part.items()}
         found = {key: entry.text for key, entry in whole.items()}
         cells = [cells_of(settings, index, row, aliases[index], found) for index, row in enumerate(rows)]
         with writing(output), replacing(output) as beside:
             beside.write_bytes(as_csv(r | c for r, c in zip(records, cells, strict=True)))
-        journal.remove()
         lines, values, threshold = summary(settings.train_data, cells)
         drawn = draw_histogram(picture, values, threshold)
         print(*lines, *([f"a picture of them is {picture}"] if drawn else []), sep="\n")
+    with together():  # not before the whole of it stands
+        journal.remove()
     notice(f"the probed rows are in {settings.output}")
     finish(accelerator)
 

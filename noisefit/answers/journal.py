@@ -10,12 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
+from noisefit.answers.disks import first_on_its_disk, gathered, together
 from noisefit.answers.jobs import Abstention, Answer, Answered
 from noisefit.answers.settings import AnswerSettings
-from noisefit.base.errors import InputError, on_main_process
-from noisefit.base.files import alone_in, append_whole, check_regular, sync_file, write_json, writing
+from noisefit.base.errors import InputError
+from noisefit.base.files import append_whole, check_regular, sync_file, write_json, writing
 from noisefit.inputs.tables import BEFORE_ABSTAINING, csv_cells, csv_writer
 
 SETTINGS, PROCESSES = "settings.json", "processes"
@@ -51,24 +50,27 @@ def check_answers_output(output: Path, source: Path, overwrite: bool, flag: str 
 
 
 @contextmanager
-def alone_with(output: Path) -> Iterator[None]:
-    """Keep an output to this launch: its main process has the folder of the unfinished answers to itself.
+def alone_with(output: Path) -> Iterator[bool]:
+    """Keep an output to this launch: the first process on each disk has the folder of the unfinished answers to itself.
 
-    A launch that ends before its first answer leaves nothing there.
+    All processes enter it. A launch that ends before its first answer leaves nothing there.
+
+    Yields:
+        Whether this process is the first on its disk.
 
     Raises:
-        InputError: the folder is a file, or its name is too long.
-        LocalError: another launch writes there.
+        InputError: the folder is a file, its name is too long, or another launch writes there.
     """
     folder = partial_folder(output)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise InputError(f"{folder} is in the way: it is not an unfinished run's folder; rename or remove it")
-    with alone_in(folder, on_main_process()):
+    with together():
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is in the way: it is not an unfinished run's folder; rename or remove it")
+    with first_on_its_disk(folder) as first:
         begins = not os.path.lexists(folder / SETTINGS)
         try:
-            yield
+            yield first
         finally:
-            if begins and on_main_process() and not _has_answers(folder):
+            if begins and first and not _has_answers(folder):
                 with suppress(OSError, InputError):
                     if Journal(output, 0).unfinished() is not None:  # settings, and ours
                         (folder / SETTINGS).unlink()
@@ -82,15 +84,20 @@ def partial_folder(output: Path) -> Path:
 class Journal:
     """The finished answers of an unfinished run, in a folder beside its output: a file of JSON lines a process.
 
+    Where the processes of a launch do not share a disk, each disk has such a folder, and the first process on it looks
+    after it: what is said of "the first" below is for these, of which the main process is one.
+
     Args:
         output: the final CSV's path.
         process_index: this process's, which writes a file of its own.
+        first: whether it is the first on its disk, as `alone_with` says.
     """
 
-    def __init__(self, output: Path, process_index: int):
+    def __init__(self, output: Path, process_index: int, first: bool = True):
+        self.first = first
         self.folder = partial_folder(output)
         self.path = self.folder / f"process-{process_index}.jsonl"
-        self._paths: list[Path] = []  # of all processes, of this launch and those before; the main process knows them
+        self._paths: list[Path] = []  # of all processes, of this launch and those before; the first knows them
         self._counted: dict[Path, tuple[int, int]] = {}
 
     def unfinished(self) -> dict[str, Any] | None:
@@ -118,12 +125,12 @@ class Journal:
         ) from problem
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raise `InputError` where another run's answers are in the way. Writes nothing.
+        """Raise `InputError` where another run's answers are in the way of the first. Writes nothing.
 
         Args:
             settings: all that determines an answer. Answers of other settings are not taken over.
         """
-        before = self.unfinished()
+        before = self.unfinished() if self.first else None
         if before is None or not _has_answers(self.folder):
             return
         names = {**before, **settings}.keys() - {PROCESSES}
@@ -134,7 +141,9 @@ class Journal:
             )
 
     def start(self, settings: Mapping[str, Any], num_processes: int) -> None:
-        """Write the settings, and how many files are ours. The main process calls it."""
+        """Write the settings, and how many files are ours. The first does."""
+        if not self.first:
+            return
         before = self.unfinished() or {PROCESSES: 0}
         count = max(before[PROCESSES], num_processes)
         self._paths = [self.folder / f"process-{i}.jsonl" for i in range(count)]
@@ -147,13 +156,22 @@ class Journal:
 
         All processes call it, and get the same.
         """
+        with together():
+            before = self.unfinished() or {}
         now = given or datetime.now().isoformat(timespec="seconds")
-        [date] = broadcast_object_list([(self.unfinished() or {}).get("prompt_date", now)])
-        return str(date)
+        found = gathered((before.get("prompt_date"), now))
+        return str(next((date for date, _ in found if date is not None), found[0][1]))
 
     def read(self, wanted: Collection[tuple[int, int]]) -> Answers:
-        """The answers of all processes so far to `wanted`. A line that a kill cut short is not counted."""
+        """The answers so far to `wanted` on the disks that this process is the first on. A line that a kill cut short
+        is not counted."""
         return self._read(self._paths, wanted)
+
+    def read_all(self, wanted: Collection[tuple[int, int]]) -> Answers:
+        """The answers so far to `wanted`, of all disks. All processes call it, and get the same."""
+        with together():
+            own = self.read(wanted)
+        return {key: answer for part in gathered(own) for key, answer in part.items()}
 
     def read_own(self, wanted: Collection[tuple[int, int]]) -> Answers:
         """This process's answers so far."""
@@ -194,7 +212,10 @@ class Journal:
         return sum(lines for _, lines in self._counted.values())
 
     def remove(self) -> None:
-        """Remove our files and the folder, once the output stands. What somebody else put there stays."""
+        """Remove our files and the folder, once the output stands; the first does. What somebody else put there
+        stays."""
+        if not self.first:
+            return
         for path in (*self._paths, self.folder / SETTINGS):
             path.unlink(missing_ok=True)
         with suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +37,7 @@ from noisefit.inputs.model_checks import (
 from noisefit.inputs.models import check_adapter_names, quantization_options
 from noisefit.inputs.prompts import check_tokens, stop_token_ids
 
+SAMPLES, SAMPLE_BYTES = 512, 2**14  # of a file of weights: 8 MiB
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -108,17 +110,35 @@ def context_length(settings: AnswerSettings, base: str) -> int | None:
 def model_fingerprint(settings: AnswerSettings, base: str, device: torch.device) -> str:
     """A hash of what determines the model's numbers, by which unfinished answers are told from another run's.
 
-    Of a base in a local folder it takes its files' names, sizes and times, as reading gigabytes would take long.
+    It is the same on every machine that has a copy of the same files, wherever and whenever it got them. Of large files
+    it takes their size and samples of their content all over, as to read them whole would take long.
     """
-    facts: list[Any] = [base, str(answer_dtype(settings, device)), device.type]
+    facts: list[Any] = [str(answer_dtype(settings, device)), device.type]
     facts += [settings.quantization, settings.attn_implementation, settings.no_merge]
     if settings.model_path:
         paths = [Path(settings.model_path) / name for name in (*ADAPTER, *TOKENIZER)]
         facts += [(path.name, digest(path.read_bytes())) for path in paths if path.is_file()]
+    if not Path(base).is_dir():
+        facts.append(base)
     for path in sorted(Path(base).glob("*")) if Path(base).is_dir() else ():
         if path.suffix in (".json", ".safetensors"):
-            facts.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+            facts.append((path.name, sampled_digest(path)))
     return digest(repr(facts).encode())
+
+
+def sampled_digest(path: Path) -> str:
+    """SHA-256 of a file's size, its end, and pieces at equal distances from its start on: all of it if it is small.
+
+    A layer of weights is megabytes, so each gets some; what training or a merge changes is all over them.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        found = hashlib.sha256(f"{size} ".encode())
+        step = max(size // SAMPLES, SAMPLE_BYTES)
+        for start in (*range(0, size, step), max(size - SAMPLE_BYTES, 0)):
+            file.seek(start)
+            found.update(file.read(SAMPLE_BYTES))
+    return found.hexdigest()
 
 
 def digest(content: bytes) -> str:

@@ -248,7 +248,7 @@ def test_answers_that_go_on_tomorrow_are_to_the_prompts_of_today(llama_folder, q
     flags = dict(model_id=llama_folder, input_csv=questions, chat_template=template, batch_size=1)
     expected = answer(tmp_path / "whole.csv", **flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("generate.gather_object", interrupt)  # all are answered, and the CSV is not written
+        patch.setattr("generate.gathered", interrupt)  # all are answered, and the CSV is not written
         answer(output, **flags)
     Clock.day = 2
     assert answer(output, **flags) == expected
@@ -344,7 +344,7 @@ def test_what_somebody_puts_beside_unfinished_answers_stays(llama_folder, questi
     output, partial = tmp_path / "a.csv", tmp_path / "a.csv.partial"
     flags = dict(model_id=llama_folder, input_csv=questions)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("generate.gather_object", interrupt)
+        patch.setattr("generate.gathered", interrupt)
         answer(output, **flags)
     names = ("thesis.txt", "process-7.jsonl", "process-0.jsonl.bak", "process-x.jsonl")
     for name in names:
