@@ -1,18 +1,22 @@
 """Run by `test_fsdp.py` on two processes of a CPU: `fsdp_program.py RESULTS.json FLAGS_OF_TRAIN_LOOP...`
 
 First `RESULTS.json`, unless it is `none`, gets the differences between sharded losses and gradients and those of the
-plain model; then train_loop.py runs with these flags, sharded by accelerate as the launch's configuration says.
+plain model; then train_loop.py runs with these flags, sharded by accelerate as the launch's configuration says. Each
+process says which safetensors files it took tensors from.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import safetensors.torch
 import torch
+import transformers.modeling_utils
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
@@ -67,6 +71,17 @@ def loss_sums(model: nn.Module, batch: dict[str, Tensor], strategy: str) -> Tens
     return torch.stack(list(model(**batch, noise=NOISE, strategy=strategy, chunk_losses=chunk_losses).values()))
 
 
+def sharded(model: BranchedModel, checkpointing: bool) -> BranchedModel:
+    if checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in find_decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return model
+
+
 def differences(
     accelerator: Accelerator, kind: str, strategy: str, checkpointing: bool, empty: bool
 ) -> dict[str, float]:
@@ -78,14 +93,7 @@ def differences(
     (expected[0].sum() + expected[1].sum()).backward()
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
 
-    model = branched_model(kind)
-    if checkpointing:
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in find_decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
+    model = sharded(branched_model(kind), checkpointing)
     sums = loss_sums(model, batches[rank], strategy)
     (sums.sum() * 2).backward()  # as in the loop: the reduction averages
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -100,6 +108,34 @@ def differences(
     }
 
 
+def accumulate(accelerator: Accelerator, reduced: bool) -> dict[str, float]:
+    """Two micro-batches on each process: the difference of the gradients to the plain model's over all four, and the
+    elements of whole gradients that a process keeps between them."""
+    micro = [(batch_of(process, False), batch_of(process, True)) for process in range(2)]
+    plain = branched_model("tied")
+    for batch in itertools.chain(*micro):
+        loss_sums(plain, batch, "fork").sum().backward()
+    model, mine, kept = sharded(branched_model("tied"), checkpointing=True), micro[accelerator.process_index], 0
+    for batch in mine:
+        last = batch is mine[-1]
+        with processes.reduction(SimpleNamespace(is_fsdp2=True), model, last):
+            model.set_requires_gradient_sync(reduced or last)
+            (loss_sums(model, batch, "fork").sum() * 2).backward()
+        kept = max(kept, sum(gradient.numel() for gradient in whole_gradients(model)))
+    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    off = max((gradients[name] - p.grad).abs().max().item() for name, p in plain.named_parameters())
+    return {"gradients": off, "kept": kept, "of": sum(p.numel() for p in plain.parameters())}
+
+
+def whole_gradients(model: BranchedModel) -> list[Tensor]:
+    """Those that FSDP has of whole parameters, in either of the two places where it keeps them."""
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)]
+    parameters = [parameter for group in groups for parameter in group.fsdp_params]
+    found = [p.unsharded_accumulated_grad for p in parameters]
+    found += [p._unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param")]
+    return [gradient for gradient in found if gradient is not None]
+
+
 def compare(accelerator: Accelerator) -> dict:
     cases = [
         dict(kind="lora", strategy=strategy, checkpointing=checkpointing, empty=empty)
@@ -109,7 +145,8 @@ def compare(accelerator: Accelerator) -> dict:
     cases.append(dict(kind="tied", strategy="fork", checkpointing=True, empty=False))
     found = gather_object([[differences(accelerator, **case) for case in cases]])
     lines = [dict(case=case, of_processes=both) for case, *both in zip(cases, *found, strict=True)]
-    return {"processes": accelerator.num_processes, "cases": lines}
+    accumulated = [accumulate(accelerator, reduced) for reduced in (True, False)]
+    return {"processes": accelerator.num_processes, "cases": lines, "accumulated": accumulated}
 
 
 class ShardingAccelerator(Accelerator):
@@ -129,6 +166,18 @@ class ShardingAccelerator(Accelerator):
         return model, optimizer
 
 
+def note_what_is_read() -> list[str]:
+    """The names of the safetensors files that this process takes tensors from, as it comes to them."""
+    read, real = [], safetensors.safe_open
+
+    def noting(path: object, *args: object, **options: object) -> object:
+        read.append(Path(str(path)).name)
+        return real(path, *args, **options)
+
+    safetensors.torch.safe_open = transformers.modeling_utils.safe_open = noting
+    return read
+
+
 def main(argv: list[str]) -> None:
     """In a process that does nothing else: what accelerate takes for its own is replaced."""
     faulthandler.dump_traceback_later(SECONDS, exit=True)
@@ -141,7 +190,9 @@ def main(argv: list[str]) -> None:
     processes.Accelerator = ShardingAccelerator
     if any(flag.startswith(("--noise_policy", "--noise_scale")) for flag in flags):
         torch.randn_like = torch.ones_like
+    read = note_what_is_read()
     train_loop.train(parse_arguments(flags))
+    print(f"read by {accelerator.process_index}: {json.dumps(sorted(set(read)))}", flush=True)
 
 
 if __name__ == "__main__":

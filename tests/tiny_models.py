@@ -38,6 +38,10 @@ CONFIGS: dict[str, dict] = {
     ),
     "gemma3_text": _SIZES | dict(sliding_window=5, query_pre_attn_scalar=8),
     "mixtral": _SIZES | dict(num_local_experts=4),
+    "glm4_moe": _SIZES | dict(
+        moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        first_k_dense_replace=1,
+    ),
     "phi": _SIZES | dict(num_key_value_heads=4),
     "falcon": dict(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, pad_token_id=0, bos_token_id=1,

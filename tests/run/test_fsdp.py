@@ -11,7 +11,8 @@ from accelerate.commands import launch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from running import CONFIGS, MEASURED, ROOT, config_command, metrics_of, run, run_command, start_program, wait, words
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny_folder import tiny_folder
 from tiny_models import tiny_model
 
 from noisefit.base.precision import keep_float32_when_sharded
@@ -87,11 +88,24 @@ def test_sharded_losses_and_gradients_are_the_plain_ones(launched, folder):
             assert process["smallest_gradient"] > 1e-3, line  # every trained tensor has one to compare
 
 
+def test_gradients_are_reduced_at_each_micro_batch_and_none_is_kept_whole(launched, folder):
+    ours, theirs = json.loads((folder / "results.json").read_text())["accumulated"]
+    assert ours["gradients"] < 1e-9 and theirs["gradients"] < 1e-9
+    assert ours["kept"] == 0 and theirs["kept"] == theirs["of"]  # as in accelerate's `no_sync`
+
+
+def read_by(said: str) -> list[list[str]]:
+    """The safetensors files that each process of a run took tensors from."""
+    lines = [line.partition(": ") for line in said.splitlines() if line.startswith("read by ")]
+    return [json.loads(files) for _, _, files in sorted(lines)]
+
+
 def test_the_loop_trains_sharded_as_it_does_on_one_process(launched, folder, llama_folder, questions):
     assert launched.returncode == 0, launched.stderr
     assert "processes: 2" in launched.stderr and "branches: clean, noisy, noisy (fork)" in launched.stderr
     [groups] = [json.loads(line[7:]) for line in launched.stdout.splitlines() if line.startswith("groups:")]
     assert groups == ["", *(f"model.base_model.model.model.layers.{layer}" for layer in range(4))]
+    assert read_by(launched.stdout) == [["model.safetensors"], []]
 
     expected = run(llama_folder, questions, folder / "one", **SETTINGS, batch_size=4, eval_data=questions)
     for line, one in zip(metrics_of(folder / "two"), expected, strict=True):
@@ -110,7 +124,10 @@ def test_the_loop_trains_sharded_as_it_does_on_one_process(launched, folder, lla
 def test_a_sharded_run_resumed_is_the_same_run(launched, folder, llama_folder, questions):
     assert launched.returncode == 0, launched.stderr
     flags = dict(batch_size=2, save_steps=2, resume_from_checkpoint=folder / "two" / "checkpoint-2")
-    assert "going on from" in train_sharded(llama_folder, questions, folder / "resumed", **flags)
+    said = train_sharded(llama_folder, questions, folder / "resumed", **flags)
+    assert "going on from" in said
+    both = ["processes.safetensors"]  # the state of its own, which is small
+    assert read_by(said) == [["adapter_model.safetensors", "model.safetensors", "optimizer.safetensors", *both], both]
     two, resumed = (
         [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder / name)]
         for name in ("two", "resumed")
@@ -139,17 +156,31 @@ def test_a_sharded_run_calibrates_as_one_process_does(llama_folder, tmp_path, mo
 
 @pytest.mark.parametrize(
     "flags",
-    [dict(noise_scale="frozen", noise_std=0.5, noise_gradient=True), dict(noise_scale="relative", noise_policy="auto")],
+    [
+        dict(noise_scale="frozen", noise_std=0.5, noise_gradient=True, full_finetune=True, save_steps=2),
+        dict(noise_scale="relative", noise_policy="auto"),
+    ],
     ids=str,
 )
 def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_path, monkeypatch):
-    """All rows alike and noise that is no draw, as above; the second branch has the noise of the first."""
+    """All rows alike and noise that is no draw, as above; the second branch has the noise of the first.
+
+    All weights of a model are trained that has whatever makes loading hard: tied ones, and buffers in its files.
+    """
+    model, whole = llama_folder, "full_finetune" in flags
+    if whole:
+        model = tiny_folder(tmp_path / "model", "glm4_moe", tie_word_embeddings=True)
+        files = load_file(model / "model.safetensors")
+        [*buffers] = [name for name in files if "e_score_correction_bias" in name]
+        assert len(buffers) == 3 and "lm_head.weight" not in files
+        files |= {name: torch.tensor([0.1, 0.3, 0.0, 0.2]) for name in buffers}
+        save_file(files, model / "model.safetensors", {"format": "pt"})
     data = tmp_path / "alike.csv"
     data.write_text("prompt,response\n" + "What is one plus one?,It is two.\n" * 8)
-    flags |= dict(max_steps=3, teacher_gradient=True)
-    train_sharded(llama_folder, data, tmp_path / "two", batch_size=2, **flags)
+    flags = flags | dict(max_steps=3, teacher_gradient=True)
+    train_sharded(model, data, tmp_path / "two", batch_size=2, **flags)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    run(llama_folder, data, tmp_path / "one", **SETTINGS | flags, batch_size=4)
+    run(model, data, tmp_path / "one", **SETTINGS | flags, batch_size=4)
     one, two = (json.loads((tmp_path / name / "layer_snr.json").read_text()) for name in ("one", "two"))
     assert two["selected"] == one["selected"] and ("base_stds" in one) == (flags["noise_scale"] == "frozen")
     assert two.get("base_stds", []) == pytest.approx(one.get("base_stds", []), rel=1e-3)
@@ -157,6 +188,19 @@ def test_a_sharded_run_has_the_noise_of_one_process(flags, llama_folder, tmp_pat
         assert plain["soft_loss"] > 1e-4
         for name in ("loss", "soft_loss", "grad_norm", "noise_to_signal", "layer_noise_to_signal", "hidden_rms"):
             assert sharded[name] == pytest.approx(plain[name], rel=1e-3), name
+    if not whole:
+        return
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() == files.keys()
+    for name, tensor in one.items():  # on average: Adam makes a step of a gradient that is nothing but rounding
+        assert (two[name] - tensor).abs().mean() < 1e-5, name
+        assert torch.equal(tensor, files[name]) == torch.equal(two[name], files[name]) == (name in buffers), name
+    flags |= dict(batch_size=2, resume_from_checkpoint=tmp_path / "two" / "checkpoint-2")
+    said = train_sharded(model, data, tmp_path / "again", **flags)
+    assert "going on from" in said and read_by(said)[1] == ["processes.safetensors"]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        again, two = (tmp_path / run / "checkpoint-3" / name for run in ("again", "two"))
+        assert again.read_bytes() == two.read_bytes(), name
 
 
 @pytest.mark.parametrize("teacher", ["base", "ema"])

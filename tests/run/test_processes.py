@@ -1,6 +1,9 @@
 """One process and two take the same steps: losses, gradient norms, learning rates and weights."""
 
 import json
+import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ from safetensors.torch import load_file
 from test_loop_exact import fix_the_noise
 
 import train_loop
+from noisefit.base.errors import LocalError, one_line_errors
 from noisefit.inputs.batches import collate
 from noisefit.inputs.prompts import Example
 from noisefit.method.snr import average_snr, layer_snr
-from noisefit.run.processes import finish, on_any_process
+from noisefit.run.processes import PATIENCE, apart, finish, on_any_process, start_accelerator
 
 pytestmark = pytest.mark.slow
 
@@ -81,23 +85,46 @@ def test_so_they_do_with_other_objectives(mode, llama_folder, tmp_path):
             assert line[name] == close, (line["step"], name)
 
 
-def vote(argv: list[str]) -> None:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
-    second = accelerator.process_index == 1
-    output = argv[-1].partition("=")[2]
-    Path(f"{output}.{int(second)}").write_text(
-        json.dumps(on_any_process(accelerator, second, False, torch.tensor(not second), True))
-    )
-    finish(accelerator)
+SECONDS = 3  # of a collective's patience; the main process's file takes longer
 
 
-def test_what_holds_on_one_process_holds_for_all(llama_folder, tmp_path):
+@one_line_errors("program")
+def meet(argv: list[str]) -> None:
+    accelerator = start_accelerator()
+    group = torch.distributed.group.WORLD
+    found = {"patience": group._get_backend(torch.device("cpu")).options._timeout.total_seconds(), "errors": []}
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=SECONDS), group)  # now that they have met
+    second, output = accelerator.process_index == 1, Path(argv[-1].partition("=")[2])
+    found["votes"] = on_any_process(accelerator, second, False, torch.tensor(not second), True)
+    with apart(accelerator, "writing a file") as is_main:
+        if is_main:
+            time.sleep(SECONDS + 1)
+            output.write_text("whole")
+    found["seen"] = output.exists()
+    for failing, error in ((0, LocalError("the disk is full")), (1, OSError("no such device"))):
+        try:
+            with apart(accelerator, "reading a file"):
+                if accelerator.process_index == failing:
+                    raise error
+        except Exception as raised:
+            found["errors"].append([type(raised).__name__, str(raised)])
+    found["votes"] += on_any_process(accelerator, second)  # they are still together
+    Path(f"{output}.{int(second)}").write_text(json.dumps(found))
+    with apart(accelerator, "reading a file") as is_main:
+        if is_main:
+            os._exit(9)
+
+
+def test_they_agree_and_wait_for_each_others_files_longer_than_in_a_collective_and_end_together(llama_folder, tmp_path):
     out = tmp_path / "out"
-    assert wait(start(llama_folder, tmp_path, out, 2, target=vote)) == [0, 0], Path(f"{out}.log").read_text()
-    for rank in (0, 1):
-        assert json.loads(Path(f"{out}.{rank}").read_text()) == [True, False, True, True]
+    assert wait(start(llama_folder, tmp_path, out, 2, target=meet)) == [9, 2], Path(f"{out}.log").read_text()
+    first, second = (json.loads(Path(f"{out}.{rank}").read_text()) for rank in (0, 1))
+    assert first["votes"] == second["votes"] == [True, False, True, True, True]
+    assert first["seen"] and second["seen"] and first["patience"] == PATIENCE.total_seconds()
+    of_the_second = "reading a file: process 1 ended with OSError no such device"
+    assert first["errors"] == [["LocalError", "the disk is full"], ["InputError", of_the_second]]
+    assert second["errors"] == [["InputError", "the disk is full"], ["OSError", "no such device"]]
+    assert "error: reading a file: the process that holds the launch together is gone" in Path(f"{out}.log").read_text()
 
 
 def measure(argv: list[str]) -> None:
