@@ -125,7 +125,8 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[
         starts, prompts = zip(*(_prompt(tokenizer, row.prompt) for row in rows), strict=True)
         answers = [answer_text(tokenizer, row.prompt, row.response, None if start else prompt)
                    for row, start, prompt in zip(rows, starts, prompts, strict=True)]  # fmt: skip
-        ids = tokenizer([*prompts, *answers], add_special_tokens=False, verbose=False)["input_ids"]
+        how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        ids = tokenizer([*prompts, *answers], **how)["input_ids"]
         both = zip(starts, ids[: len(rows)], ids[len(rows) :], strict=True)
         return [(start + prompt, answer) for start, prompt, answer in both]
     except Exception:  # one by one it is told of which row, and a tokenizer of somebody else's may want it so

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import overload
 
@@ -66,7 +68,7 @@ class StoredExamples(Sequence[Example]):
             with pyarrow.memory_map(str(folder / name)) as file:  # the arrays keep what they need of it
                 parts += pyarrow.ipc.open_stream(file).read_all().to_batches()
         self._parts = [(part["input_ids"].offsets.to_numpy(), part["input_ids"].values.to_numpy()) for part in parts]
-        self._first = np.cumsum([0, *(len(part) for part in parts)])
+        self._first = [0, *accumulate(len(part) for part in parts)]
         self._target_starts = np.concatenate([part["target_start"].to_numpy() for part in parts])
         self._is_cut = np.concatenate([part["is_cut"].to_numpy(zero_copy_only=False) for part in parts])
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._parts])
@@ -85,7 +87,7 @@ class StoredExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # with its IndexError
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        number = bisect_right(self._first, index) - 1
         offsets, tokens = self._parts[number]
         row = index - self._first[number]
         ids = tokens[offsets[row] : offsets[row + 1]].tolist()

@@ -201,7 +201,8 @@ def test_what_another_machine_has_or_finds_is_told_to_all(other, message, tmp_pa
 # --- In a run ---------------------------------------------------------------------------------------------------------
 
 
-RUN = dict(learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, logging_steps=1, eval_steps=2, save_steps=2)
+RUN = dict(learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, logging_steps=1, eval_steps=2, save_steps=2,
+           lr_scheduler_type="constant")  # fmt: skip
 
 
 def train_from_files(argv: list[str]) -> None:
