@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from noisefit.answers import generation, probability
 from noisefit.answers.generation import Answerer, answer_all
@@ -77,45 +77,71 @@ def now() -> float:
     return time.perf_counter()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=208)
-    parser.add_argument("--rounds", type=int, default=5, help="answers to each prompt")
-    parser.add_argument("--share", type=float, default=0.1, help="share of the prompts that the loop is timed on")
-    args = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def measure(
+    config: PreTrainedConfig, dtype: torch.dtype, device: str, prompts: int, rounds: int, share: float
+) -> dict[str, Any]:  # fmt: skip
+    """Answers a second of both, on a random model of this configuration; the loop is timed on a share of the prompts.
+
+    Returns:
+        Also what `logprob` costs, as shares of the time of `generate.py`.
+    """
     tokenizer = byte_tokenizer()
     set_chat_template(tokenizer)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    answerer = Answerer(LlamaForCausalLM(config).to(device).eval(), tokenizer, SAMPLING)
-    prompts = ["What is " + "so " * (i % 8) + f"{i}?" for i in range(args.prompts)]
-    rounds = tuple(range(1, args.rounds + 1))
-    jobs = [Job(i, prompt, prompt_ids(tokenizer, prompt), rounds) for i, prompt in enumerate(prompts)]
-    some = jobs[:: max(1, round(1 / args.share))]
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    answerer = Answerer(model, tokenizer, SAMPLING)
+    jobs = [
+        Job(i, text, prompt_ids(tokenizer, text), tuple(range(1, rounds + 1))) for i, text in enumerate(texts(prompts))
+    ]
+    some = jobs[:: max(1, round(1 / share))]
 
     one_at_a_time(answerer, some[:1])  # warms up
     start = now()
     alone = one_at_a_time(answerer, some) / (now() - start)
     of_tokens: list[float] = []
     again: list[float] = []
+    replaced = generation.answer_log_p, probability.ReadDrawn.__call__
     generation.answer_log_p = timed(generation.answer_log_p, again)  # type: ignore[assignment]
     reader = probability.ReadDrawn
     reader.__call__ = timed(reader.__call__, of_tokens)  # type: ignore[method-assign]
-    start = now()
-    answers = sum(len(batch) for batch in answer_all(answerer, jobs, 0))
-    took = now() - start
-    together = answers / took
+    try:
+        start = now()
+        answers = sum(len(batch) for batch in answer_all(answerer, jobs, 0))
+        took = now() - start
+    finally:
+        generation.answer_log_p, reader.__call__ = replaced  # type: ignore[method-assign]
+    return {
+        "one at a time": alone, "timed on": len(some), "together": answers / took, "answers": answers,
+        "logprob": sum(of_tokens) / took, "again": sum(again) / took, "passes again": len(again),
+    }  # fmt: skip
+
+
+def texts(count: int) -> list[str]:
+    return ["What is " + "so " * (i % 8) + f"{i}?" for i in range(count)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=208)
+    parser.add_argument("--rounds", type=int, default=5, help="answers to each prompt")
+    parser.add_argument("--share", type=float, default=0.1, help="share of the prompts that the loop is timed on")
+    args = parser.parse_args(arguments)
+    device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    speed = measure(config, torch.float32, device, args.prompts, args.rounds, args.share)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{len(prompts)} prompts x {len(rounds)} rounds of {SAMPLING.max_new_tokens} tokens on {where}")
-    print(f"{'one prompt at a time':<24}{alone:>9.1f} answers a second (timed on {len(some)} prompts)")
+    print(f"{args.prompts} prompts x {args.rounds} rounds of {SAMPLING.max_new_tokens} tokens on {where}")
+    alone, together = speed["one at a time"], speed["together"]
+    print(f"{'one prompt at a time':<24}{alone:>9.1f} answers a second (timed on {speed['timed on']} prompts)")
     print(f"{'generate.py':<24}{together:>9.1f} answers a second")
     print(f"{'ratio':<24}{together / alone:>9.1f}")
-    print(f"{'logprob, each token':<24}{sum(of_tokens) / took:>9.1%} of the time")
-    print(f"{'logprob, passes again':<24}{sum(again) / took:>9.1%} of the time, for {len(again)} of {answers} answers")
+    print(f"{'logprob, each token':<24}{speed['logprob']:>9.1%} of the time")
+    passes = f"{speed['passes again']} of {speed['answers']} answers"
+    print(f"{'logprob, passes again':<24}{speed['again']:>9.1%} of the time, for {passes}")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--size",
         choices=list(SIZES),
         default="small",
-        help="tiny is for trying this out; llama-1b and qwen-0.5b need a GPU",
+        help="tiny is for trying this out; llama-1b, llama-7b and qwen-0.5b need a GPU",
     )
     parser.add_argument("--supervised", type=int, help="supervised tokens a row; default: the size's own")
     parser.add_argument("--picture", metavar="FILE", help="draw cost against the first noisy layer (needs matplotlib)")

@@ -12,22 +12,15 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from sizes import LLAMA_1B, QWEN_HALF_B, SIZES, TINY, Size  # noqa: F401 - for those who look for them here
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AttentionInterface,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from noisefit.fork.branches import CLEAN, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.decoder import find_decoder_layers
@@ -44,82 +37,18 @@ LOSS_CHUNK_SIZE = 256  # the default of train_loop.py
 CACHED = 64  # tokens that are kept of a teacher's predictions
 
 
-@dataclass(frozen=True)
-class Size:
-    """A model and a batch: `rows` rows of `length` tokens, the last `supervised` of each supervised."""
-
-    name: str
-    config: PreTrainedConfig
-    dtype: torch.dtype
-    rows: int
-    length: int
-    supervised: int
-
-    @property
-    def layers(self) -> int:
-        return self.config.num_hidden_layers
-
-    def __str__(self) -> str:
-        c = self.config
-        return (
-            f"{self.name} ({self.layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size:,}, "
-            f"{str(self.dtype).removeprefix('torch.')}), {self.rows} rows of {self.length} tokens, "
-            f"{self.supervised} of them supervised"
-        )
-
-
-SMALL = Size(
-    "a small Llama",
-    LlamaConfig(
-        vocab_size=32_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-        max_position_embeddings=128,
-    ),
-    torch.float32, rows=4, length=128, supervised=32,
-)  # fmt: skip
-SMALL_128K = replace(
-    SMALL,
-    name="a small Llama with a large vocabulary",
-    config=LlamaConfig(**SMALL.config.to_dict() | {"vocab_size": 128_256}),
-)
-LLAMA_1B = Size(
-    "Llama-3.2-1B's shape",
-    LlamaConfig(
-        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
-    ),
-    torch.bfloat16, rows=8, length=1024, supervised=1023,
-)  # fmt: skip
-QWEN_HALF_B = Size(
-    "Qwen2.5-0.5B's shape",
-    Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
-    ),
-    torch.bfloat16, rows=8, length=1024, supervised=1023,
-)  # fmt: skip
-TINY = Size(
-    "a tiny Llama",
-    LlamaConfig(
-        vocab_size=4099, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=64,
-    ),
-    torch.float32, rows=2, length=64, supervised=32,
-)  # fmt: skip
-SIZES = {"tiny": TINY, "small": SMALL, "small-128k": SMALL_128K, "llama-1b": LLAMA_1B, "qwen-0.5b": QWEN_HALF_B}
-
-
 def build_model(size: Size, device: str, gradient_checkpointing: bool = False) -> nn.Module:
     """A random model of this size with LoRA on q_proj and v_proj, in training mode; on `meta`, its shapes alone."""
     torch.manual_seed(0)
     config = copy.deepcopy(size.config)
     if device == "meta":
         config._attn_implementation = "in_shape_alone"
-    kind = Qwen2ForCausalLM if isinstance(size.config, Qwen2Config) else LlamaForCausalLM
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore", FutureWarning)
         lora = LoraConfig(target_modules=["q_proj", "v_proj"])
         # The adapter in the model's dtype, in which mixed precision computes with it.
-        model = get_peft_model(kind(config).to(size.dtype), lora, autocast_adapter_dtype=False).train()
+        base = AutoModelForCausalLM.from_config(config, dtype=size.dtype)  # made in it: 7B in float32 would take 28 GB
+        model = get_peft_model(base, lora, autocast_adapter_dtype=False).train()
         model.config.use_cache = False
         if gradient_checkpointing:
             model.enable_input_require_grads()
@@ -198,9 +127,11 @@ class Steps:
         clean = self.model(**inputs)
         blocks = find_decoder_layers(self.model)
         hooks = [blocks[i].register_forward_hook(_add_noise) for i in layers]
-        noisy_1, noisy_2 = (self.model(**inputs).logits for _ in range(2))
-        for hook in hooks:
-            hook.remove()
+        try:
+            noisy_1, noisy_2 = (self.model(**inputs).logits for _ in range(2))
+        finally:  # memory may run out in between, and the next step is to have no noise of this one
+            for hook in hooks:
+                hook.remove()
         supervised = F.pad(labels[:, 1:] != -100, (0, 1))
 
         def kl(target: Tensor, predicted: Tensor) -> Tensor:
