@@ -112,7 +112,7 @@ def test_so_it_is_where_blocks_are_computed_again(way):
     kept = footprint_of(branched("llama"))  # but for the first, which has no gradient for its input there
     assert footprint.blocks[1:] == kept.blocks[1:]
     assert all(layer.gradient_checkpointing for layer in model.model.base_model.model.model.layers)
-    assert footprint.kept(again, ROWS, LENGTH) == pytest.approx(held(model, again), rel=0.1)
+    assert footprint.kept(again, ROWS, LENGTH) == pytest.approx(held(model, again), rel=0.15)
     most, supervised = peak(model, again)
     assert footprint.peak(again, ROWS, LENGTH, supervised) == pytest.approx(most, rel=0.15)
 
@@ -168,9 +168,9 @@ def test_the_line_names_what_helps_with_what_each_gives():
         "--gradient_checkpointing 5.5, with --prefer_late_layers 0.5 37, with --batch_size 2 "
         "--gradient_accumulation_steps 8 28"
     )
-    checkpointed = told(free=8.0, gradient_checkpointing=True, noisy=(20,))
-    assert "--branches separate" in checkpointed and "--gradient_checkpointing" not in checkpointed
-    assert "late" not in checkpointed
+    checkpointed = told(free=8.0, gradient_checkpointing=True)
+    assert "--branches separate 4." in checkpointed and "--gradient_checkpointing" not in checkpointed
+    assert "late" not in told(noisy=(20,), free=8.0) and "late" not in told(noise_policy="scales.json")
     assert "--batch_size" not in told(batch_size=1, free=20.0)
     assert "gradients and optimizer 84" in told(update=84 * 2**30)
 
