@@ -39,6 +39,7 @@ from noisefit.method.policy import NoisePolicy, make_noise
 from noisefit.method.teacher import make_teacher
 from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.evaluation import evaluate
+from noisefit.run.memory_needed import memory_needed
 from noisefit.run.metrics import Metrics, start_trackers
 from noisefit.run.noise_policy import choose_policy, describe
 from noisefit.run.output import open_output, save_model, start_output, where_things_are, write_policy
@@ -117,7 +118,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
             policy = choose_policy(settings, model, calibration, accelerator, distribution, before)
             places = list(noise_of(policy))
             strategy, reason = choose_strategy(model, calibration[0], places, settings.branches, objective.branches)
-        notice(*describe(settings, policy, num_layers, strategy), reason)
+            memory = memory_needed(prepared, model, policy, strategy)
+        notice(*describe(settings, policy, num_layers, strategy), reason, memory)
         return policy, strategy
 
     def chunk_losses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:

@@ -1,4 +1,4 @@
-"""How much memory a run takes."""
+"""How much memory a run takes, and how much there is."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ def peak_memory(device: torch.device) -> float:
         return float(psutil.Process().memory_info().rss) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def free_memory(device: torch.device) -> float:
+    """The memory in GiB that this process can still get, of its device or machine; NaN where that is not known."""
+    if device.type == "cpu":
+        return float(psutil.virtual_memory().available) / 2**30
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return math.nan
+    kept = module.memory_reserved(device) - module.memory_allocated(device)  # by the allocator, for tensors to come
+    return float(module.mem_get_info(device)[0] + kept) / 2**30

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
 from noisefit.run.checkpoint_files import list_checkpoints
+from noisefit.run.memory_needed import smaller_batch
 from noisefit.run.settings import Settings
 
 
@@ -74,10 +75,8 @@ def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Any]
         if packing := batch.get("packing"):
             shape = f"{len(packing.borders) - 1} rows, packed into {length} tokens,"
         helps = [] if settings.gradient_checkpointing else ["--gradient_checkpointing"]
-        if settings.batch_size > 1:
-            parts = 2 if settings.batch_size % 2 == 0 else settings.batch_size  # so that a step keeps its rows
-            accumulation = settings.gradient_accumulation_steps * parts
-            helps.append(f"--batch_size {settings.batch_size // parts} --gradient_accumulation_steps {accumulation}")
+        if smaller := smaller_batch(settings):
+            helps.append(smaller[0])
         if settings.loss_chunk_size > 64:
             helps.append(f"--loss_chunk_size {settings.loss_chunk_size // 4}")
         helps.append("a shorter --max_length")

@@ -1,0 +1,114 @@
+"""A line before the first step where a micro-batch may not fit: how much it keeps, and what would make it less."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend
+from torch import nn
+
+from noisefit.base.random_state import random_state, restore_random_state
+from noisefit.fork.hooks import INPUT
+from noisefit.method.policy import NoisePolicy, make_noise
+from noisefit.run.footprint import Footprint, Way, measure
+from noisefit.run.memory import free_memory
+from noisefit.run.noise_policy import first_eligible
+from noisefit.run.preparation import Prepared
+from noisefit.run.settings import POLICIES, Settings
+
+GIB = 2**30
+LARGE = 0.5  # share of the free memory from which on the line is given
+HELPS = 0.8  # what leaves more than this of it is no help
+
+
+def memory_needed(prepared: Prepared, model: nn.Module, policy: NoisePolicy, strategy: str) -> str | None:
+    """The line, or `None` where a micro-batch is small beside the memory that is free. All processes call it.
+
+    The random generators are left as they were.
+
+    Args:
+        prepared: of the run.
+        model: the prepared `BranchedModel`, not in the midst of a step.
+        policy, strategy: as they were chosen.
+    """
+    settings, accelerator = prepared.settings, prepared.accelerator
+    dynamo = accelerator.state.dynamo_plugin
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+        return None  # it would compile for each of the lengths that are tried
+    row = max(prepared.examples, key=lambda example: len(example.input_ids)).input_ids
+    noise, state = make_noise(settings, policy), random_state(accelerator.device)
+    with accelerator.no_sync(model):
+        ids = torch.tensor(row, device=accelerator.device)
+        footprint = measure(model, ids, len(row), noise, settings.objective.branches)
+    restore_random_state(state, accelerator.device)
+    trained = [getattr(p, "_local_tensor", p) for p in model.parameters() if p.requires_grad]
+    update = 3 * sum(part.nbytes for part in trained)  # AdamW keeps two numbers a weight
+    return told(settings, footprint, tuple(noise), strategy, len(row), update, free_memory(accelerator.device))
+
+
+def told(
+    settings: Settings, footprint: Footprint, noisy: Sequence[int], strategy: str, longest: int, update: float,
+    free: float,
+) -> str | None:  # fmt: skip
+    """The line for a model of this footprint.
+
+    Args:
+        settings: of the run.
+        footprint: of its model.
+        noisy: the layers with noise.
+        strategy: as it was chosen.
+        longest: tokens of the longest row.
+        update: bytes of the gradients and of the optimizer's state.
+        free: GiB; NaN where not known.
+    """
+    way = Way(settings.objective.branches, tuple(noisy), strategy, settings.gradient_checkpointing,
+              settings.loss_chunk_size)  # fmt: skip
+    rows = settings.batch_size
+    needed = footprint.peak(way, rows, longest)
+    if not needed + update > LARGE * free * GIB:  # nor where that is not known
+        return None
+    helps = [(flag, footprint.peak(other, fewer, longest)) for flag, other, fewer in _others(settings, footprint, way)]
+    lower = [f"{flag} {_gib(less)}" for flag, less in helps if less < HELPS * needed]
+    besides = f", gradients and optimizer {_gib(update)}" if update > 0.05 * needed else ""
+    return (
+        f"a micro-batch of {rows} x {longest} tokens keeps about {_gib(needed)} GiB over the weights{besides}, and "
+        f"{_gib(free * GIB)} GiB are free" + (f"; it would be with {', with '.join(lower)}" if lower else "")
+    )
+
+
+def _others(settings: Settings, footprint: Footprint, way: Way) -> Iterator[tuple[str, Way, int]]:
+    """Flags that may make it less, with the way and the rows that they give, each alone."""
+    rows, layers = settings.batch_size, len(footprint.blocks)
+    if not way.checkpointing:
+        yield "--gradient_checkpointing", replace(way, checkpointing=True), rows
+    elif way.strategy == "fork" and way.count > 1:
+        yield "--branches separate", replace(way, strategy="separate"), rows
+    late = first_eligible(0.5, layers)
+    if settings.noise_policy in POLICIES and way.noisy and INPUT < way.noisy[0] < late and way.strategy == "fork":
+        moved = tuple(late + i for i in range(min(len(way.noisy), layers - late)))
+        if way.noisy[0] >= 0 and moved:
+            yield "--prefer_late_layers 0.5", replace(way, noisy=moved), rows
+    if smaller := smaller_batch(settings):
+        yield smaller[0], way, smaller[1]
+    if way.loss_chunk_size > 64:
+        chunk = way.loss_chunk_size // 4
+        yield f"--loss_chunk_size {chunk}", replace(way, loss_chunk_size=chunk), rows
+
+
+def smaller_batch(settings: Any) -> tuple[str, int] | None:
+    """The flags of the same step in smaller micro-batches, and their rows; `None` where they have one row."""
+    if settings.batch_size == 1:
+        return None
+    parts = 2 if settings.batch_size % 2 == 0 else settings.batch_size  # so that a step keeps its rows
+    rows, accumulation = settings.batch_size // parts, settings.gradient_accumulation_steps * parts
+    return f"--batch_size {rows} --gradient_accumulation_steps {accumulation}", rows
+
+
+def _gib(size: float) -> str:
+    """Bytes in GiB, to two digits or the nearest one."""
+    gib = size / GIB
+    return f"{gib:.0f}" if gib >= 9.5 else f"{gib:.{max(1, 1 - math.floor(math.log10(max(gib, 1e-9))))}f}"
