@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
-TINY_MODEL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+TINY_MODEL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
 FULL_MODEL = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16)
 # What differs between two runs that are the same.
 MEASURED = ("tokens_per_second", "peak_memory_gib")
