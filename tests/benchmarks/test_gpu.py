@@ -72,6 +72,9 @@ def test_two_runs_that_differ_are_told_so():
     assert difference(lines, [*lines[:2], lines[2] | {"grad_norm": 1.1}]) == "losses bit for bit, other metrics not"
     other = [lines[0], lines[1] | {"loss": 2.2}, lines[2] | {"loss": 2.1}]
     assert difference(lines, other) == "losses differ by 1.0e-01 at most (step 2), first at step 2"
+    skipped = [lines[0] | {"loss": None}, *lines[1:]]
+    assert difference(skipped, [dict(line) for line in skipped]) == "bit for bit"
+    assert difference(skipped, lines) == "losses differ by inf at most (step 1), first at step 1"
     assert difference(lines, lines[:2]) == "other steps: 3 lines and 2"
 
 
