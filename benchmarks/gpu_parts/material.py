@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -27,7 +28,7 @@ Row = dict[str, Any]
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
-TINY_MODEL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+TINY_MODEL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
 FULL_MODEL = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16)
 # What differs between two runs that are the same.
 MEASURED = ("tokens_per_second", "peak_memory_gib")
@@ -110,12 +111,19 @@ def difference(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> str
     pairs = list(zip(lines, others, strict=True))
     if all(a[name] == b.get(name) for a, b in pairs for name in a if name not in MEASURED):
         return "bit for bit"
-    losses = [(abs(a["loss"] - b["loss"]) / abs(a["loss"]), a["step"]) for a, b in pairs]
+    losses = [(_apart(a["loss"], b["loss"]), a["step"]) for a, b in pairs]
     most, step = max(losses)
     first = next((step for off, step in losses if off), None)
     if first is None:
         return "losses bit for bit, other metrics not"
     return f"losses differ by {most:.1e} at most (step {step}), first at step {first}"
+
+
+def _apart(a: float | None, b: float | None) -> float:
+    """Relative to the first; a loss is `None` where it was not finite, as fp16's are until its scale is found."""
+    if a is None or b is None:
+        return 0.0 if a is b else math.inf
+    return abs(a - b) / abs(a)
 
 
 def milliseconds(function: Callable[[], object], device: str, repeats: int) -> float:

@@ -33,12 +33,12 @@ Place = tuple[str, str]
 
 
 def syncs(device: str, size: str) -> Iterator[Row]:
-    """Two trainings of which one has four steps more: what it has more of is a step's."""
+    """Two trainings of which one has two steps more: what it has more of is a step's."""
     precision = "bf16" if device == "cuda" else "no"
     with scratch() as folder:
         settings = flags(folder, size) | {"save_steps": 0, "logging_steps": 100}
         counts = []
-        for steps in (4, 8):
+        for steps in (2, 4):
             with waits(device) as found:
                 train(device, precision, **settings | {"max_steps": steps, "output_model": str(folder / f"{steps}")})
             counts.append(found)
@@ -46,7 +46,7 @@ def syncs(device: str, size: str) -> Iterator[Row]:
     yield {"text": "A step of two micro-batches; what waits in preparing, logging and saving is not counted."}
     for place, count in sorted(long.items()):
         if more := count - short[place]:
-            yield as_row(place, more / 4)
+            yield as_row(place, more / 2)
 
 
 def as_row(place: Place, times: float) -> Row:

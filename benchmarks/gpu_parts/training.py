@@ -35,7 +35,7 @@ from noisefit.run.checkpoint_files import list_checkpoints
 
 def flags(folder: Path, size: str) -> dict[str, Any]:
     """Of a short training with noise in two layers; the model and the rows are made in `folder`."""
-    rows, longest, steps = (256, 500, 40) if is_full(size) else (8, 40, 12)
+    rows, longest, steps = (256, 500, 40) if is_full(size) else (8, 40, 8)
     return dict(
         model=str(save_model(folder / "model", model_config(size))),
         train_data=str(save_rows(folder / "rows.jsonl", rows, longest)),
