@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from running import call, metrics_of, run, run_generate, start, wait, wait_until, words
 from safetensors.torch import load_file, save_file
 from tiny_folder import tiny_folder
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from noisefit.base.errors import InputError
 from noisefit.fork.branches import BranchedModel
+from noisefit.method.policy import NoisePolicy
 from noisefit.run.checkpoint_files import digest_of, list_checkpoints
 from noisefit.run.output import start_output
 from noisefit.run.output_folder import OutputFolder
@@ -322,12 +324,12 @@ def test_what_was_set_aside_survives_a_run_that_left_half_a_model(llama_folder, 
     out, whole = tmp_path / "out", tmp_path / "out" / "previous_run" / "adapter_model.safetensors"
     run(llama_folder, questions, out, **FAST, max_steps=1, save_steps=0)
     settings = Settings(model=llama_folder, train_data=questions, output_model=out)
-    start_output(settings, OutputFolder(out), None)  # as --overwrite_output does
+    start_output(Accelerator(cpu=True), settings, OutputFolder(out), NoisePolicy(), None)  # as --overwrite_output does
     before = whole.read_bytes()
     OutputFolder(out).expect("adapter_config.json")
     (out / "adapter_config.json").write_text("{}")
     (out / "checkpoint-500").mkdir()  # of another program
-    start_output(settings, OutputFolder(out), None)
+    start_output(Accelerator(cpu=True), settings, OutputFolder(out), NoisePolicy(), None)
     assert whole.read_bytes() == before and (out / "checkpoint-500").exists()
     assert not (out / "adapter_config.json").exists()
 
