@@ -2,9 +2,9 @@
 
     python benchmarks/loss_memory.py [--picture loss_memory.png]
 
-Nothing is computed and no GPU is needed: the models exist in shape alone (torch's `meta` device), and the bytes of all
-tensors that a step makes are counted as they come and go. `tests/test_benchmarks.py` holds the count against what a
-process really takes.
+Nothing is computed and no GPU is needed: the models exist in shape alone, and the bytes of all tensors that a step
+makes are counted as they come and go. `tests/benchmarks/test_benchmarks.py` holds the count against what a process
+really takes. A step is one of the loop on a GPU in mixed precision: an adapter in float32, with dropout.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from peak_memory import PeakMemory
+from shapes import filled, in_mixed_precision, in_shape_alone, shape_of
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ways import LLAMA_1B, QWEN_HALF_B, Size, Steps, check_picture, noisefit_losses
 
 from noisefit.fork.branches import BRANCHES
+from noisefit.inputs.models import ModelSettings
 
 GIB = 2**30
 CHUNKS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -33,6 +37,26 @@ def peak(step: Callable[[], object]) -> float:
     return memory.peak / GIB
 
 
+class LoopSteps(Steps):
+    """Steps with the loop's own settings of the model, in shape alone; to be used within `in_shape_alone`."""
+
+    def __init__(self, size: Size, gradient_checkpointing: bool = False):
+        settings = ModelSettings(gradient_checkpointing=gradient_checkpointing)
+        model = filled(shape_of(size.config, settings, size.dtype))
+        model.config.use_cache = False
+        precision = "bf16" if size.dtype == torch.bfloat16 else "no"
+        with unset_fake_temporarily():  # the rows have contents
+            super().__init__(size, "cpu", model=in_mixed_precision(model, precision))
+        in_mixed_precision(self.branched, precision)
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Backward alone: AdamW asks its tensors for their values, and holds less than a forward pass."""
+        loss.backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return loss.detach()
+
+
 def step_table(size: Size) -> None:
     """One optimizer step of every way, with all activations kept and with gradient checkpointing."""
     n, quarter = size.layers, size.layers // 4
@@ -40,7 +64,7 @@ def step_table(size: Size) -> None:
     print(f"{'':<30}{'':>10}{'with gradient checkpointing':>34}")
     columns = []
     for checkpointing in (False, True):
-        steps = Steps(size, "meta", gradient_checkpointing=checkpointing)
+        steps = LoopSteps(size, checkpointing)
         first, last = list(range(3)), list(range(n - quarter, n - quarter + 3))
         columns.append(
             {
@@ -131,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.picture:
         draw(args.picture, LLAMA_1B, chunked, full)
     for size in (LLAMA_1B, QWEN_HALF_B):
-        step_table(size)
+        with in_shape_alone():
+            step_table(size)
 
 
 if __name__ == "__main__":

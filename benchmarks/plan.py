@@ -125,8 +125,9 @@ def model_of(config: PreTrainedConfig, settings: Settings, precision: str, as_on
     # Layers that are alike are measured once: a model of few of them stands for all.
     alike = len(layers) > FEW and len(set(map(_signature, layers))) == 1
     measured = _with_layers(config, FEW) if alike else config
-    with in_shape_alone(precision, as_on_gpu):
-        model = branched_shape(measured, settings, frozen, settings.loss_chunk_size, settings.rdrop_dropout)
+    with in_shape_alone(as_on_gpu):
+        chunk, dropout = settings.loss_chunk_size, settings.rdrop_dropout
+        model = branched_shape(measured, settings, frozen, chunk, precision, dropout)
         noise = make_noise(settings, NoisePolicy(layers=[0]))
         ids = torch.zeros(1, dtype=torch.long)
         footprint = measure(model, ids, 3 * UNIT, noise, settings.objective.branches)

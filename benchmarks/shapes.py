@@ -8,7 +8,7 @@ element, and a kernel that keeps no scores.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from noisefit.fork.branches import BranchedModel
 from noisefit.inputs.models import ModelSettings, add_adapter
+from noisefit.method import noise
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "llama-1b": LlamaConfig(
@@ -47,36 +47,33 @@ SHAPES: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 
 
-class _GpuDropout(TorchFunctionMode):
-    """Dropout as the fused kernel of a GPU does it: of the mask it keeps a byte an element."""
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is F.dropout:
-            return _dropout(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-def _dropout(tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(tensor, p, training)[0] if training and p else tensor
-
-
 @contextmanager
-def in_shape_alone(precision: str = "no", as_on_gpu: bool = True) -> Iterator[None]:
-    """What is made in here has a shape and no content; `precision` is the launch's mixed precision."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
-        if not as_on_gpu:
+def in_shape_alone(as_on_gpu: bool = True) -> Iterator[None]:
+    """What is made in here has a shape and no content."""
+    usual = F.dropout, noise.lower_median
+    noise.lower_median = _median  # on a CPU it is NumPy's, which has to have numbers
+    if as_on_gpu:
+        F.dropout = _fused_dropout  # not by a mode of torch's, which is not on when blocks are computed again
+    try:
+        with FakeTensorMode():
             yield
-            return
-        with _GpuDropout():
-            yield
+    finally:
+        F.dropout, noise.lower_median = usual
+
+
+def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p else input
+
+
+def _median(values: Tensor) -> Tensor:
+    return values.median(dim=-1, keepdim=True).values
 
 
 def shape_of(config: PreTrainedConfig, settings: ModelSettings, frozen: torch.dtype) -> nn.Module:
     """The model that `load_model` gives, on `meta`: with its adapter, or all of it trained."""
     config = copy.deepcopy(config)
     if settings.attn_implementation in (None, "sdpa", "flash_attention_2", "flash_attention_3"):
-        config._attn_implementation = "in_shape_alone"
+        config._attn_implementation = "as_on_gpu"
     else:
         config._attn_implementation = settings.attn_implementation
     dtype = torch.float32 if settings.full_finetune else frozen
@@ -103,11 +100,22 @@ def filled(model: nn.Module) -> nn.Module:
     return model
 
 
+def in_mixed_precision(model: nn.Module, precision: str) -> nn.Module:
+    """Let the model's forward pass run in the launch's mixed precision, as accelerate does."""
+    if precision != "no":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        vars(model)["forward"] = torch.autocast("cpu", dtype)(model.forward)
+    return model
+
+
 def branched_shape(
-    config: PreTrainedConfig, settings: ModelSettings, frozen: torch.dtype, loss_chunk_size: int, dropout: float = 0.0
-) -> BranchedModel:
+    config: PreTrainedConfig, settings: ModelSettings, frozen: torch.dtype, loss_chunk_size: int, precision: str = "no",
+    dropout: float = 0.0,
+) -> BranchedModel:  # fmt: skip
     """A `BranchedModel` of this shape; to be called within `in_shape_alone`."""
-    return BranchedModel(filled(shape_of(config, settings, frozen)), loss_chunk_size, dropout)
+    model = BranchedModel(filled(shape_of(config, settings, frozen)), loss_chunk_size, dropout)
+    in_mixed_precision(model, precision)
+    return model
 
 
 # --- Attention that keeps queries, keys, values, its output and a number a query, as the kernels of a GPU do ---------
@@ -162,4 +170,4 @@ def attention_in_shape_alone(
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("in_shape_alone", attention_in_shape_alone)
+AttentionInterface.register("as_on_gpu", attention_in_shape_alone)

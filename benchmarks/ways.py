@@ -78,8 +78,10 @@ def other_noise() -> dict[str, TokenScaledNoise]:
 class Steps:
     """The ways of ours, and the published one, on one model and batch."""
 
-    def __init__(self, size: Size, device: str, gradient_checkpointing: bool = False):
-        self.model = build_model(size, device, gradient_checkpointing)
+    def __init__(
+        self, size: Size, device: str, gradient_checkpointing: bool = False, model: nn.Module | None = None
+    ):  # fmt: skip
+        self.model = build_model(size, device, gradient_checkpointing) if model is None else model
         self.branched = BranchedModel(self.model, LOSS_CHUNK_SIZE)
         self.rows = example_rows(size)
         self.target_tokens = count_targets(self.rows)

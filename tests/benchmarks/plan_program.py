@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,6 +67,14 @@ def losses(logits: Any, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"ce": sum(cross_entropy(z, targets) for z in (*logits[CLEAN], *logits[NOISY]))}  # type: ignore[dict-item]
 
 
+def unreduced(module: Any) -> int:
+    """Bytes of the gradients that FSDP keeps whole in a module's own group until they are reduced."""
+    if not isinstance(module, FSDPModule) or (group := module._get_fsdp_state()._fsdp_param_group) is None:
+        return 0
+    kept = [(p.unsharded_accumulated_grad, p._unsharded_param.grad) for p in group.fsdp_params]
+    return sum(gradient.nbytes for both in kept for gradient in both if gradient is not None)
+
+
 def step(sharding: str, strategy: str, precision: str, full_finetune: bool) -> dict[str, Any]:
     """Two steps of a model under one launch: what the second one sends, and what is held after it."""
     branched = build(full_finetune, precision)
@@ -92,14 +100,8 @@ def step(sharding: str, strategy: str, precision: str, full_finetune: bool) -> d
                 with model.no_sync() if sharding == "ddp" and not last else nullcontext():
                     found = model(**batch, noise=noise, strategy=strategy, chunk_losses=losses)
                     found["ce"].backward()
-                if sharding == "fsdp" and waits:  # they are kept as they are until they are reduced
-                    whole = sum(
-                        unreduced.nbytes
-                        for module in model.modules()
-                        if (state := getattr(module, "_get_fsdp_state", None)) is not None
-                        for parameter in state()._fsdp_param_group.fsdp_params
-                        if (unreduced := parameter.unsharded_accumulated_grad) is not None
-                    )
+                if sharding == "fsdp" and waits:
+                    whole = sum(map(unreduced, model.modules()))
         optimizer.step()
     local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
     gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters() if p.grad is not None]
