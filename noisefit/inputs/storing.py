@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,8 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "sentencepiece",
 BATCH = 1000  # rows of a part of the files
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
-_storing = False
+_storing, _by_main_thread = False, True
+_hooked: list[bool] = []
 
 
 def store(
@@ -193,9 +195,9 @@ def _errors_of_ours() -> Iterator[None]:
     The processes that it forks meanwhile end with this one, and leave Ctrl-C to it.
     """
     global _storing
-    if hasattr(os, "register_at_fork") and not hasattr(_in_fork, "registered"):
-        os.register_at_fork(after_in_child=_in_fork)
-        _in_fork.registered = True  # type: ignore[attr-defined]
+    if hasattr(os, "register_at_fork") and not _hooked:
+        os.register_at_fork(before=_before_fork, after_in_child=_in_fork)
+        _hooked.append(True)
     _storing = True
     try:
         yield
@@ -214,10 +216,16 @@ def _errors_of_ours() -> Iterator[None]:
         _storing = False
 
 
+def _before_fork() -> None:
+    global _by_main_thread
+    _by_main_thread = threading.current_thread() is threading.main_thread()
+
+
 def _in_fork() -> None:
     if _storing:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if sys.platform == "linux":
+        # The signal comes at the end of the thread that forked: a pool's own ends before its workers may.
+        if sys.platform == "linux" and _by_main_thread:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 

@@ -14,7 +14,7 @@ import pytest
 from running import metrics_of, run, start, start_program, train, wait, wait_until
 from tiny_folder import byte_tokenizer
 
-from noisefit.base.errors import InputError
+from noisefit.base.errors import InputError, one_line_errors
 from noisefit.inputs import prompts, stored, storing
 from noisefit.inputs.batches import count_targets, cut_step, epoch_steps
 from noisefit.inputs.prompts import PromptSettings
@@ -244,11 +244,13 @@ def store_slowly(argv: list[str]) -> None:
     tokenizer = byte_tokenizer()
     set_chat_template(tokenizer)
     storing._columns = never
-    storing.store(data, tokenizer, SETTINGS, 300, [])
+    with one_line_errors("store"):
+        storing.store(data, tokenizer, SETTINGS, 300, [])
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_left_is_not_used_and_removed(tmp_path, tokenizer, cache):
+@pytest.mark.parametrize("killed", ["the run", "a worker"])
+def test_what_a_killed_run_left_is_not_used_and_removed(killed, tmp_path, tokenizer, cache):
     data, told = write(tmp_path / "data.csv"), tmp_path / "told"
     told.mkdir()
     environment = {"HF_DATASETS_CACHE": str(cache.parent)}
@@ -259,9 +261,14 @@ def test_what_a_killed_run_left_is_not_used_and_removed(tmp_path, tokenizer, cac
     [half] = cache.iterdir()
     with storing._staging("another"):
         assert half.exists()  # as it is being written
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    if killed == "the run":
+        os.kill(process.pid, signal.SIGKILL)
+    else:
+        os.kill(int(min(told.iterdir()).name), signal.SIGKILL)
+    process.join(60)
     _, alive = psutil.wait_procs(helpers, timeout=20)
-    assert not alive and half.exists()
+    assert not alive and half.exists() == (killed == "the run")
+    if killed == "a worker":
+        assert process.exitcode == 2 and "a process that tokenized was killed" in (tmp_path / "log").read_text()
     name = storing.store(str(data), tokenizer, SETTINGS, 300, [])
     assert [path.name for path in cache.iterdir()] == [name] and len(StoredExamples(cache / name)) > 30
