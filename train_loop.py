@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from noisefit.base.errors import Stopped, notice, one_line_errors
-from noisefit.base.precision import keep_float32_when_sharded
+from noisefit.base.precision import keeping_tf32, set_precision
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.exactness import choose_strategy
 from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_sizes
@@ -49,7 +49,7 @@ from noisefit.run.preparation import prepare
 from noisefit.run.processes import finish, on_any_process, progress_bar
 from noisefit.run.settings import Settings, parse_arguments
 from noisefit.run.signals import StopSignals, end_with_launcher
-from noisefit.run.steps import naming_out_of_memory, take_step
+from noisefit.run.steps import make_optimizer, naming_out_of_memory, take_step
 from noisefit.run.teacher_cache import with_predictions
 from noisefit.run.weights import unsharded
 
@@ -62,7 +62,7 @@ def train(settings: Settings) -> None:
         Stopped: a signal ended the run, which can be resumed.
     """
     end_with_launcher()
-    with open_output(settings) as output:
+    with open_output(settings) as output, keeping_tf32():
         train_in(output, settings)
 
 
@@ -74,15 +74,14 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     rows_per_step, total_steps, checkpoint = prepared.rows_per_step, prepared.total_steps, prepared.checkpoint
 
     # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
-    keep_float32_when_sharded(accelerator)
+    notice(set_precision(accelerator))
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates by itself, whatever the launch's config says
     num_processes = accelerator.num_processes
     epoch_length = steps_per_epoch(len(examples), rows_per_step)
     set_seed(settings.seed)  # the same adapter on every process ...
     loaded = load_model(settings, settings.model, accelerator, checkpoint, settings.trust_remote_code)
     model = BranchedModel(loaded, settings.loss_chunk_size, settings.rdrop_dropout)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(settings, model, accelerator.device)
     # The schedule is not given to `prepare`, which would step it once for every process.
     warmup_steps = math.ceil(settings.warmup_ratio * total_steps)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, warmup_steps, total_steps)

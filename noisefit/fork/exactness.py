@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from noisefit.base.errors import InputError
-from noisefit.base.precision import as_float64, masked_mean
+from noisefit.base.precision import as_float64, masked_mean, without_tf32
 from noisefit.fork.branches import BRANCHES, CLEAN, DROPOUT, NOISY, STRATEGIES, Branch, Logits, Losses
 
 ROWS, TOKENS = 2, 48  # of the first batch; two rows, so that a batch dimension is not mistaken for a broadcast one
@@ -36,6 +36,7 @@ def tolerance_of(model: nn.Module, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
+@without_tf32()
 def choose_strategy(
     model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[int], requested: str,
     branches: Sequence[Branch] = BRANCHES,

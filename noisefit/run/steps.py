@@ -7,12 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
 from noisefit.run.checkpoint_files import list_checkpoints
 from noisefit.run.settings import Settings
+
+
+def make_optimizer(settings: Settings, model: nn.Module, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over what of the model is trained; on CUDA in one kernel for many weights, which leaves the same state.
+
+    Args:
+        settings: of the run.
+        model: before it is prepared.
+        device: that the run computes on.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    how = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return torch.optim.AdamW(trained, **how, fused=True if device.type == "cuda" else None)
 
 
 def take_step(optimizer: Any, schedule: LRScheduler, step: int, bad: bool, bad_steps: int, most: int) -> int:
