@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DynamoBackend, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Abstention, Job
@@ -67,6 +67,8 @@ def answer_file(settings: AnswerSettings, output: Path) -> None:
     # A process that is done waits for the others, however long that takes.
     accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     check_processes(accelerator)
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        notice("--dynamo_backend compiles a training; answers are computed without it")
     journal = Journal(output, accelerator.process_index)
     today = None
     if asks_for_date(tokenizer, settings.chat_template):

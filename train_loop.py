@@ -40,6 +40,7 @@ from noisefit.method.noise import TokenScaledNoise
 from noisefit.method.policy import NoisePolicy, make_noise
 from noisefit.method.teacher import make_teacher
 from noisefit.run.checkpoints import Checkpoints
+from noisefit.run.compiling import compile_blocks
 from noisefit.run.evaluation import evaluate
 from noisefit.run.metrics import Metrics, start_trackers
 from noisefit.run.noise_policy import choose_policy, describe
@@ -81,6 +82,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     set_seed(settings.seed)  # the same adapter on every process ...
     loaded = load_model(settings, settings.model, accelerator, checkpoint, settings.trust_remote_code)
     model = BranchedModel(loaded, settings.loss_chunk_size, settings.rdrop_dropout)
+    compile_blocks(model, accelerator)  # where the launch asks for --dynamo_backend
     optimizer = make_optimizer(settings, model, accelerator.device)
     # The schedule is not given to `prepare`, which would step it once for every process.
     warmup_steps = math.ceil(settings.warmup_ratio * total_steps)

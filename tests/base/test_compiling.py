@@ -63,7 +63,9 @@ def test_where_compiling_fails_one_line_says_so_and_the_functions_go_on(monkeypa
         raise RuntimeError("no C compiler")
 
     compile_function = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_function(function, backend=no_compiler, **how))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: compile_function(function, backend=no_compiler, **how)
+    )
     monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
     monkeypatch.setattr(compiling, "_failed", [])
     torch._dynamo.reset()
