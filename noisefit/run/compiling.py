@@ -47,5 +47,5 @@ def compile_blocks(model: nn.Module, accelerator: Accelerator) -> None:
     how = {"dynamic": True} | plugin.to_kwargs()
     dynamo.recompile_limit = max(dynamo.recompile_limit, FRAMES)
     for block in find_decoder_layers(model):
-        block.forward = torch.compile(block.forward, **how)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, **how)
     plugin.backend = DynamoBackend.NO

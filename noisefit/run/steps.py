@@ -25,8 +25,8 @@ def make_optimizer(settings: Settings, model: nn.Module, device: torch.device) -
         device: that the run computes on.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    how = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    return torch.optim.AdamW(trained, **how, fused=True if device.type == "cuda" else None)
+    rate, decay, fused = settings.learning_rate, settings.weight_decay, True if device.type == "cuda" else None
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=fused)
 
 
 def take_step(optimizer: Any, schedule: LRScheduler, step: int, bad: bool, bad_steps: int, most: int) -> int:
