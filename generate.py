@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 
 from noisefit.answers.disks import agreed, gathered, together
 from noisefit.answers.generation import Answerer, answer_all
@@ -49,6 +50,8 @@ def generate(settings: AnswerSettings) -> None:
     # A process that is done waits for the others, however long that takes.
     accelerator = start_accelerator(patience=timedelta(days=7))
     check_processes(accelerator)
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        notice("--dynamo_backend compiles a training; answers are computed without it")
     output = Path(os.path.realpath(settings.output_csv or default_output(settings)))  # a link stays one
     with together():
         check_output(settings, output, accelerator)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from noisefit.base.errors import Stopped, notice, one_line_errors
-from noisefit.base.precision import keep_float32_when_sharded
+from noisefit.base.precision import keeping_tf32, set_precision
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.exactness import can_pack, choose_strategy
 from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_sizes
@@ -38,6 +38,7 @@ from noisefit.method.noise import TokenScaledNoise
 from noisefit.method.policy import NoisePolicy, make_noise
 from noisefit.method.teacher import make_teacher
 from noisefit.run.checkpoints import Checkpoints
+from noisefit.run.compiling import compile_blocks
 from noisefit.run.evaluation import evaluate
 from noisefit.run.memory_needed import memory_needed
 from noisefit.run.metrics import Metrics, start_trackers
@@ -49,7 +50,7 @@ from noisefit.run.processes import finish, on_any_process, progress_bar, reducti
 from noisefit.run.settings import Settings, parse_arguments
 from noisefit.run.sharding import load_model, prepare_model
 from noisefit.run.signals import StopSignals, end_with_launcher
-from noisefit.run.steps import naming_out_of_memory, take_step
+from noisefit.run.steps import make_optimizer, naming_out_of_memory, take_step
 from noisefit.run.teacher_cache import with_predictions
 from noisefit.run.weights import unsharded
 
@@ -62,7 +63,7 @@ def train(settings: Settings) -> None:
         Stopped: a signal ended the run, which can be resumed.
     """
     end_with_launcher()
-    with open_output(settings) as output:
+    with open_output(settings) as output, keeping_tf32():
         train_in(output, settings)
 
 
@@ -74,15 +75,15 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     rows_per_step, total_steps, checkpoint = prepared.rows_per_step, prepared.total_steps, prepared.checkpoint
 
     # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
-    keep_float32_when_sharded(accelerator)
+    notice(set_precision(accelerator))
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates by itself, whatever the launch's config says
     num_processes = accelerator.num_processes
     epoch_length = steps_per_epoch(len(examples), rows_per_step)
     set_seed(settings.seed)  # the same adapter on every process ...
     loaded = load_model(settings, settings.model, accelerator, checkpoint, settings.trust_remote_code)
     model = BranchedModel(loaded, settings.loss_chunk_size, settings.rdrop_dropout)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    compile_blocks(model, accelerator)  # where the launch asks for --dynamo_backend
+    optimizer = make_optimizer(settings, model, accelerator.device)
     # The schedule is not given to `prepare`, which would step it once for every process.
     warmup_steps = math.ceil(settings.warmup_ratio * total_steps)
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, warmup_steps, total_steps)

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from noisefit.base.errors import InputError, notice
-from noisefit.base.precision import as_float64, masked_mean
+from noisefit.base.precision import as_float64, masked_mean, without_tf32
 from noisefit.fork.branches import BRANCHES, CLEAN, DROPOUT, NOISY, STRATEGIES, Branch, Logits, Losses
 from noisefit.fork.packing import pack
 
@@ -38,6 +38,7 @@ def tolerance_of(model: nn.Module, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
+@without_tf32()
 def choose_strategy(
     model: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[int], requested: str,
     branches: Sequence[Branch] = BRANCHES,
@@ -86,6 +87,7 @@ def choose_strategy(
 
 
 @torch.no_grad()
+@without_tf32()
 def can_pack(
     model: nn.Module, batch: Mapping[str, Any], layers: Sequence[int], strategy: str,
     branches: Sequence[Branch] = BRANCHES,

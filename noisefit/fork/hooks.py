@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from noisefit.base.precision import DROPPED_BITS, EPS, add_noise, mean_magnitude, root_mean_square
+from noisefit.base.precision import DROPPED_BITS, EPS, add_noise, mean_change, mean_magnitude, root_mean_square
 from noisefit.fork.decoder import block_hidden_states, find_causal_lm, find_decoder, find_decoder_layers
 from noisefit.fork.packing import BORDERS, repeat_borders
 
@@ -143,7 +143,8 @@ def _with_noise(
             if is_new or scale is None:
                 seen = hidden if noise.gradient else hidden.detach()
                 scale = noise.capped(noise.scale(seen, mask), hidden, mask)
-                meant = noise.mean_size(scale.detach(), mask) if sizes is not None else None
+                measured = sizes is not None and hidden.dtype not in DROPPED_BITS  # there it is what arrives
+                meant = noise.mean_size(scale.detach(), mask) if measured else None
             drawn = noise.draw(scale)
         noisy[i] = add_noise(hidden, drawn)
         if sizes is not None:
@@ -158,7 +159,7 @@ def _with_noise(
 def _arrived(hidden: Tensor, noisy: Tensor, drawn: Tensor, meant: Tensor | None, mask: Tensor | None) -> Tensor:
     """`mean(|noise|)`: of what arrived in 16 bits; in 32 all does, and its mean over all draws may be known."""
     if hidden.dtype in DROPPED_BITS:
-        return mean_magnitude(noisy.float() - hidden.float(), mask)
+        return mean_change(hidden, noisy, mask)
     return mean_magnitude(drawn, mask) if meant is None else meant
 
 

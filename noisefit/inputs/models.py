@@ -220,7 +220,7 @@ def _restore_adapter(model: nn.Module, checkpoint: Path) -> None:
 
 def check_adapter_names(model: nn.Module, names: Set[str]) -> None:
     """Raise `ValueError` where these names of an adapter's tensors are not those of the adapter on the model."""
-    # Other programs save embeddings with an adapter. Asked for "auto", PEFT would ask the hub whether they were resized.
+    # Other programs save embeddings with an adapter. Left to itself, PEFT asks the hub whether they were resized.
     for with_embeddings in (False, True):
         own = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings).keys()
         if names <= own:

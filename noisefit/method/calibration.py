@@ -17,7 +17,7 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from noisefit.base.errors import InputError
-from noisefit.base.precision import as_float64
+from noisefit.base.precision import as_float64, without_tf32
 from noisefit.fork.branches import CLEAN, NOISY, Logits, Losses
 from noisefit.fork.decoder import find_decoder, find_decoder_layers
 from noisefit.fork.exactness import ROWS, TOKENS, tolerance_of
@@ -252,6 +252,7 @@ def _final_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return final
 
 
+@without_tf32()
 def _reusable(
     model: nn.Module, batch: Mapping[str, Tensor], blocks: nn.ModuleList, layers: Sequence[int], noise: TokenScaledNoise
 ) -> bool:

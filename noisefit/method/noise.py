@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from noisefit.base.compiling import fused
 from noisefit.base.precision import EPS, at_least_float32, masked_mean, mean_magnitude, row_lengths
 
 BETA = 0.1  # how fast the noise fades for elements far from their token's median
@@ -19,6 +20,7 @@ MAX_TOKEN_FACTOR = 5.0
 
 
 @torch.no_grad()
+@fused
 def snr_base_std(hidden: Tensor, noise_std: float, mask: Tensor | None = None) -> Tensor:
     """Base scale `s` of policy `snr`: `noise_std^2 * std(h)`, over the elements of all real tokens, without gradient.
 
@@ -51,7 +53,8 @@ def lower_median(values: Tensor) -> Tensor:
     Returns:
         `[..., 1]`, the dtype and device of `values`. A gradient goes to the element that is the median.
     """
-    if values.device.type != "cpu" or (values.requires_grad and torch.is_grad_enabled()):
+    elsewhere = torch.compiler.is_compiling() or values.device.type != "cpu"
+    if elsewhere or (values.requires_grad and torch.is_grad_enabled()):
         return values.median(dim=-1, keepdim=True).values
     # On a CPU torch's selection costs several times as much, as it also tracks where the median stood.
     middle = (values.shape[-1] - 1) // 2
@@ -67,6 +70,7 @@ def _variance(h: Tensor) -> Tensor:
     return (h - h.mean(dim=-1, keepdim=True)).square().sum(dim=-1) / (h.shape[-1] - 1)
 
 
+@fused
 def noise_scale(
     hidden: Tensor, base_std: float | Tensor, mask: Tensor | None = None, gradient: bool = False
 ) -> Tensor:  # fmt: skip

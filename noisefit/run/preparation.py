@@ -18,6 +18,7 @@ from noisefit.inputs.models import check_model, length_limit, load_config, load_
 from noisefit.inputs.prompts import Example, stop_token_ids
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
+from noisefit.run.compiling import check_compiling
 from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
@@ -84,6 +85,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     tracker = None if settings.report_to == "none" else settings.report_to
     accelerator = start_accelerator(log_with=tracker, project_dir=settings.output_model)
     check_processes(accelerator, settings.quantization)
+    check_compiling(accelerator, settings.gradient_checkpointing)
 
     settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer))
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)

@@ -7,12 +7,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
 from noisefit.run.checkpoint_files import list_checkpoints
 from noisefit.run.memory_needed import smaller_batch
 from noisefit.run.settings import Settings
+
+
+def make_optimizer(settings: Settings, model: nn.Module, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over what of the model is trained; on CUDA in one kernel for many weights, which leaves the same state.
+
+    Args:
+        settings: of the run.
+        model: before it is prepared.
+        device: that the run computes on.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate, decay, fused = settings.learning_rate, settings.weight_decay, True if device.type == "cuda" else None
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=fused)
 
 
 def take_step(optimizer: Any, schedule: LRScheduler, step: int, bad: bool, bad_steps: int, most: int) -> int:

@@ -60,7 +60,7 @@ def write_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer:
     The weights are for all who may read the folder: safetensors makes them their owner's alone.
     """
     state = {name: tensor.contiguous() for name, tensor in weights.items()}
-    # No embedding is trained, but for its adapter. Left to itself, PEFT asks the hub at each save whether it was resized.
+    # Embeddings are never resized. Left to itself, PEFT asks the hub at each save whether they were.
     how = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     model.save_pretrained(folder, state_dict=state, **how)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of headings with nothing under them

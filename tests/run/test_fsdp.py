@@ -42,14 +42,15 @@ def questions(folder):
 def launch_sharded(results, model, data, output, **flags):
     """`fsdp_program.py` on two processes, as a user launches a program."""
     flags = words(model=model, train_data=data, eval_data=data, output_model=output, **SETTINGS | flags)
-    program = ["--num_processes", "2", "tests/fsdp_program.py", str(results), *flags]
+    # In float32, as what is compared is exact; the file's bf16 is looked at below.
+    program = ["--num_processes", "2", "--mixed_precision", "no", "tests/fsdp_program.py", str(results), *flags]
     # Without a GPU in sight `fully_shard` takes the CPU.
     return run_command(config_command("fsdp.yaml", *program), PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
 
 
-def environment_of(configuration: str) -> dict[str, str]:
+def environment_of(configuration: str, *options: str) -> dict[str, str]:
     """What a launch with a file of configs/accelerate sets for its processes."""
-    words_of_launch = ["--config_file", str(CONFIGS / configuration), "--num_processes", "2", "program.py"]
+    words_of_launch = ["--config_file", str(CONFIGS / configuration), "--num_processes", "2", *options, "program.py"]
     arguments, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words_of_launch))
     set_now = prepare_multi_gpu_env(arguments)
     return {name: value for name, value in set_now.items() if os.environ.get(name) != value}
@@ -59,7 +60,7 @@ def train_sharded(model, data, output, **flags):
     """What the launch does after its first half minute of imports: two processes; what they said."""
     flags = words(model=model, train_data=data, eval_data=data, output_model=output, **SETTINGS | flags)
     log = output.with_name(output.name + ".log")
-    environment = environment_of("fsdp.yaml") | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = environment_of("fsdp.yaml", "--mixed_precision", "no") | {"CUDA_VISIBLE_DEVICES": ""}
     statuses = wait(start_program(fsdp_program.main, ["none", *flags], log, 2, environment))
     assert statuses == [0, 0], log.read_text()
     return log.read_text()
@@ -233,6 +234,7 @@ def test_in_16_bits_gradients_are_reduced_and_losses_returned_in_float32():
     assert plugin.mixed_precision_policy is None  # no mixed precision, nothing to keep
     plugin.set_mixed_precision("bf16")
     keep_float32_when_sharded(accelerator)
+    assert environment_of("fsdp.yaml")["ACCELERATE_MIXED_PRECISION"] == "bf16"
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
 

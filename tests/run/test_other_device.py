@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from running import metrics_of, run, run_generate, start_program, wait, words
 from tiny_folder import tiny_folder
 
@@ -27,14 +28,13 @@ def train_and_answer(argv: list[str]) -> None:
     start, gather = preparation.start_accelerator, output.gather_weights
     os.environ.pop("ACCELERATE_USE_CPU")  # with which accelerate's states allow no other device
     model, data, folder = Path(argv[0]), Path(argv[1]), Path(argv[2])
-    device = None
+    devices = []
 
     def start_there(**options):
         accelerator = start(**options)
-        if device is not None:
-            for state in (PartialState, AcceleratorState):
-                state._shared_state["device"] = device
-            assert accelerator.device == device
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["device"] = devices[-1]
+        assert accelerator.device == devices[-1]
         return accelerator
 
     def gather_from_there(*arguments, **options):  # wrappers have no memory that safetensors could write
@@ -43,7 +43,8 @@ def train_and_answer(argv: list[str]) -> None:
     preparation.start_accelerator = generate.start_accelerator = start_there
     checkpoints.gather_weights = output.gather_weights = gather_from_there
     with other.Registered():
-        for device, name in ((None, "cpu"), (other.DEVICE, "there")):
+        for device, name in ((torch.device("cpu"), "cpu"), (other.DEVICE, "there")):
+            devices.append(device)
             run(model, data, folder / name, **FLAGS)
             AcceleratorState._reset_state(True)
             GradientState._reset_state()

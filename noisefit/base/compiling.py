@@ -1,0 +1,50 @@
+"""Functions of many small operations, fused where each of them would be a launch of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noisefit.base.errors import is_out_of_memory, notice
+
+DEVICES = ("cuda",)  # kinds of devices; on a CPU an operation costs little to start, and a compiler may be missing
+_failed: list[str] = []  # with what compiling failed
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as it is, and on a GPU compiled by `torch.compile` at its first call.
+
+    Its first argument is a tensor, whose device decides. It must draw no random numbers: a compiled function draws
+    others. Shapes are dynamic and numbers are handed over as tensors, so that neither another length nor another
+    strength is compiled anew. Where compiling fails, for want of a C compiler say, all such functions go on as they
+    are, and a line says so.
+    """
+
+    @functools.cache
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(function, dynamic=True)
+
+    def number(value: Any, like: Tensor) -> Any:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.full((), value, dtype=dtype, device=like.device) if isinstance(value, float) else value
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() or first.device.type not in DEVICES or _failed:
+            return function(first, *args, **kwargs)
+        try:
+            more = {name: number(value, first) for name, value in kwargs.items()}
+            return compiled()(first, *(number(value, first) for value in args), **more)
+        except Exception as error:  # of dynamo, inductor, Triton, a C compiler
+            if is_out_of_memory(error):
+                raise
+            result = function(first, *args, **kwargs)  # where it fails as well, the input is to blame
+            _failed.append(" ".join(str(error).split())[:200] or type(error).__name__)
+            notice(f"torch.compile failed, so the noise takes more and smaller steps on the GPU: {_failed[0]}")
+            return result
+
+    return call

@@ -1,0 +1,82 @@
+"""The functions that a GPU has compiled give what they give as they are, gradients included, for any length."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from noisefit.base import compiling
+from noisefit.base.precision import add_noise, mean_change, mean_magnitude, root_mean_square
+from noisefit.method.noise import noise_scale, snr_base_std
+
+SIZES = (3, 7), (4, 9), (12, 33)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# There is no need of a C++ compiler for the latter, which traces forward and backward and runs them op by op.
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """Compiling on this device, and counting it."""
+    counting, compile_function = CompileCounterWithBackend(BACKEND), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_function(function, backend=counting, **how))
+    monkeypatch.setattr(compiling, "DEVICES", (DEVICE,))
+    monkeypatch.setattr(compiling, "_failed", [])
+    torch._dynamo.reset()
+    yield counting
+    assert not compiling._failed
+
+
+def results(hidden: torch.Tensor, mask: torch.Tensor, strength: float) -> list[torch.Tensor]:
+    """Of hidden states in float32, whose digits tell most; and of 16 bits what is done in these alone."""
+    noise = torch.sin(torch.arange(hidden.numel(), device=hidden.device) * 0.7).view_as(hidden) * 0.1
+    watched, low = hidden.clone().requires_grad_(), hidden.bfloat16()
+    scale = noise_scale(watched, strength, mask, gradient=True)
+    (scale * noise).sum().backward()
+    noisy = add_noise(low, noise)
+    sizes = mean_magnitude(hidden, mask), root_mean_square(hidden, mask), mean_change(low, noisy, mask)
+    return [scale.detach(), watched.grad, snr_base_std(hidden, strength, mask), noisy.float(), *sizes]
+
+
+def test_compiled_functions_give_what_they_give_as_they_are(counter, monkeypatch):
+    given = []
+    for rows, length in SIZES:
+        generator = torch.Generator().manual_seed(rows)
+        hidden = (3 * torch.randn(rows, length, 64, generator=generator)).to(DEVICE)
+        mask = (torch.rand(rows, length, generator=generator) > 0.2).long().to(DEVICE)
+        given += [(hidden, mask, 0.1), (hidden, mask, 0.2)]
+    found = [results(*given[0])]
+    assert counter.frame_count == 6
+    found += [results(*each) for each in given[1:]]
+    if BACKEND == "aot_eager":  # inductor may take another kernel for much longer rows
+        assert counter.frame_count == 6, "compiled anew for another length, batch or strength"
+    monkeypatch.setattr(compiling, "DEVICES", ())
+    for tensors, each in zip(found, given, strict=True):
+        for one, other in zip(tensors, results(*each), strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+
+
+def test_where_compiling_fails_one_line_says_so_and_the_functions_go_on(monkeypatch, capsys):
+    calls = []
+
+    def no_compiler(graph, inputs):
+        calls.append(graph)
+        raise RuntimeError("no C compiler")
+
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: compile_function(function, backend=no_compiler, **how)
+    )
+    monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
+    monkeypatch.setattr(compiling, "_failed", [])
+    torch._dynamo.reset()
+    halved = compiling.fused(lambda values, factor: values * factor)
+    doubled = compiling.fused(lambda values: values * 2)
+    for _ in range(2):
+        assert halved(torch.ones(3), 0.5).tolist() == [0.5] * 3 and doubled(torch.ones(3)).tolist() == [2.0] * 3
+    said = capsys.readouterr().err
+    assert len(calls) == 1 and said.count("\n") == 1 and "no C compiler" in said
+
+
+def test_what_the_function_itself_raises_is_no_failure_to_compile(counter):
+    with pytest.raises(ZeroDivisionError):
+        compiling.fused(lambda values: values / (1 // 0))(torch.ones(3, device=DEVICE))
