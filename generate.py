@@ -26,6 +26,7 @@ from noisefit.answers.jobs import Abstention, Job
 from noisefit.answers.journal import Answers, Journal, alone_with, check_answers_output, default_output, write_answers
 from noisefit.answers.loading import (
     base_config,
+    check_device_map,
     check_vocabulary,
     context_length,
     digest,
@@ -33,10 +34,12 @@ from noisefit.answers.loading import (
     load_answer_model,
     load_answer_tokenizer,
     model_fingerprint,
+    why_answers_differ,
 )
 from noisefit.answers.noisy_passes import NoisyPasses
 from noisefit.answers.refusals import is_refusal
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
+from noisefit.answers.vllm_engine import AT_ONCE, VllmAnswerer, check_vllm
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.settings import names_of
 from noisefit.inputs.noise_records import read_noise
@@ -52,6 +55,8 @@ def generate(settings: AnswerSettings) -> None:
     check_processes(accelerator)
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         notice("--dynamo_backend compiles a training; answers are computed without it")
+    check_device_map(settings)
+    check_vllm(settings, accelerator)
     output = Path(os.path.realpath(settings.output_csv or default_output(settings)))  # a link stays one
     with together():
         check_output(settings, output, accelerator)
@@ -112,11 +117,16 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
 
     # --- Answering, what is left of it, shared out over the processes ------------------------------------------------
     with together():
-        model = load_answer_model(settings, base, accelerator.device)
-        check_vocabulary(model, jobs)
-        noisy = NoisyPasses(model, noise.make(), settings.noise_passes) if noise else None
-        answerer = Answerer(model, tokenizer, settings, noisy)
+        answerer: Answerer | VllmAnswerer
+        if settings.engine == "vllm":
+            answerer = VllmAnswerer(settings, base, tokenizer, jobs, accelerator.device)
+        else:
+            model = load_answer_model(settings, base, accelerator.device)
+            check_vocabulary(model, jobs)
+            noisy = NoisyPasses(model, noise.make(), settings.noise_passes) if noise else None
+            answerer = Answerer(model, tokenizer, settings, noisy, settings.static_cache)
         journal.start(record, accelerator.num_processes)
+    notice(why_answers_differ(settings, accelerator.device))
     if answerer.not_applied:
         asked = ", ".join(f"{name}={value}" for name, value in answerer.not_applied.items())
         notice(f"the model's generation_config.json asks for {asked}; not applied: the flags alone decide")
@@ -130,7 +140,7 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
     notice(f"{len(jobs)} prompts, {settings.rounds} answers each; processes: {accelerator.num_processes}")
     progress = progress_bar(accelerator, len(wanted), "answering", "answer")
     progress.update(len(done))
-    for batch in answer_all(answerer, mine, settings.batch_size):
+    for batch in answer_all(answerer, mine, AT_ONCE if settings.engine == "vllm" else settings.batch_size):
         journal.append(batch)
         if accelerator.is_main_process:
             progress.update(max(min(journal.count(), len(wanted)) - progress.n, 0))  # of all processes on its disk

@@ -5,8 +5,11 @@
 A random Llama (4 layers, width 256, vocabulary 32,000), prompts of 20 to 40 tokens, 50 new tokens an answer, and the
 sampling settings of `generate.py`'s defaults on both sides. The loop is the published way: `generate` with
 `do_sample`, for one prompt and one round at a time. It is timed on a share of the work, spread evenly over it, as the
-whole takes long; the ratio is of answers a second. The last lines say what `logprob` costs: its share of the time of
-`generate.py`, and how many answers were near a border of its rounding and took a pass of their own.
+whole takes long; the ratio is of answers a second. Two lines say what `logprob` costs: its share of the time of
+`generate.py`, and how many answers were near a border of its rounding and took a pass of their own. The last ones are
+of a token's draw alone from logits over 128,000 tokens, with `--top_k 0`: top-p among the likeliest first, against a
+sort of the whole vocabulary. The logits are random: of a sharpness at which top-p leaves some dozens, and flat, where
+it leaves most and all is sorted in both.
 """
 
 import argparse
@@ -16,15 +19,22 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    TopPLogitsWarper,
+)
 
-from noisefit.answers import generation, probability
+from noisefit.answers import generation, gumbel, probability
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Job
 from noisefit.answers.settings import DrawSettings
@@ -77,6 +87,29 @@ def now() -> float:
     return time.perf_counter()
 
 
+def draws(device: str, rows: int, vocabulary: int) -> list[str]:
+    """Lines of what a draw costs with top-p and no top-k."""
+    lines = []
+    keys = torch.arange(rows, device=device)
+    ids = torch.zeros(rows, 10, dtype=torch.long, device=device)
+    for kind, sharpness in (("sharp", 6.0), ("flat", 0.5)):
+        torch.manual_seed(0)
+        logits = torch.randn(rows, vocabulary, device=device) * sharpness
+        found, seconds = [], []
+        for likeliest in (gumbel.LIKELIEST, vocabulary):
+            with mock.patch.object(gumbel, "LIKELIEST", likeliest):
+                sampler = gumbel.GumbelSampling(keys, 5, TopPLogitsWarper(SAMPLING.top_p))
+                sampler(ids, logits)  # warms up
+                start = now()
+                found.append(sampler(ids, logits))
+                seconds.append(now() - start)
+        if not torch.equal(*found):
+            raise SystemExit("the two ways draw other tokens")
+        lines.append(f"{'top-p, ' + kind + ' logits':<24}{seconds[1] / seconds[0]:>9.1f} times faster than by a sort "
+                     f"({seconds[0] * 1000:.0f} against {seconds[1] * 1000:.0f} ms for {rows} tokens)")  # fmt: skip
+    return lines
+
+
 def measure(
     config: PreTrainedConfig, dtype: torch.dtype, device: str, prompts: int, rounds: int, share: float
 ) -> dict[str, Any]:  # fmt: skip
@@ -126,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=208)
     parser.add_argument("--rounds", type=int, default=5, help="answers to each prompt")
     parser.add_argument("--share", type=float, default=0.1, help="share of the prompts that the loop is timed on")
+    parser.add_argument("--rows", type=int, default=32, help="tokens drawn at once, in the last lines")
+    parser.add_argument("--vocabulary", type=int, default=128_000, help="of the last lines")
     args = parser.parse_args(arguments)
     device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", byte_tokenizer()
     config = LlamaConfig(
@@ -142,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'logprob, each token':<24}{speed['logprob']:>9.1%} of the time")
     passes = f"{speed['passes again']} of {speed['answers']} answers"
     print(f"{'logprob, passes again':<24}{speed['again']:>9.1%} of the time, for {passes}")
+    print(*draws(device, args.rows, args.vocabulary), sep="\n")
 
 
 if __name__ == "__main__":

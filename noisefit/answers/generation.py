@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-import inspect
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -23,14 +21,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from noisefit.answers.ending import Ending, asked_for
 from noisefit.answers.gumbel import CheckFinite, GumbelSampling, RepetitionPenalty, answer_key
 from noisefit.answers.jobs import Answer, Answered, Job, left_pad, plan_batches
 from noisefit.answers.noisy_passes import NoisyPasses
-from noisefit.answers.probability import LogPOfDrawn, answer_log_p, is_near_border, round_log_p
+from noisefit.answers.probability import (
+    LogPOfDrawn,
+    accepted_inputs,
+    answer_log_p,
+    input_device,
+    is_near_border,
+    round_log_p,
+)
 from noisefit.answers.settings import DrawSettings
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory
-from noisefit.inputs.prompts import end_token_ids, prompt_ids, token_ids
-from noisefit.inputs.templates import end_of_turn
+from noisefit.inputs.prompts import prompt_ids
 
 FIRST_BATCH_SIZE = 256  # answers at a time, where memory allows
 TOLERANCE = 0.05  # of the largest logit; a cache repeated wrongly is off by about 1
@@ -44,24 +49,23 @@ class Answerer:
         tokenizer: with the chat template of the prompts.
         sampling: how tokens are drawn; greedy takes the likeliest and ignores the rest but the repetition penalty.
         noisy: passes with noise over each answer, where they are asked for.
+        static_cache: keys and values in transformers' cache of fixed size, with which it compiles the model on a GPU.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: DrawSettings,
-        noisy: NoisyPasses | None = None,
+        noisy: NoisyPasses | None = None, static_cache: bool = False,
     ):  # fmt: skip
         self.noisy = noisy
         self.model: Any = model  # GenerationMixin's methods are not known to the type checker
         self.tokenizer = tokenizer
         self.sampling = sampling
-        self.device = next(model.parameters()).device
-        self.end_text = end_of_turn(tokenizer)
+        self.device = input_device(model)
         of_model = model.generation_config or GenerationConfig()
-        self.stop_ids = stop_ids(of_model, tokenizer, self.end_text)
         self.not_applied = asked_for(of_model)
-        # Text that is several tokens cannot be told by an id.
-        one_token = tokenizer.convert_tokens_to_ids(self.end_text) in self.stop_ids if self.end_text else True
-        self.stop_strings = None if one_token else [self.end_text]
+        ending = Ending(tokenizer, of_model)
+        self.stop_ids, self.stop_strings = ending.stop_ids, ending.stop_strings
+        self._own_tokens, self._text = ending.own_tokens, ending.text
         # What the model's own settings say would come on top of ours, in `generate` and in the caches.
         self.model.generation_config = GenerationConfig()
         self.model.config.get_text_config(decoder=True).use_cache = True
@@ -73,8 +77,10 @@ class Answerer:
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             stop_strings=self.stop_strings,
+            cache_implementation="static" if static_cache else None,
         )
-        self.shares_prefill = self._can_share_prefill()
+        # A static cache has a row for each answer from the start, and none to be repeated.
+        self.shares_prefill = not static_cache and self._can_share_prefill()
 
     @torch.no_grad()
     def answer(self, batch: Sequence[Job]) -> list[Answered]:
@@ -143,13 +149,15 @@ class Answerer:
         """Keys and values of every prompt but for its last token, computed once and repeated for its rounds."""
         cache = DynamicCache(config=self.model.config)
         inputs = dict(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True)
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = accepted_inputs(self.model)
         if "position_ids" in accepted:
             inputs["position_ids"] = (mask[:, :-1].cumsum(-1) - 1).clamp(min=0)
         if "logits_to_keep" in accepted:
             inputs["logits_to_keep"] = 1
         self.model(**inputs)
-        cache.batch_select_indices(prompt_of_row)
+        # A sharded model's cache is on all its devices, and an index that is on none of them goes with each.
+        sharded = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+        cache.batch_select_indices(prompt_of_row.cpu() if sharded else prompt_of_row)
         return cache
 
     @torch.no_grad()
@@ -176,52 +184,15 @@ class Answerer:
                 raise InputError(f"the model with its tokenizer cannot generate: {reason}") from None
         return bool((logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max())
 
-    def _own_tokens(self, tokens: list[int]) -> list[int]:
-        """A row without what stands behind the answer's end: up to the token that ended it, that one included."""
-        end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
-        tokens = tokens if end is None else tokens[: end + 1]
-        if not self.end_text or self.end_text not in self._decoded(tokens):
-            return tokens
-        # The end of the turn as several tokens: the first ones whose text holds it.
-        at = bisect.bisect_left(range(len(tokens)), True, key=lambda i: self.end_text in self._decoded(tokens[: i + 1]))
-        return tokens[: at + 1]
 
-    def _decoded(self, tokens: list[int]) -> str:
-        ends = [i for i, token in enumerate(tokens) if token in self.stop_ids]
-        return str(self.tokenizer.decode(tokens[: ends[0]] if ends else tokens, skip_special_tokens=True))
-
-    def _text(self, tokens: list[int]) -> str:
-        text = self._decoded(tokens)
-        return (text.partition(self.end_text)[0] if self.end_text else text).strip()
-
-
-def asked_for(config: GenerationConfig) -> dict[str, Any]:
-    """What a model's own generation settings ask for beyond defaults and tokens: it is not applied, and to be said."""
-    defaults = dict(vars(GenerationConfig())) | {"use_cache": True}
-    known = {"transformers_version", "eos_token_id", "bos_token_id", "pad_token_id"}
-    given = {name: value for name, value in config.to_diff_dict().items() if name not in known}
-    return {
-        name: value
-        for name, value in given.items()
-        if value != defaults.get(name) and not name.startswith(("_", "output_", "return_dict"))
-    }
-
-
-def stop_ids(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, end_text: str) -> list[int]:
-    """Tokens that end an answer: the model's own, the tokenizer's end of text, the end of turn if it is one token."""
-    found = {tokenizer.eos_token_id, *end_token_ids(generation_config)}
-    if end_text and len(token_ids(tokenizer, end_text)) == 1:
-        found.add(tokenizer.convert_tokens_to_ids(end_text))
-    return sorted(token for token in found if token is not None)
-
-
-def answer_all(answerer: Answerer, jobs: Sequence[Job], batch_size: int) -> Iterator[list[Answered]]:
+def answer_all(answerer: Any, jobs: Sequence[Job], batch_size: int) -> Iterator[list[Answered]]:
     """Answer all jobs, a batch at a time.
 
     Args:
-        answerer: the model.
+        answerer: an `Answerer`, or another that has its `answer`, `sampling` and `device`.
         jobs: what to answer.
-        batch_size: answers at a time; 0 starts with many and halves whenever memory runs out, which changes no answer.
+        batch_size: answers at a time; 0 starts with many, doubles while a GPU is at most half full, and halves whenever
+            memory runs out, which changes no answer.
 
     Yields:
         What `Answerer.answer` gives for each batch.
@@ -229,7 +200,7 @@ def answer_all(answerer: Answerer, jobs: Sequence[Job], batch_size: int) -> Iter
     Raises:
         LocalError: out of memory with the batch size asked for, or with one answer at a time.
     """
-    size = batch_size or FIRST_BATCH_SIZE
+    size, may_grow = batch_size or FIRST_BATCH_SIZE, not batch_size
     batches = plan_batches(jobs, size)
     while batches:
         try:
@@ -245,9 +216,24 @@ def answer_all(answerer: Answerer, jobs: Sequence[Job], batch_size: int) -> Iter
                 ) from None
             answers = None
         if answers is None:  # outside the except block, whose traceback keeps the tensors of the failed batch alive
-            size //= 2
+            size, may_grow = size // 2, False
             clear_device_cache(garbage_collection=True)
             batches = plan_batches([job for batch in batches for job in batch], size)
         else:
             batches.pop(0)
             yield answers
+            if len(batches) > 1 and may_grow and is_half_free(answerer.device):
+                size *= 2
+                batches = plan_batches([job for batch in batches for job in batch], size)
+
+
+def is_half_free(device: torch.device) -> bool:
+    """Whether half of a GPU's memory is free after a batch, so that twice as many answers fit in it.
+
+    What the batch had stays with torch's allocator, so it counts as used; and no later batch has longer prompts. On a
+    CPU, whose memory is everybody's, the answer is no.
+    """
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free >= total / 2

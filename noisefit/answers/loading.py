@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from noisefit.answers.jobs import Job
+from noisefit.answers.probability import input_device
 from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.inputs.model_checks import (
@@ -114,7 +115,8 @@ def model_fingerprint(settings: AnswerSettings, base: str, device: torch.device)
     it takes their size and samples of their content all over, as to read them whole would take long.
     """
     facts: list[Any] = [str(answer_dtype(settings, device)), device.type]
-    facts += [settings.quantization, settings.attn_implementation, settings.no_merge]
+    facts += [settings.quantization, settings.attn_implementation, settings.no_merge, settings.engine]
+    facts += [settings.device_map, settings.static_cache]
     if settings.model_path:
         paths = [Path(settings.model_path) / name for name in (*ADAPTER, *TOKENIZER)]
         facts += [(path.name, digest(path.read_bytes())) for path in paths if path.is_file()]
@@ -151,10 +153,32 @@ def answer_dtype(settings: AnswerSettings, device: torch.device) -> torch.dtype:
     return DTYPES.get(settings.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def load_answer_model(settings: AnswerSettings, base: str, device: torch.device) -> PreTrainedModel:
-    """The model in eval mode on its device; the adapter is merged into the weights unless `--no_merge` is given.
+def check_device_map(settings: AnswerSettings) -> None:
+    """Raise `InputError` where `--device_map` would give each of several processes all GPUs of the machine."""
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    if settings.device_map is not None and on_machine > 1:
+        raise InputError(f"--device_map {settings.device_map} is one process on a machine, and the launch has "
+                         f"{on_machine}; launch with --num_processes 1, or leave it out")  # fmt: skip
 
-    Quantized weights are never merged, as rounding them again would change the adapter.
+
+def why_answers_differ(settings: AnswerSettings, device: torch.device) -> str | None:
+    """A line where the same command may give other answers, if it may."""
+    if settings.engine == "vllm":
+        return ("--engine vllm: the same seed gives the same answers on this machine, with these versions and the same "
+                "batches at best, and not those of transformers")  # fmt: skip
+    dtype = str(answer_dtype(settings, device)).removeprefix("torch.")
+    low = settings.quantization if settings.quantization != "none" else dtype
+    if low == "float32":
+        return None
+    return f"in {low} answers may differ with the batch size and the number of processes; in float32 they do not"
+
+
+def load_answer_model(settings: AnswerSettings, base: str, device: torch.device) -> PreTrainedModel:
+    """The model in eval mode on its device, or on those of `--device_map`; the adapter is merged into float32 weights
+    unless `--no_merge` is given.
+
+    Weights of fewer bits are never merged: to round the sum would lose digits of the adapter. Nor are sharded ones, of
+    which some may be on a disk.
 
     Raises:
         InputError: no causal language model in safetensors, or the adapter does not fit it.
@@ -164,6 +188,8 @@ def load_answer_model(settings: AnswerSettings, base: str, device: torch.device)
     stop_token_ids(base)  # an error where they cannot be read, which transformers passes over
     dtype = answer_dtype(settings, device)
     options: dict[str, Any] = {"dtype": dtype} | quantization_options(settings.quantization, dtype, device)
+    if settings.device_map is not None:
+        options["device_map"] = settings.device_map
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
     with loading(settings.base_flag, base, "a causal language model in safetensors"):
@@ -178,8 +204,9 @@ def load_answer_model(settings: AnswerSettings, base: str, device: torch.device)
         check_weights(report, base)
     if settings.model_path:
         model = _with_adapter(model, settings, settings.model_path, base, tensors)
-    model = model.eval() if settings.quantization != "none" else model.to(device).eval()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    placed = settings.quantization != "none" or settings.device_map is not None
+    model = model.eval() if placed else model.to(device).eval()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     try_out(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, settings.base_flag, base)
     return model
 
@@ -195,6 +222,10 @@ def _adapter_tensors(folder: str) -> set[str]:
 
 
 def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str, base: str, tensors: set[str]) -> Any:
+    if {"cpu", "disk"} & set(map(str, (getattr(model, "hf_device_map", None) or {}).values())):
+        # PEFT would write the files of the weights anew, with the adapter among them.
+        raise InputError(f"--device_map {settings.device_map}: {base} does not fit the machine's GPUs, and with an "
+                         "adapter none of it can be elsewhere; give --quantization, or use more GPUs")  # fmt: skip
     recorded = recorded_base(Path(folder)) or "an unknown model"
     try:
         with warnings.catch_warnings():
@@ -209,7 +240,8 @@ def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str,
             f"--model_path {folder}: does not fit {base}; it was trained on {recorded} ({reason})"
         ) from None
     can_merge = hasattr(adapted, "merge_and_unload")  # prompt tuning, for one, adds nothing to the weights
-    if not can_merge or settings.no_merge or settings.quantization != "none":
+    as_they_are = settings.no_merge or settings.quantization != "none" or settings.device_map is not None
+    if not can_merge or as_they_are or model.dtype != torch.float32:
         return adapted
     try:
         return adapted.merge_and_unload()

@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -101,6 +102,25 @@ class ReadDrawn(LogitsProcessor):
         return scores
 
 
+def accepted_inputs(model: Any) -> set[str]:
+    """The names of what a model's `forward` takes; of one with an adapter beside it, of the model below, which gets
+    whatever the adapter's own takes no notice of."""
+    below = model.get_base_model() if isinstance(model, PeftModel) else model
+    return set(inspect.signature(below.forward).parameters)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model's inputs belong: of one that is sharded, the first device that computes.
+
+    Weights that are on a CPU or a disk between their uses are computed with on that device, too.
+    """
+    places = (getattr(model, "hf_device_map", None) or {}).values()
+    if not places:
+        return next(model.parameters()).device
+    place = next((place for place in places if str(place) not in ("cpu", "disk")), "cpu")
+    return torch.device(place)
+
+
 def answer_logits(model: Any, prompt: list[int], answer: list[int], copies: int = 1) -> Tensor:
     """The logits that each token of an answer is drawn from, all in one pass over prompt and answer, without a cache.
 
@@ -113,9 +133,9 @@ def answer_logits(model: Any, prompt: list[int], answer: list[int], copies: int 
     Returns:
         `[copies, len(answer), V]`, float32 or wider.
     """
-    ids = torch.tensor([prompt + answer], device=next(model.parameters()).device).expand(copies, -1)
+    ids = torch.tensor([prompt + answer], device=input_device(model)).expand(copies, -1)
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in accepted_inputs(model):
         inputs["logits_to_keep"] = len(answer) + 1
     logits: Tensor = model(**inputs).logits[:, -len(answer) - 1 : -1]
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -66,7 +66,24 @@ class AnswerModelSettings:
     """The model."""
 
     batch_size: int = setting(0, "answers at a time on each device; 0: found by trying", low=0, high=10**9)
-    no_merge: bool = setting(False, "keep the adapter beside the weights instead of adding it to them")
+    no_merge: bool = setting(
+        False, "keep the adapter beside the weights instead of adding it to them; in 16, 8 and 4 bits and with "
+        "--device_map it always stays there",
+    )  # fmt: skip
+    device_map: str | None = setting(
+        None, "one process, and the model split over the machine's GPUs as accelerate does it: auto, balanced, "
+        "balanced_low_0 or sequential; default: a whole model on each process's device",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+    )  # fmt: skip
+    static_cache: bool = setting(
+        False, "keys and values in a cache of fixed size, with which transformers compiles the model on a GPU; rounds "
+        "then do not share their prompt's pass",
+    )  # fmt: skip
+    engine: str = setting(
+        "transformers", "what generates; vllm is faster, and promises less: the same answers for a seed on the same "
+        "machine and versions at best (needs: pip install vllm)", choices=("transformers", "vllm"),
+    )  # fmt: skip
+    tensor_parallel: int = setting(1, "GPUs that --engine vllm splits the model over", low=1, high=1024)
     dtype: str = setting(
         "auto", "of the weights; auto: bfloat16 on a GPU, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -105,6 +122,11 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
             raise InputError("give --model_path, an adapter's folder, or --model_id, a base model to answer alone")
         if not self.input_csv:
             raise InputError("--input_csv is required: a file with a column prompt; see --help")
+        if self.device_map and self.noise_passes:
+            raise InputError("--noise_passes does not go with --device_map; leave one of them out")
+        if self.device_map and self.static_cache:
+            raise InputError("--static_cache does not go with --device_map; leave one of them out")
+        self._check_engine()
         if self.temperature == 0:
             raise InputError("--temperature: 0 would divide by zero; for the likeliest token use --greedy")
         if self.noise_passes and not self.model_path:
@@ -113,6 +135,23 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
             raise InputError("--refusal: it is empty; expected the text of an answer")
         if self.abstain_below is None and "refusal" in not_default(self):
             raise InputError("--refusal says what --abstain_below answers; give a threshold there, or leave it out")
+
+    def _check_engine(self) -> None:
+        if self.engine != "vllm":
+            if self.tensor_parallel != 1:
+                raise InputError("--tensor_parallel is for --engine vllm; for transformers' there is --device_map")
+            return
+        without = (
+            "noise_passes",
+            "device_map",
+            "quantization",
+            "attn_implementation",
+            "no_merge",
+            "batch_size",
+            "static_cache",
+        )
+        if given := [name for name in without if name in not_default(self)]:
+            raise InputError(f"--{given[0]} does not go with --engine vllm; leave one of them out")
 
 
 def build_parser() -> argparse.ArgumentParser:
