@@ -71,10 +71,8 @@ class BranchedModel(nn.Module):
         self._no_split_modules = sorted({type(layer).__name__ for layer in find_decoder_layers(model)})
 
     def tie_weights(self) -> None:
-        """accelerate calls this where it has made new parameters (FSDP): shared weights must be shared again.
-
-        Those that were: a model's files may hold two where its configuration says that they are one.
-        """
+        """accelerate calls this where it has made new parameters (FSDP): those that were shared must be so again, and
+        no others: a model's files may hold two where its configuration says that they are one."""
         find_causal_lm(self.model).tie_weights(recompute_mapping=False)
 
     def forward(
