@@ -73,6 +73,17 @@ def check_quantization(quantization: str, training: bool) -> None:
         raise InputError("--quantization 4bit: bitsandbytes does not train 4-bit models on a CPU; use 8bit or a GPU")
 
 
+def check_checkpointing(gradient_checkpointing: bool, device: torch.device) -> None:
+    """Raise `InputError` where a block that is computed again would get other noise and dropout than before.
+
+    torch's checkpointing gives the random state back where the device's module says that it is initialized, which
+    Apple's never does (torch 2.13): gradients would be wrong without an error.
+    """
+    if gradient_checkpointing and device.type != "cpu" and not hasattr(torch.get_device_module(device), "_initialized"):
+        raise InputError(f"--gradient_checkpointing: on {device.type} torch does not draw the same noise and dropout "
+                         "again when it computes a block again; leave it out")  # fmt: skip
+
+
 def check_weights(report: Mapping[str, Any], name: str) -> None:
     """Refuse a model of which some weights were not found: transformers leaves them random, with a warning.
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from noisefit.base.errors import notice
 from noisefit.inputs.batches import steps_per_epoch
+from noisefit.inputs.model_checks import check_checkpointing
 from noisefit.inputs.models import check_model, length_limit, load_config, load_tokenizer
 from noisefit.inputs.prompts import Example, stop_token_ids
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
@@ -86,6 +87,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     accelerator = start_accelerator(log_with=tracker, project_dir=settings.output_model)
     check_processes(accelerator, settings.quantization)
     check_compiling(accelerator, settings.gradient_checkpointing)
+    check_checkpointing(settings.gradient_checkpointing, accelerator.device)
 
     settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer))
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)

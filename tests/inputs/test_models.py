@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from tiny_folder import byte_tokenizer
 from tiny_models import supervise, tiny_batch, tiny_model
 
+from noisefit.base.errors import InputError
 from noisefit.fork.branches import CLEAN, BranchedModel
-from noisefit.inputs import models
+from noisefit.inputs import model_checks, models
 from noisefit.inputs.models import ModelSettings, add_adapter, check_adapter_names, load_model
 from noisefit.method.losses import cross_entropy
 from noisefit.run.weights import gather_weights, write_model
@@ -84,3 +85,11 @@ def test_an_adapter_that_was_saved_with_embeddings_fits_its_model():
         for wrong in (names | {"more"}, names - {min(alone)}):
             with pytest.raises(ValueError, match="in one of the two only"):
                 check_adapter_names(model, wrong)
+
+
+def test_checkpointing_is_refused_where_a_block_would_not_draw_the_same_again():
+    for device in ("cpu", "cuda", "xpu"):
+        model_checks.check_checkpointing(True, torch.device(device))
+    model_checks.check_checkpointing(False, torch.device("mps"))
+    with pytest.raises(InputError, match="--gradient_checkpointing: on mps torch does not draw the same noise"):
+        model_checks.check_checkpointing(True, torch.device("mps"))

@@ -13,7 +13,7 @@ from tiny_folder import tiny_folder
 pytestmark = pytest.mark.slow
 
 FLAGS = dict(noise_policy="auto", auto_calib_batches=1, snr_batches=1, max_steps=1, batch_size=2, lora_dropout=0,
-             gradient_accumulation_steps=1, gradient_checkpointing=True, loss_chunk_size=16)  # fmt: skip
+             gradient_accumulation_steps=1, loss_chunk_size=16)  # fmt: skip
 ANSWERS = dict(rounds=2, max_new_tokens=3, noise_passes=2, repetition_penalty=1.1)
 
 
