@@ -20,7 +20,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 
-from noisefit.answers.disks import agreed, gathered, together
+from noisefit.answers.disks import agreed, gathered
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Abstention, Job
 from noisefit.answers.journal import Answers, Journal, alone_with, check_answers_output, default_output, write_answers
@@ -41,6 +41,7 @@ from noisefit.answers.refusals import is_refusal
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.answers.vllm_engine import AT_ONCE, VllmAnswerer, check_vllm
 from noisefit.base.errors import InputError, notice, one_line_errors
+from noisefit.base.meeting import apart
 from noisefit.base.settings import names_of
 from noisefit.inputs.noise_records import read_noise
 from noisefit.inputs.prompts import naming_row, prompt_ids
@@ -58,7 +59,7 @@ def generate(settings: AnswerSettings) -> None:
     check_device_map(settings)
     check_vllm(settings, accelerator)
     output = Path(os.path.realpath(settings.output_csv or default_output(settings)))  # a link stays one
-    with together():
+    with apart("checking the output"):
         check_output(settings, output, accelerator)
     with alone_with(output) as first_on_disk:
         answer_file(settings, output, accelerator, Journal(output, accelerator.process_index, first_on_disk))
@@ -72,7 +73,7 @@ def check_output(settings: AnswerSettings, output: Path, accelerator: Accelerato
 
 def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator, journal: Journal) -> None:
     # --- Everything that can be checked before the model is loaded ---------------------------------------------------
-    with together():
+    with apart("reading the prompts"):
         check_output(settings, output, accelerator)  # again: now nobody else writes it
         check_chat_template(settings.chat_template)
         base = find_base(settings)
@@ -87,7 +88,7 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
     date = journal.prompt_date()
 
     # --- What is to be answered --------------------------------------------------------------------------------------
-    with together():
+    with apart("preparing the prompts"):
         today = date if asks_for_date(tokenizer, settings.chat_template) else None
         set_chat_template(tokenizer, settings.chat_template, today)
         # Greedy rounds are all the same, so one of them is computed.
@@ -112,11 +113,11 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
             "noise": digest(repr((settings.noise_passes, noise.identity)).encode()) if noise else None,
         }
     record = agreed(record)
-    with together():
+    with apart("reading unfinished answers"):
         journal.check(record)
 
     # --- Answering, what is left of it, shared out over the processes ------------------------------------------------
-    with together():
+    with apart("loading the model"):
         answerer: Answerer | VllmAnswerer
         if settings.engine == "vllm":
             answerer = VllmAnswerer(settings, base, tokenizer, jobs, accelerator.device)
@@ -149,7 +150,7 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
     fresh = gathered(journal.read_own(wanted))
     progress.update(len(wanted) - progress.n)
     progress.close()
-    with together():
+    with apart("writing the answers"):
         if accelerator.is_main_process:
             write_all(settings, output, records, done | {k: answer for part in fresh for k, answer in part.items()})
     journal.remove()

@@ -22,7 +22,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from noisefit.answers.disks import agreed, gathered, together
+from noisefit.answers.disks import agreed, gathered
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Answer, Job
 from noisefit.answers.journal import Journal, alone_with, check_answers_output
@@ -42,6 +42,7 @@ from noisefit.answers.reading import ALIASES, texts_cell
 from noisefit.answers.scoring import Prompt, score_prompt
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import replacing, writing
+from noisefit.base.meeting import apart
 from noisefit.base.settings import names_of, not_default
 from noisefit.inputs.probing import (
     ADDED,
@@ -71,10 +72,10 @@ def probe(settings: ProbeSettings) -> None:
     accelerator = start_accelerator(patience=timedelta(days=7))
     check_processes(accelerator)
     output = Path(os.path.realpath(settings.output))  # a link stays one
-    with together():
+    with apart("checking the output"):
         picture = check_output(settings, output, accelerator)
     with alone_with(output) as first:
-        with together():
+        with apart("checking the output"):
             check_output(settings, output, accelerator)  # again: now nobody else writes it
         probe_file(settings, output, picture, accelerator, Journal(output, accelerator.process_index, first))
 
@@ -137,13 +138,13 @@ def probe_file(
         "prompt_date": today,
     }
     record = agreed(record)
-    with together():
+    with apart("comparing settings"):
         journal.check(record)
 
     # --- Probing, what is left of it, shared out over the processes --------------------------------------------------
-    model = load_answer_model(settings.answers, base, accelerator.device)
-    check_vocabulary(model, [Job(i, "", item.input_ids, ()) for (i, _), item in items.items()])
-    with together():
+    with apart("loading the model"):
+        model = load_answer_model(settings.answers, base, accelerator.device)
+        check_vocabulary(model, [Job(i, "", item.input_ids, ()) for (i, _), item in items.items()])
         journal.start(record, accelerator.num_processes)
     wanted = {*items, *((job.index, number) for job in jobs for number in job.rounds)}
     done = journal.read_all(wanted)  # the same on all, who must agree on what is left
@@ -182,7 +183,7 @@ def probe_file(
         lines, values, threshold = summary(settings.train_data, cells)
         drawn = draw_histogram(picture, values, threshold)
         print(*lines, *([f"a picture of them is {picture}"] if drawn else []), sep="\n")
-    with together():  # not before the whole of it stands
+    with apart("ending"):  # not before the whole of it stands
         journal.remove()
     notice(f"the probed rows are in {settings.output}")
     finish(accelerator)

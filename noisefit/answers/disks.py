@@ -8,7 +8,6 @@ the main process writes a file, and whoever does not see it is on another disk.
 from __future__ import annotations
 
 import os
-import platform
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.base.files import alone_in, writing
+from noisefit.base.meeting import apart
 
 T = TypeVar("T")
 MARK = ".noisefit_launch-"
@@ -41,32 +41,6 @@ def gathered(value: T) -> list[T]:
     return found
 
 
-@contextmanager
-def together() -> Iterator[None]:
-    """What one process cannot do ends all of them: each raises the error of the first that has one.
-
-    All processes enter it, and nothing that they do together may be in it, or one would wait there for ever.
-
-    Raises:
-        InputError: another process's error, with its number and its machine.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    state = PartialState()
-    told = gathered(None if error is None else (platform.node(), _told(error)))
-    if not any(told):
-        return
-    first = next(rank for rank, problem in enumerate(told) if problem is not None)
-    host, text = told[first] or ("", "")
-    if error is not None and (first == state.process_index == 0 or not _is_told(error)):
-        raise error
-    # One line, whoever had it: the main process says it for all.
-    raise InputError(text if first == 0 else f"process {first}, on {host}: {text}") from error
-
-
 def agreed(record: dict[str, Any]) -> dict[str, Any]:
     """The main process's record of what determines the answers. All processes call it.
 
@@ -74,7 +48,7 @@ def agreed(record: dict[str, Any]) -> dict[str, Any]:
         InputError: another process's differs: it has other flags, or other files on its disk.
     """
     decided: dict[str, Any] = gathered(record)[0]
-    with together():
+    with apart("comparing settings"):
         if differing := sorted(name for name in record if record[name] != decided[name]):
             raise InputError(f"it has another {', '.join(differing)} than process 0, so its answers would not be of "
                              "one run with the others; give all the same flags and files")  # fmt: skip
@@ -99,7 +73,7 @@ def first_on_its_disk(folder: Path) -> Iterator[bool]:
     with ExitStack() as stack:
         while None in (owners := gathered(owner)):
             first = owners.index(None)
-            with together():
+            with apart(f"locking {folder}"):
                 if first == index:
                     stack.enter_context(alone_in(folder))
                     owner = first
@@ -126,17 +100,3 @@ def _sees(folder: Path, name: str) -> bool:
         os.listdir(folder.parent)  # a network filesystem looks anew at what is listed, not at what it remembers
         return name in os.listdir(folder)
     return False
-
-
-def _told(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    text = " ".join(str(error).split())
-    if is_out_of_memory(error):
-        return f"out of memory: {text[:200]}"
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text[:300]}"
-
-
-def _is_told(error: Exception) -> bool:
-    """Whether it is one that a user can mend, and no fault of the program, whose traceback is wanted."""
-    return isinstance(error, (InputError, OSError)) or is_out_of_memory(error)

@@ -10,11 +10,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from noisefit.answers.disks import first_on_its_disk, gathered, together
+from noisefit.answers.disks import first_on_its_disk, gathered
 from noisefit.answers.jobs import Abstention, Answer, Answered
 from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError
 from noisefit.base.files import append_whole, check_regular, sync_file, write_json, writing
+from noisefit.base.meeting import apart
 from noisefit.inputs.tables import BEFORE_ABSTAINING, csv_cells, csv_writer
 
 SETTINGS, PROCESSES = "settings.json", "processes"
@@ -62,7 +63,7 @@ def alone_with(output: Path) -> Iterator[bool]:
         InputError: the folder is a file, its name is too long, or another launch writes there.
     """
     folder = partial_folder(output)
-    with together():
+    with apart(f"looking at {folder}"):
         if os.path.lexists(folder) and not folder.is_dir():
             raise InputError(f"{folder} is in the way: it is not an unfinished run's folder; rename or remove it")
     with first_on_its_disk(folder) as first:
@@ -156,7 +157,7 @@ class Journal:
 
         All processes call it, and get the same.
         """
-        with together():
+        with apart(f"reading {self.folder}"):
             before = self.unfinished() or {}
         now = given or datetime.now().isoformat(timespec="seconds")
         found = gathered((before.get("prompt_date"), now))
@@ -169,7 +170,7 @@ class Journal:
 
     def read_all(self, wanted: Collection[tuple[int, int]]) -> Answers:
         """The answers so far to `wanted`, of all disks. All processes call it, and get the same."""
-        with together():
+        with apart(f"reading {self.folder}"):
             own = self.read(wanted)
         return {key: answer for part in gathered(own) for key, answer in part.items()}
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 import noisefit
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
 from noisefit.base.files import sync_folder, writing
+from noisefit.base.meeting import apart
 from noisefit.base.random_state import random_state, restore_random_state
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.method.teacher import Teacher
@@ -44,7 +45,6 @@ from noisefit.run.checkpoint_files import (
 )
 from noisefit.run.metrics import LINES, Metrics
 from noisefit.run.output_folder import OutputFolder
-from noisefit.run.processes import apart
 from noisefit.run.weights import (
     check_optimizer,
     gather_optimizer,
@@ -95,7 +95,7 @@ class Checkpoints:
         own |= {f"metrics.{name}": value.cpu() for name, value in metrics.items() if isinstance(value, Tensor)}
         everyones = gather_object([own])
         folder = self.output.path / f"checkpoint-{step}"
-        with apart(self.accelerator, f"writing {folder}") as is_main:
+        with apart(f"writing {folder}") as is_main:
             if is_main:
                 self._save(folder, step, variables, weights, tensors, everyones, metrics)
         return folder
@@ -159,7 +159,7 @@ class Checkpoints:
         Raises:
             InputError: the checkpoint's files do not fit this run or each other.
         """
-        with apart(self.accelerator, f"reading {folder}") as is_main, _fitting(folder):
+        with apart(f"reading {folder}") as is_main, _fitting(folder):
             state = read_state(folder)
             if len(state["metrics"]["noisy_steps"]) != len(find_decoder_layers(self.model)) + 1:
                 raise ValueError("it is of a model with another number of layers")

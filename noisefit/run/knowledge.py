@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError, notice
+from noisefit.base.meeting import apart
 from noisefit.inputs.models import frozen_dtype, load_base
 from noisefit.inputs.probing import (
     CHAT,
@@ -29,7 +30,7 @@ from noisefit.method.decisive import words
 from noisefit.method.knowledge import Item, Probe, score_all
 from noisefit.method.modes import part
 from noisefit.run.checkpoint_files import SCORES, asked_for
-from noisefit.run.processes import apart, progress_bar
+from noisefit.run.processes import progress_bar
 from noisefit.run.settings import Settings
 
 EXAMPLES = 3  # rows that a line names
@@ -144,7 +145,7 @@ def _probe(
     settings: Settings, rows: Sequence[ProbedRow], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> Scores:
     name = settings.model
-    with apart(accelerator, "loading the base model"):
+    with apart("loading the base model"):
         model = load_base(settings, name, accelerator, frozen_dtype(accelerator), settings.trust_remote_code)
     if settings.quantization == "none":
         model = model.to(accelerator.device)

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 import noisefit
 from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, writing
+from noisefit.base.meeting import apart
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run.card import model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints
 from noisefit.run.metrics import LINES
 from noisefit.run.noise_policy import as_file
 from noisefit.run.output_folder import PREVIOUS, SCRATCH, OutputFolder
-from noisefit.run.processes import apart
 from noisefit.run.settings import KillSettings, Settings
 from noisefit.run.weights import gather_weights, write_model
 
@@ -165,7 +165,7 @@ def start_output(
     Raises:
         LocalError: it cannot be written.
     """
-    with apart(accelerator, "making the output folder ready") as is_main:
+    with apart("making the output folder ready") as is_main:
         if is_main:
             _start_output(settings, output, checkpoint, scores)
             write_policy(output, policy)
@@ -221,7 +221,7 @@ def save_model(
     if not tokens:
         raise InputError("no step could be taken, so nothing was learnt and no model is saved; see the lines above")
     weights = gather_weights(accelerator, model, adapter_only=not settings.full_finetune)
-    with apart(accelerator, "saving the model") as is_main:
+    with apart("saving the model") as is_main:
         if is_main:
             before = latest_whole(output.path)
             go_on = f"; free some space, and --resume_from_checkpoint latest goes on from {before and before.name}"

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from noisefit.base.errors import InputError, is_out_of_memory
@@ -25,11 +21,7 @@ from noisefit.base.errors import InputError, is_out_of_memory
 # For a collective, in which processes wait for no more than each other's computing; NCCL's own 10 minutes are less than
 # a calibration of unequal rows may take.
 PATIENCE = timedelta(hours=2)
-PATIENCE_APART = timedelta(hours=24)  # for another process's disk: a download, a checkpoint of hundreds of GB
-POLL_SECONDS = 0.05
 QUIET_SECONDS = 0.5
-
-_meetings = itertools.count()
 
 
 def start_accelerator(patience: timedelta = PATIENCE, **options: Any) -> Accelerator:
@@ -86,58 +78,6 @@ def check_processes(accelerator: Accelerator, quantization: str = "none") -> Non
             raise InputError(f"--quantization {quantization} does not go with FSDP; leave one of them out")
     elif accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(f"the launch asks for {accelerator.distributed_type.value}; use DDP or FSDP")
-
-
-@contextmanager
-def apart(accelerator: Accelerator, what: str) -> Iterator[bool]:
-    """Work that the processes do apart and that may take long, as with files; at its end each waits for all. All
-    processes enter it, one `apart` at a time, with no collective in it.
-
-    They wait at the launch's store: a process that waits in a collective keeps its GPU busy, and ends at the group's
-    time-out. An error that ends one of them here ends all of them, with its line.
-
-    Args:
-        accelerator: of the run.
-        what: is done, for the line.
-
-    Yields:
-        Whether this is the main process.
-
-    Raises:
-        InputError: another process had an error, is gone, or takes longer than `PATIENCE_APART`.
-    """
-    if accelerator.num_processes == 1:
-        yield True
-        return
-    # Named by its number, which is the same on all: they enter the same ones in the same order.
-    store, name = _get_default_store(), f"noisefit/{next(_meetings)}"
-    over = f"{name}/over"
-    try:
-        yield accelerator.is_main_process
-    except BaseException as error:
-        store.set(over, _line_for_others(error, what, accelerator.process_index))
-        time.sleep(6 * POLL_SECONDS)  # for the others to read it, as the store may end with this process
-        raise
-    try:
-        if store.add(f"{name}/done", 1) == accelerator.num_processes:
-            store.set(over, "")
-        end = time.monotonic() + PATIENCE_APART.total_seconds()
-        while not store.check([over]):
-            # Not `store.wait`, in which no signal is heard.
-            time.sleep(POLL_SECONDS)
-            if time.monotonic() > end:
-                raise InputError(f"{what}: another process is not done after {PATIENCE_APART}")
-        problem = store.get(over).decode()
-    except dist.DistError:
-        raise InputError(f"{what}: the process that holds the launch together is gone") from None
-    if problem:
-        raise InputError(problem)
-
-
-def _line_for_others(error: BaseException, what: str, rank: int) -> str:
-    if isinstance(error, InputError):
-        return str(error)
-    return f"{what}: process {rank} ended with {type(error).__name__} {' '.join(str(error).split())[:300]}".strip()
 
 
 def reduction(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager:

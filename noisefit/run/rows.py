@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError
+from noisefit.base.meeting import apart
 from noisefit.inputs.prompts import Example, PromptSettings, tell_of_length, tokenize_rows
 from noisefit.inputs.stored import StoredExamples, cache_folder, is_large
 from noisefit.inputs.storing import store
@@ -43,17 +44,13 @@ def make_rows(
     """
     if path is None:
         return []
-    name = problem = None
-    if rows is None and accelerator.is_local_main_process:
-        try:
+    name = None
+    with apart(f"tokenizing {path}"):
+        if rows is None and accelerator.is_local_main_process:
             name = store(path, tokenizer, settings, vocabulary, stop_ids)
-        except InputError as error:  # told to all, lest they wait
-            problem = str(error)
-    views = gather_object([(rows is None, name, problem)])
-    if problems := [problem for _, _, problem in views if problem is not None]:
-        raise InputError(problems[0])
-    names = {name for _, name, _ in views if name is not None}
-    if len({large for large, _, _ in views}) > 1 or len(names) > 1:
+    views = gather_object([(rows is None, name)])
+    names = {name for _, name in views if name is not None}
+    if len({large for large, _ in views}) > 1 or len(names) > 1:
         raise InputError(f"{path}: it is not the same for all processes; all machines need the same file and libraries")
     if rows is not None:
         return tokenize_rows(tokenizer, rows, path, settings, vocabulary, stop_ids)

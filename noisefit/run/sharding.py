@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
+from noisefit.base.meeting import apart
 from noisefit.fork.decoder import find_causal_lm
 from noisefit.inputs import models
 from noisefit.inputs.models import ModelSettings
-from noisefit.run.processes import apart
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def load_model(
     """
     sharded = accelerator.distributed_type == DistributedType.FSDP
     model = None
-    with apart(accelerator, "loading the model") as is_main:
+    with apart("loading the model") as is_main:
         if is_main or not sharded:
             model = models.load_model(settings, name, accelerator, checkpoint, trust_remote_code)
     if sharded:
         [outline] = broadcast_object_list([None if model is None else Outline.of(model)])
-        with apart(accelerator, "building the model"):
+        with apart("building the model"):
             if model is None:
                 folder = str(checkpoint) if checkpoint is not None and settings.full_finetune else name
                 config, how = models.load_config(folder, trust_remote_code), models.attention_options(settings)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from noisefit.base.errors import InputError, notice
 from noisefit.base.files import sync_folder, writing
+from noisefit.base.meeting import apart
 from noisefit.inputs.batches import collate, cut_step
 from noisefit.inputs.prompts import Example
 from noisefit.method.teacher import BaseModel, Teacher
@@ -32,7 +33,7 @@ from noisefit.run.checkpoint_files import FILES
 from noisefit.run.output import CACHE
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.preparation import Prepared
-from noisefit.run.processes import apart, on_any_process, progress_bar
+from noisefit.run.processes import on_any_process, progress_bar
 from noisefit.run.weights import write_tensors
 
 ABOUT, PARTS = "about.json", "parts"
@@ -61,19 +62,19 @@ def with_predictions(prepared: Prepared, output: OutputFolder, teacher: Teacher,
         return examples
     about = {name: str(prepared.run[name]) for name in (FILES, "mixed_precision", *OF_THE_PREDICTIONS)}
     rows = {_digest(example): example for example in examples}
-    with apart(accelerator, f"reading {folder}"):
+    with apart(f"reading {folder}"):
         found = _read(folder, about) if output.is_whole(CACHE) else {}
     if on_any_process(accelerator, not rows.keys() <= found.keys()) == [True]:
         found = {}  # which may be the files that are to be replaced
         with output.staging(CACHE) if accelerator.is_main_process else nullcontext() as staged:
             _compute(prepared, rows, teacher, strategy, staged)
-            with apart(accelerator, f"writing {folder}"), writing(folder):
+            with apart(f"writing {folder}"), writing(folder):
                 if staged is not None:
                     text = json.dumps({PARTS: math.ceil(len(rows) / PART_ROWS)} | about, indent=2)
                     (staged / ABOUT).write_text(text + "\n", encoding="utf-8")
                     sync_folder(staged)
                     output.place_folder(staged, CACHE)
-        with apart(accelerator, f"reading {folder}"):
+        with apart(f"reading {folder}"):
             found = _read(folder, about)
         if on_any_process(accelerator, not rows.keys() <= found.keys()) == [True]:
             raise InputError(f"--cache_teacher: not all processes can read {folder}; all nodes must share the disk")
@@ -97,7 +98,7 @@ def _compute(
                 batch = collate(share, prepared.tokenizer.pad_token_id, accelerator.device)
                 mine.append((share, teacher.top_k(batch, *how).to("cpu")))
             everyones = gather_object(mine)
-            with apart(accelerator, "writing the teacher's predictions"):
+            with apart("writing the teacher's predictions"):
                 if staged is not None:
                     with writing(staged):
                         write_tensors(staged / _part(number), _as_tensors(everyones))

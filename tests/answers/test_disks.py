@@ -11,10 +11,11 @@ from running import run_generate, start_program, wait, words
 from tiny_folder import tiny_folder
 
 import generate
-from noisefit.answers.disks import first_on_its_disk, together
+from noisefit.answers.disks import first_on_its_disk
 from noisefit.answers.loading import SAMPLE_BYTES, SAMPLES, sampled_digest
 from noisefit.answers.settings import parse_arguments
 from noisefit.base.errors import InputError
+from noisefit.base.meeting import apart
 
 FLAGS = dict(model_id="model", input_csv="asked.csv", output_csv="out.csv", max_new_tokens=40, rounds=3, batch_size=1)
 
@@ -91,7 +92,7 @@ def test_a_mark_that_a_kill_left_is_no_reason_to_refuse(tmp_path):
 
 def test_an_error_is_raised_as_it_is_where_a_process_is_alone():
     for error in (InputError("a"), OSError(28, "full"), KeyError("b")):
-        with pytest.raises(type(error)), together():
+        with pytest.raises(type(error)), apart("reading"):
             raise error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,10 +15,11 @@ from test_loop_exact import fix_the_noise
 
 import train_loop
 from noisefit.base.errors import LocalError, one_line_errors
+from noisefit.base.meeting import apart
 from noisefit.inputs.batches import collate
 from noisefit.inputs.prompts import Example
 from noisefit.method.snr import average_snr, layer_snr
-from noisefit.run.processes import PATIENCE, apart, finish, on_any_process, start_accelerator
+from noisefit.run.processes import PATIENCE, finish, on_any_process, start_accelerator
 
 pytestmark = pytest.mark.slow
 
@@ -96,21 +98,21 @@ def meet(argv: list[str]) -> None:
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=SECONDS), group)  # now that they have met
     second, output = accelerator.process_index == 1, Path(argv[-1].partition("=")[2])
     found["votes"] = on_any_process(accelerator, second, False, torch.tensor(not second), True)
-    with apart(accelerator, "writing a file") as is_main:
+    with apart("writing a file") as is_main:
         if is_main:
             time.sleep(SECONDS + 1)
             output.write_text("whole")
     found["seen"] = output.exists()
     for failing, error in ((0, LocalError("the disk is full")), (1, OSError("no such device"))):
         try:
-            with apart(accelerator, "reading a file"):
+            with apart("reading a file"):
                 if accelerator.process_index == failing:
                     raise error
         except Exception as raised:
             found["errors"].append([type(raised).__name__, str(raised)])
     found["votes"] += on_any_process(accelerator, second)  # they are still together
     Path(f"{output}.{int(second)}").write_text(json.dumps(found))
-    with apart(accelerator, "reading a file") as is_main:
+    with apart("reading a file") as is_main:
         if is_main:
             os._exit(9)
 
@@ -121,7 +123,7 @@ def test_they_agree_and_wait_for_each_others_files_longer_than_in_a_collective_a
     first, second = (json.loads(Path(f"{out}.{rank}").read_text()) for rank in (0, 1))
     assert first["votes"] == second["votes"] == [True, False, True, True, True]
     assert first["seen"] and second["seen"] and first["patience"] == PATIENCE.total_seconds()
-    of_the_second = "reading a file: process 1 ended with OSError no such device"
+    of_the_second = f"process 1, on {platform.node()}: reading a file: OSError no such device"
     assert first["errors"] == [["LocalError", "the disk is full"], ["InputError", of_the_second]]
     assert second["errors"] == [["InputError", "the disk is full"], ["OSError", "no such device"]]
     assert "error: reading a file: the process that holds the launch together is gone" in Path(f"{out}.log").read_text()
