@@ -88,7 +88,7 @@ def test_each_wait_of_a_step_has_its_place(found):
     text, *rows = found["syncs"].rows
     assert "two micro-batches" in text["text"]
     [masks] = [row for row in rows if "masking_utils" in row["where it waits"]]
-    assert masks["line of ours"].startswith("noisefit/fork/branches.py:") and masks["times a step"] == 2
+    assert masks["line of ours"].startswith("noisefit/fork/passes.py:") and masks["times a step"] == 2
     assert [row for row in rows if row["expected"] == "**no**"] == []
 
 

@@ -15,7 +15,8 @@ from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_
 from noisefit.method.noise import TokenScaledNoise
 
 REQUIRED = ["llama", "qwen2", "mistral", "gemma2", "gpt2"]
-FORKS = [name for name in CONFIGS if name not in ("bloom", "mixtral")]  # mixtral's experts know no float64
+# The experts of the last two know no float64.
+FORKS = [name for name in CONFIGS if name not in ("bloom", "mixtral", "glm4_moe")]
 NOISE = {1: fixed_noise(1), 3: fixed_noise(3)}
 
 # float64 throughout, but several architectures form their norms in float32 inside.

@@ -20,8 +20,8 @@ from noisefit.method.losses import consistency_loss, cross_entropy
 from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise
 from noisefit.run.steps import naming_out_of_memory
 
-# mixtral's experts know no float64; the others have masks of their own, which no position parts.
-PACKED = [name for name in CONFIGS if name not in ("mixtral", "bloom", "opt", "falcon")]
+# The experts of the first two know no float64; the others have masks of their own, which no position parts.
+PACKED = [name for name in CONFIGS if name not in ("mixtral", "glm4_moe", "bloom", "opt", "falcon")]
 EXACT = dict(rtol=1e-5, atol=1e-5)
 
 

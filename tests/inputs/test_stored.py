@@ -217,9 +217,10 @@ def test_a_run_goes_on_from_lists_to_files_and_back(llama_folder, questions, tmp
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_tokenizes(llama_folder, questions, tmp_path):
-    out = tmp_path / "out"
-    running = start(llama_folder, questions, out, 2, target=train_from_files, max_steps=2, logging_steps=1)
+def test_of_two_processes_one_tokenizes(llama_folder, questions, tmp_path, cache):
+    out, flags = tmp_path / "out", dict(max_steps=2, logging_steps=1)
+    there = {"HF_DATASETS_CACHE": str(cache.parent)}
+    running = start(llama_folder, questions, out, 2, environment=there, target=train_from_files, **flags)
     assert wait(running) == [0, 0]
     said = Path(f"{out}.log").read_text()
     assert said.count("its rows are tokenized once") == 1 and "24 rows; 2 steps of 32 rows; processes: 2" in said

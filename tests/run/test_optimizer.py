@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from noisefit.run.steps import make_optimizer
 from noisefit.run.weights import gather_optimizer, restore_optimizer
@@ -32,7 +33,7 @@ def test_a_fused_step_goes_on_from_any_and_any_from_it(begun_on, resumed_on):
     other.bias.requires_grad_(False)
     other.load_state_dict(weights)
     optimizer = make_optimizer(SETTINGS, other, torch.device(resumed_on))
-    restore_optimizer(other, optimizer, state)
+    restore_optimizer(Accelerator(cpu=True), other, optimizer, state)
     step(other, optimizer)
     assert bool(optimizer.param_groups[0]["fused"]) == (resumed_on == "cuda")
     torch.testing.assert_close(other.weight, model.weight, rtol=1e-6, atol=1e-6)
