@@ -281,12 +281,12 @@ def test_a_digest_is_of_all_that_the_probe_goes_by():
 
 @pytest.mark.slow
 def test_a_model_that_answers_tells_told_facts_from_untold_ones(tmp_path):
-    """In a small one of the worlds whose model answers already: about a minute. Another world: test_compare.py."""
+    """In a small one of the worlds whose model answers already: half a minute. Another world: test_compare.py."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "world"))
     import build
     import world
 
-    small = replace(world.ANSWERING, countries=40, layers=4, batch_rows=2, epochs=10)
+    small = replace(world.ANSWERING, countries=30, layers=3, batch_rows=2, epochs=10)
     build.build(tmp_path / "world", small, required=0.0)
     rows = probed(tmp_path / "world" / "model", tmp_path / "world" / "train.csv", tmp_path / "out.csv")
     told = [row["kind"] == "known" for row in rows]
