@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from sizes import LLAMA_1B, TINY
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ways import NOISE_STD, build_model
 
 from gpu_parts.material import Row, is_full, milliseconds, one_line, synchronize
+from noisefit.base import compiling
 from noisefit.base.precision import add_noise
 from noisefit.method.noise import TokenScaledNoise, lower_median
 
@@ -37,7 +39,9 @@ def noise(device: str, size: str) -> Iterator[Row]:
         "all three": (together, (hidden, mask)),
     }  # fmt: skip
     for name, (function, arguments) in eager.items():
-        yield as_row(name, function, arguments, device, repeats)
+        with mock.patch.object(compiling, "DEVICES", ()):  # else these are compiled by themselves, piece by piece
+            yield as_row(name, function, arguments, device, repeats)
+        yield as_row(f"{name}, as in a run", function, arguments, device, repeats)
     for name in ("scale", "addition", "all three"):
         yield compiled_row(name, *eager[name], device, size, repeats)
     middle = (hidden.shape[-1] + 1) // 2
