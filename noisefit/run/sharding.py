@@ -7,13 +7,13 @@ addresses, and no memory, until accelerate has sharded the model and sent out th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
 from noisefit.fork.decoder import find_causal_lm
@@ -93,7 +93,6 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, optimizer: Any) ->
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare(model, optimizer)
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = True
-    keep_float32(accelerator.state.fsdp_plugin)
     # accelerate takes each tensor of a state dict for a shard; buffers that are not in one it keeps as they are.
     kept = [(module, name) for module in model.modules() for name in module._buffers
             if name not in module._non_persistent_buffers_set]  # fmt: skip
@@ -104,11 +103,3 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, optimizer: Any) ->
     finally:
         for module, name in kept:
             module._non_persistent_buffers_set.discard(name)
-
-
-def keep_float32(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Let gradients be reduced, and losses leave the model, in float32. accelerate would have both in the launch's
-    mixed precision: the sum of a batch's losses would be rounded to three digits."""
-    policy = plugin.mixed_precision_policy
-    if policy is not None:
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from noisefit.base.precision import keep_float32_when_sharded
 from noisefit.fork.branches import CLEAN, NOISY, BranchedModel
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.inputs.batches import collate
@@ -24,7 +26,6 @@ from noisefit.inputs.models import ModelSettings, make_trainable
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import cross_entropy
 from noisefit.method.noise import TokenScaledNoise
-from noisefit.run.sharding import keep_float32
 
 LAYERS, ROWS, LENGTH, MICRO = 4, 2, 32, 3
 CONFIG = LlamaConfig(
@@ -74,10 +75,11 @@ def losses(logits: Any, targets: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def policy_of(precision: str) -> MixedPrecisionPolicy:
     """What a launch of FSDP2 has in this precision, as the loop leaves it."""
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     if precision != "no":
         plugin.set_mixed_precision(precision)
-    keep_float32(plugin)
+    launch: Any = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    keep_float32_when_sharded(launch)
     return plugin.mixed_precision_policy or MixedPrecisionPolicy()
 
 
