@@ -119,8 +119,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
             policy = choose_policy(settings, model, calibration, accelerator, distribution, before)
             places = list(noise_of(policy))
             strategy, reason = choose_strategy(model, calibration[0], places, settings.branches, objective.branches)
-            memory = memory_needed(prepared, model, policy, strategy)
-        notice(*describe(settings, policy, num_layers, strategy), reason, memory)
+        notice(*describe(settings, policy, num_layers, strategy), reason)
         return policy, strategy
 
     def chunk_losses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:
@@ -162,6 +161,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
             notice(f"the learning rate now follows a schedule of {total_steps} steps instead of {state['total_steps']}")
     noise = noise_of(policy)
     packing = settings.packing and can_pack(model, calibration[0], list(noise), strategy, objective.branches)
+    notice(memory_needed(prepared, model, policy, strategy, packing))
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
 
     # --- The loop ---------------------------------------------------------------------------------------------------

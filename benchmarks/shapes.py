@@ -17,34 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import register_flop_formula
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 
 from noisefit.fork.branches import BranchedModel
-from noisefit.inputs.models import ModelSettings, add_adapter
+from noisefit.inputs.models import ModelSettings, make_trainable
 from noisefit.method import noise
-
-SHAPES: dict[str, PreTrainedConfig] = {
-    "llama-1b": LlamaConfig(
-        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
-    ),
-    "llama-7b": LlamaConfig(
-        vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=4096,
-    ),
-    "llama-70b": LlamaConfig(
-        vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, max_position_embeddings=8192,
-    ),
-    "qwen-0.5b": Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
-    ),
-    "qwen-7b": Qwen2Config(
-        vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, max_position_embeddings=8192,
-    ),
-}  # fmt: skip
 
 
 @contextmanager
@@ -79,9 +56,7 @@ def shape_of(config: PreTrainedConfig, settings: ModelSettings, frozen: torch.dt
     dtype = torch.float32 if settings.full_finetune else frozen
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return (model if settings.full_finetune else add_adapter(settings, model, "shape")).train()
+        return make_trainable(settings, model, "shape").train()
 
 
 def filled(model: nn.Module) -> nn.Module:

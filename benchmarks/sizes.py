@@ -81,3 +81,10 @@ SIZES = {
     "tiny": TINY, "small": SMALL, "small-128k": SMALL_128K, "llama-1b": LLAMA_1B, "qwen-0.5b": QWEN_HALF_B,
     "llama-7b": LLAMA_7B,
 }  # fmt: skip
+# Shapes by name, of which those too large for a step here have no batch.
+SHAPES: dict[str, PreTrainedConfig] = {name: size.config for name, size in SIZES.items()} | {
+    "llama-70b": LlamaConfig(
+        vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    ),
+}  # fmt: skip

@@ -40,10 +40,20 @@ def epoch_steps(
         seed, epoch: determine the order.
         first_step: start at this step of the epoch.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator)
+    order = epoch_order(len(examples), seed, epoch)
     for start in range(first_step * rows_per_step, len(order), rows_per_step):
         yield [examples[i] for i in order[start : start + rows_per_step].tolist()]
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
+    """In which order an epoch takes the rows: their indices, `[rows]` int64."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_examples, generator=generator)
+
+
+def row_lengths(rows: Sequence[Example]) -> np.ndarray:
+    """Tokens of each row, `[rows]`; stored rows need not be read for it."""
+    return rows.lengths if isinstance(rows, StoredExamples) else np.array([len(row.input_ids) for row in rows])
 
 
 def cut_step(
@@ -62,7 +72,7 @@ def cut_step(
         num_processes, process_index: of the launch.
         packing: whether they are packed.
     """
-    lengths = rows.lengths if isinstance(rows, StoredExamples) else np.array([len(row.input_ids) for row in rows])
+    lengths = row_lengths(rows)
     order = np.argsort(-lengths, kind="stable").tolist()
     rounds = math.ceil(len(rows) / (batch_size * num_processes))
     parts = rounds * num_processes

@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, Branch
 from noisefit.fork.decoder import block_hidden_states, find_causal_lm, find_decoder_layers
 from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_sizes
+from noisefit.fork.packing import Packing
 
 UNIT = 32  # tokens; rows of one, two and three times as many are measured
 # Times the float32 logits of a chunk, all branches: what the head and the losses hold at their peak, see `head`.
@@ -201,7 +202,7 @@ def training_whole(model: nn.Module) -> Iterator[None]:
 
 def measure(
     model: nn.Module, token_ids: Tensor, longest: int, noise: Mapping[int, Noise | NoiseFunction] | None = None,
-    branches: Sequence[Branch] = (CLEAN,),
+    branches: Sequence[Branch] = (CLEAN,), packing: bool = False,
 ) -> Footprint:  # fmt: skip
     """Count what the forward pass keeps, on a row of at most `3 * UNIT` tokens.
 
@@ -213,6 +214,7 @@ def measure(
         longest: tokens of the longest row that the model is to see; no longer one is tried.
         noise: of the run; measured only where its gradient is kept.
         branches: the kinds of the run.
+        packing: whether a row is a packed batch, for which attention may keep a mask of all pairs of tokens.
     """
     unit, layers = max(1, min(UNIT, longest // 3)), len(find_decoder_layers(model))
     ids = token_ids.repeat(math.ceil(3 * unit / len(token_ids)))
@@ -221,11 +223,16 @@ def measure(
         sizes, hidden = [], 0.0
         for length in (unit, 2 * unit, 3 * unit):
             saved, row = _Saved(model), ids[:length].unsqueeze(0)
+            mask = torch.ones_like(row)
             # One position, of which no loss is made: the head's own share is counted apart.
             how: dict[str, Any] = {"branches": (kind,), "noise": noise, "strategy": "separate"}
+            if packing:  # of two rows, as of one there is no mask
+                first = max(1, length // 2)
+                mask[:, first:] = 2
+                how["packing"] = Packing.of(mask.flatten().bincount()[1:])
             with saved.watching(model):
                 one = row.new_zeros(1)
-                model(row, torch.ones_like(row), one, one, **how, chunk_losses=lambda *_: {})
+                model(row, mask, one, one, **how, chunk_losses=lambda *_: {})
             sizes.append(saved.by_place(layers))
             hidden = saved.hidden
         return [Amount.through(unit, *values) for values in zip(*sizes, strict=True)], hidden

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
 
 from noisefit.base.random_state import random_state, restore_random_state
 from noisefit.fork.hooks import INPUT
+from noisefit.inputs.batches import epoch_order, row_lengths
 from noisefit.method.policy import NoisePolicy, make_noise
 from noisefit.run.footprint import Footprint, Way, measure
 from noisefit.run.memory import free_memory
@@ -25,7 +27,9 @@ LARGE = 0.5  # share of the free memory from which on the line is given
 HELPS = 0.8  # what leaves more than this of it is no help
 
 
-def memory_needed(prepared: Prepared, model: nn.Module, policy: NoisePolicy, strategy: str) -> str | None:
+def memory_needed(
+    prepared: Prepared, model: nn.Module, policy: NoisePolicy, strategy: str, packing: bool = False
+) -> str | None:  # fmt: skip
     """The line, or `None` where a micro-batch is small beside the memory that is free. All processes call it.
 
     The random generators are left as they were.
@@ -34,25 +38,49 @@ def memory_needed(prepared: Prepared, model: nn.Module, policy: NoisePolicy, str
         prepared: of the run.
         model: the prepared `BranchedModel`, not in the midst of a step.
         policy, strategy: as they were chosen.
+        packing: whether rows are packed.
     """
     settings, accelerator = prepared.settings, prepared.accelerator
     dynamo = accelerator.state.dynamo_plugin
     if dynamo is not None and dynamo.backend != DynamoBackend.NO:
         return None  # it would compile for each of the lengths that are tried
-    row = max(prepared.examples, key=lambda example: len(example.input_ids)).input_ids
+    lengths = row_lengths(prepared.examples)
+    longest = int(lengths.argmax())
     noise, state = make_noise(settings, policy), random_state(accelerator.device)
     with accelerator.no_sync(model):
-        ids = torch.tensor(row, device=accelerator.device)
-        footprint = measure(model, ids, len(row), noise, settings.objective.branches)
+        ids = torch.tensor(prepared.examples[longest].input_ids, device=accelerator.device)
+        footprint = measure(model, ids, len(ids), noise, settings.objective.branches, packing)
     restore_random_state(state, accelerator.device)
     trained = [getattr(p, "_local_tensor", p) for p in model.parameters() if p.requires_grad]
     update = 3 * sum(part.nbytes for part in trained)  # AdamW keeps two numbers a weight
-    return told(settings, footprint, tuple(noise), strategy, len(row), update, free_memory(accelerator.device))
+
+    def largest(batch_size: int) -> tuple[int, int]:
+        if not packing:
+            return batch_size, int(lengths[longest])
+        return 1, packed_tokens(lengths, settings.seed, prepared.rows_per_step, batch_size, accelerator.num_processes)
+
+    return told(settings, footprint, tuple(noise), strategy, largest, update, free_memory(accelerator.device))
+
+
+def packed_tokens(lengths: np.ndarray, seed: int, rows_per_step: int, batch_size: int, num_processes: int) -> int:
+    """About as many tokens as the largest packed micro-batch of an epoch has: `cut_step` gives a step's micro-batches
+    nearly equally many, and none is shorter than its longest row.
+
+    Args:
+        lengths: of all rows, `[rows]`.
+        seed: of the run.
+        rows_per_step: over all micro-batches and processes.
+        batch_size, num_processes: of the run.
+    """
+    order = epoch_order(len(lengths), seed, epoch=0).numpy()
+    of_steps = np.add.reduceat(lengths[order].astype(np.int64), range(0, len(order), rows_per_step))
+    parts = math.ceil(min(rows_per_step, len(lengths)) / (batch_size * num_processes)) * num_processes
+    return max(math.ceil(of_steps.max() / parts), int(lengths.max()))
 
 
 def told(
-    settings: Settings, footprint: Footprint, noisy: Sequence[int], strategy: str, longest: int, update: float,
-    free: float,
+    settings: Settings, footprint: Footprint, noisy: Sequence[int], strategy: str,
+    largest: Callable[[int], tuple[int, int]], update: float, free: float,
 ) -> str | None:  # fmt: skip
     """The line for a model of this footprint.
 
@@ -61,27 +89,31 @@ def told(
         footprint: of its model.
         noisy: the layers with noise.
         strategy: as it was chosen.
-        longest: tokens of the longest row.
+        largest: the largest micro-batch of a `--batch_size`, rows and tokens of each; a packed one is one row.
         update: bytes of the gradients and of the optimizer's state.
         free: GiB; NaN where not known.
     """
     way = Way(settings.objective.branches, tuple(noisy), strategy, settings.gradient_checkpointing,
               settings.loss_chunk_size)  # fmt: skip
-    rows = settings.batch_size
-    needed = footprint.peak(way, rows, longest)
+    rows, length = largest(settings.batch_size)
+    needed = footprint.peak(way, rows, length)
     if not needed + update > LARGE * free * GIB:  # nor where that is not known
         return None
-    helps = [(flag, footprint.peak(other, fewer, longest)) for flag, other, fewer in _others(settings, footprint, way)]
-    lower = [f"{flag} {_gib(less)}" for flag, less in helps if less < HELPS * needed]
-    besides = f", gradients and optimizer {_gib(update)}" if update > 0.05 * needed else ""
+    helps = [
+        (flag, footprint.peak(other, *largest(batch_size)))
+        for flag, other, batch_size in _others(settings, footprint, way)
+    ]
+    lower = [(flag, _gib(less)) for flag, less in helps if less < HELPS * needed]
+    how = ", ".join(f"{flag} {'' if i else 'makes it '}{less}" for i, (flag, less) in enumerate(lower))
+    besides = f", and gradients and optimizer {_gib(update)}" if update > 0.05 * needed else ""
     return (
-        f"a micro-batch of {rows} x {longest} tokens keeps about {_gib(needed)} GiB over the weights{besides}, and "
-        f"{_gib(free * GIB)} GiB are free" + (f"; it would be with {', with '.join(lower)}" if lower else "")
+        f"a micro-batch of {rows} x {length} tokens takes about {_gib(needed)} GiB over the weights{besides}, of "
+        f"{_gib(free * GIB)} GiB free" + (f"; {how}" if how else "")
     )
 
 
 def _others(settings: Settings, footprint: Footprint, way: Way) -> Iterator[tuple[str, Way, int]]:
-    """Flags that may make it less, with the way and the rows that they give, each alone."""
+    """Flags that may make it less, with the way and the batch size that they give, each alone."""
     rows, layers = settings.batch_size, len(footprint.blocks)
     if not way.checkpointing:
         yield "--gradient_checkpointing", replace(way, checkpointing=True), rows

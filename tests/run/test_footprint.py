@@ -10,8 +10,9 @@ from running import ROOT, run
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, BranchedModel
-from noisefit.inputs.batches import collate
-from noisefit.inputs.models import ModelSettings, add_adapter
+from noisefit.fork.packing import Packing
+from noisefit.inputs.batches import collate, cut_step, epoch_steps, row_lengths
+from noisefit.inputs.models import ModelSettings, make_trainable
 from noisefit.inputs.prompts import Example
 from noisefit.method.noise import TokenScaledNoise
 from noisefit.run import memory_needed
@@ -41,16 +42,17 @@ def branched(name, precision="bf16", checkpointing=False, **settings):
     frozen = torch.bfloat16 if precision == "bf16" and not settings.full_finetune else torch.float32
     attention = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=frozen, **attention)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = BranchedModel(model if settings.full_finetune else add_adapter(settings, model, name), CHUNK).train()
+    model = BranchedModel(make_trainable(settings, model, name), CHUNK).train()
     inner = model.forward
     model.forward = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")(inner)  # as accelerate does
     return model
 
 
-def footprint_of(model, noise=None, branches=THREE):
-    return measure(model, torch.arange(7), LENGTH, noise, branches)
+def footprint_of(model, noise=None, branches=THREE, packing=False):
+    return measure(model, torch.arange(7), LENGTH, noise, branches, packing)
+
+
+footprint_of_model = functools.cache(footprint_of)  # of one without noise or dropout of its own
 
 
 def noise_of(way, gradient=False):
@@ -60,10 +62,14 @@ def noise_of(way, gradient=False):
     return noise
 
 
-def held(model, way, gradient=False):
+def held(model, way, gradient=False, packing=False):
     """Bytes that a micro-batch really holds when the hidden states of its branches are there, but for these."""
-    ids, found = torch.ones(ROWS, LENGTH, dtype=torch.long), []
+    ids, found, packed = torch.ones(ROWS, LENGTH, dtype=torch.long), [], None
     positions = torch.arange(ROWS * LENGTH)
+    mask = torch.ones_like(ids)
+    if packing:
+        packed = Packing.of(mask.sum(dim=1))
+        ids, mask = ids.view(1, -1), torch.arange(1, ROWS + 1).repeat_interleave(LENGTH).unsqueeze(0)
     with PeakMemory() as memory:
 
         def sum_losses(states, *args):
@@ -71,7 +77,7 @@ def held(model, way, gradient=False):
             return {}
 
         model.sum_losses = sum_losses
-        model(ids, torch.ones_like(ids), positions, positions, branches=way.branches, noise=noise_of(way, gradient),
+        model(ids, mask, positions, positions, packing=packed, branches=way.branches, noise=noise_of(way, gradient),
               strategy=way.strategy, chunk_losses=noisefit_losses)  # fmt: skip
     del model.sum_losses
     return found[0]
@@ -96,20 +102,20 @@ WAYS = {"plain": PLAIN, "early": EARLY, "late": LATE, "separate": SEPARATE}
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("llama", {}), ("gpt2", {}), ("llama", dict(full_finetune=True)), ("gpt2", dict(attn_implementation="eager"))],
+    [("llama", {}), ("llama", dict(full_finetune=True)), ("gpt2", dict(attn_implementation="eager"))],
     ids=str,
 )
 def test_what_a_few_tokens_keep_is_what_a_micro_batch_holds(name, settings, way):
     model = branched(name, **settings)
-    held_now, told = held(model, WAYS[way]), footprint_of(model).kept(WAYS[way], ROWS, LENGTH)
+    held_now, told = held(model, WAYS[way]), footprint_of_model(model).kept(WAYS[way], ROWS, LENGTH)
     assert told == pytest.approx(held_now, rel=0.06)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_so_it_is_where_blocks_are_computed_again(way):
     model, way = branched("llama", checkpointing=True), WAYS[way]
-    footprint, again = footprint_of(model), Way(way.branches, way.noisy, way.strategy, True, CHUNK)
-    kept = footprint_of(branched("llama"))  # but for the first, which has no gradient for its input there
+    footprint, again = footprint_of_model(model), Way(way.branches, way.noisy, way.strategy, True, CHUNK)
+    kept = footprint_of_model(branched("llama"))  # but for the first, which has no gradient for its input there
     assert footprint.blocks[1:] == kept.blocks[1:]
     assert all(layer.gradient_checkpointing for layer in model.model.base_model.model.model.layers)
     assert footprint.kept(again, ROWS, LENGTH) == pytest.approx(held(model, again), rel=0.15)
@@ -121,7 +127,7 @@ def test_so_it_is_where_blocks_are_computed_again(way):
 def test_the_peak_of_a_step_is_told(way):
     model, way = branched("llama"), WAYS[way]
     most, supervised = peak(model, way := Way(way.branches, way.noisy, way.strategy, False, CHUNK))
-    assert footprint_of(model).peak(way, ROWS, LENGTH, supervised) == pytest.approx(most, rel=0.1)
+    assert footprint_of_model(model).peak(way, ROWS, LENGTH, supervised) == pytest.approx(most, rel=0.1)
 
 
 def test_noise_keeps_nothing_and_its_gradient_much():
@@ -139,6 +145,29 @@ def test_a_dropout_branch_keeps_its_masks():
     footprint = footprint_of(model, branches=way.branches)
     assert footprint.dropped.per_token >= 128
     assert footprint.kept(way, ROWS, LENGTH) == pytest.approx(held(model, way), rel=0.06)
+
+
+@pytest.mark.parametrize("way", ["early", "separate"])
+def test_a_packed_micro_batch_is_one_row_with_a_mask_of_all_pairs(way):
+    model, way = branched("llama"), WAYS[way]
+    footprint = footprint_of(model, packing=True)
+    told_packed = footprint.kept(way, 1, ROWS * LENGTH)
+    assert told_packed == pytest.approx(held(model, way, packing=True), rel=0.06)
+    assert sum(block.per_pair for block in (*footprint.blocks, footprint.outside)) >= 1
+
+
+def test_its_tokens_are_those_of_the_largest_part_of_a_step():
+    lengths = torch.randint(5, 200, (203,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [Example([1] * length, 3) for length in lengths]
+    for batch_size, processes in ((4, 1), (2, 2), (1, 1), (64, 2)):
+        per_step = batch_size * processes * 3
+        parts = [
+            sum(len(row.input_ids) for row in part)
+            for step in epoch_steps(rows, per_step, 7, 0) if len(step) in (per_step, len(rows))
+            for process in range(processes) for part in cut_step(step, batch_size, processes, process, packing=True)
+        ]  # fmt: skip
+        told_tokens = memory_needed.packed_tokens(row_lengths(rows), 7, per_step, batch_size, processes)
+        assert told_tokens == pytest.approx(max(parts), rel=0.1), (batch_size, processes)
 
 
 def test_measuring_changes_nothing():
@@ -159,17 +188,17 @@ SEVEN_B = Footprint(
 
 def told(free=70.0, update=0.0, noisy=(0, 1, 2), strategy="fork", longest=1024, **flags):
     settings = Settings(model="m", train_data="d", **flags)
-    return memory_needed.told(settings, SEVEN_B, noisy, strategy, longest, update, free)
+    return memory_needed.told(settings, SEVEN_B, noisy, strategy, lambda rows: (rows, longest), update, free)
 
 
 def test_the_line_names_what_helps_with_what_each_gives():
     assert told() == (
-        "a micro-batch of 4 x 1024 tokens keeps about 57 GiB over the weights, and 70 GiB are free; it would be with "
-        "--gradient_checkpointing 5.5, with --prefer_late_layers 0.5 37, with --batch_size 2 "
+        "a micro-batch of 4 x 1024 tokens takes about 57 GiB over the weights, of 70 GiB free; "
+        "--gradient_checkpointing makes it 5.5, --prefer_late_layers 0.5 37, --batch_size 2 "
         "--gradient_accumulation_steps 8 28"
     )
     checkpointed = told(free=8.0, gradient_checkpointing=True)
-    assert "--branches separate 4." in checkpointed and "--gradient_checkpointing" not in checkpointed
+    assert "; --branches separate makes it 4." in checkpointed and "--gradient_checkpointing" not in checkpointed
     assert "late" not in told(noisy=(20,), free=8.0) and "late" not in told(noise_policy="scales.json")
     assert "--batch_size" not in told(batch_size=1, free=20.0)
     assert "gradients and optimizer 84" in told(update=84 * 2**30)
