@@ -174,15 +174,16 @@ def probe_file(
     fresh = gathered(journal.read_own(wanted))
     progress.update(len(wanted) - progress.n)
     progress.close()
-    if accelerator.is_main_process:
-        whole = done | {key: entry for part in fresh for key, entry in part.items()}
-        found = {key: entry.text for key, entry in whole.items()}
-        cells = [cells_of(settings, index, row, aliases[index], found) for index, row in enumerate(rows)]
-        with writing(output), replacing(output) as beside:
-            beside.write_bytes(as_csv(r | c for r, c in zip(records, cells, strict=True)))
-        lines, values, threshold = summary(settings.train_data, cells)
-        drawn = draw_histogram(picture, values, threshold)
-        print(*lines, *([f"a picture of them is {picture}"] if drawn else []), sep="\n")
+    with apart("writing the rows") as is_main:
+        if is_main:
+            whole = done | {key: entry for part in fresh for key, entry in part.items()}
+            found = {key: entry.text for key, entry in whole.items()}
+            cells = [cells_of(settings, index, row, aliases[index], found) for index, row in enumerate(rows)]
+            with writing(output), replacing(output) as beside:
+                beside.write_bytes(as_csv(r | c for r, c in zip(records, cells, strict=True)))
+            lines, values, threshold = summary(settings.train_data, cells)
+            drawn = draw_histogram(picture, values, threshold)
+            print(*lines, *([f"a picture of them is {picture}"] if drawn else []), sep="\n")
     with apart("ending"):  # not before the whole of it stands
         journal.remove()
     notice(f"the probed rows are in {settings.output}")

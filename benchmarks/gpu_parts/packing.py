@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from gpu_parts.material import Row, difference, installed, is_full, one_line, scratch, speed, train
 from gpu_parts.training import flags
-from noisefit.run.settings import Settings
 
 
 def packing(device: str, size: str) -> Iterator[Row]:
     """The same training with and without `--packing`, by each attention that is there."""
-    if not any(field.name == "packing" for field in dataclasses.fields(Settings)):
-        yield {"text": "Not there: train_loop.py has no --packing."}
-        return
     precision = "bf16" if device == "cuda" else "no"
     with scratch() as folder:
         settings = flags(folder, size) | {"save_steps": 0, "lora_dropout": 0.0, "loss_mode": "basefit"}

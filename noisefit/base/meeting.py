@@ -6,7 +6,7 @@ import itertools
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -27,7 +27,9 @@ def apart(what: str) -> Iterator[bool]:
     one `apart` at a time, with no collective in it.
 
     They wait at the launch's store: a process that waits in a collective keeps its GPU busy, and ends at the group's
-    time-out. An error that ends one of them here ends all of them, with its line.
+    time-out. An error that ends one of them here ends all of them, with its line. Of a process that ends elsewhere, the
+    launcher of its machine tells the others there; on other machines they wait until `PATIENCE`, but for the one that
+    holds the store.
 
     Args:
         what: is done, for the line.
@@ -36,7 +38,7 @@ def apart(what: str) -> Iterator[bool]:
         Whether this is the main process.
 
     Raises:
-        InputError: another process had an error, is gone, or takes longer than `PATIENCE`.
+        InputError: another process had an error, holds the store and is gone, or takes longer than `PATIENCE`.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -49,7 +51,8 @@ def apart(what: str) -> Iterator[bool]:
         yield state.is_main_process
     except BaseException as error:
         line = _line_for_others(error, what, state.process_index)
-        store.set(over, line)
+        with suppress(dist.DistError):  # the store may be gone, and the error is what matters
+            store.set(over, line)
         time.sleep(6 * POLL_SECONDS)  # for the others to read it, as the store may end with this process
         if isinstance(error, InputError):
             raise type(error)(line) from error  # one line, whoever says it

@@ -27,8 +27,8 @@ INPUT = -2  # the branches have rows of their own from the token ids on
 class Noise(Protocol):
     """Noise whose size at each element is known before it is drawn, see `noisefit.method.noise`.
 
-    `hidden_states`, scale and noise are `[B, L, H]`; `mask` is `[B, L]`, non-zero at real tokens, or `None`. Where
-    `gradient` is false, the hidden states that it sees have none.
+    `hidden_states`, scale and noise are `[B, L, H]`; `mask` is `[B, L]`, non-zero at real tokens (1, or the number of
+    their row where rows are packed), or `None`. Where `gradient` is false, the hidden states that it sees have none.
     """
 
     gradient: bool
@@ -43,7 +43,7 @@ class Noise(Protocol):
 
 
 NoiseFunction = Callable[[Tensor, int, Tensor | None], Tensor]
-"""`(hidden_states [B, L, H], branch from 1, mask) -> noise [B, L, H]`."""
+"""`(hidden_states [B, L, H], branch from 1, mask [B, L], 1 at real tokens) -> noise [B, L, H]`."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _with_noise(
             continue
         is_new, known = hidden is not known, hidden  # where the fork is, all branches start from one tensor
         if callable(noise):
-            drawn = noise(hidden, branch, mask)
+            drawn = noise(hidden, branch, None if mask is None else mask.clamp(max=1))
         else:
             if is_new or scale is None:
                 seen = hidden if noise.gradient else hidden.detach()

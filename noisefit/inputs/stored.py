@@ -58,15 +58,18 @@ class StoredExamples(Sequence[Example]):
         """Map the files of `folder`. Raises `InputError` where they are not all there, or not as they were written."""
         import pyarrow
 
-        about = read_about(folder)
+        about, wrong = read_about(folder), f"{folder}: the tokenized rows are not all there, or were changed; remove it"
         if about is None:
-            raise InputError(f"{folder}: the tokenized rows are not all there, or were changed; remove this folder")
+            raise InputError(wrong)
         self.digest: str = about["digest"]
         self.skipped, self.dropped, self.cut = (SomeRows(*about[name]) for name in ("skipped", "dropped", "cut"))
         parts = []
         for name in about["files"]:
-            with pyarrow.memory_map(str(folder / name)) as file:  # the arrays keep what they need of it
-                parts += pyarrow.ipc.open_stream(file).read_all().to_batches()
+            try:
+                with pyarrow.memory_map(str(folder / name)) as file:  # the arrays keep what they need of it
+                    parts += pyarrow.ipc.open_stream(file).read_all().to_batches()
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(f"{wrong} ({error})") from None
         self._parts = [(part["input_ids"].offsets.to_numpy(), part["input_ids"].values.to_numpy()) for part in parts]
         self._first = [0, *accumulate(len(part) for part in parts)]
         self._target_starts = np.concatenate([part["target_start"].to_numpy() for part in parts])
@@ -98,8 +101,8 @@ def read_about(folder: Path) -> dict | None:
     """What `ABOUT` says of stored rows; `None` where they are not all there, or their files have another size."""
     try:
         about: dict = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in about["files"].items())
-    except (OSError, ValueError):
+        whole = all((folder / name).stat().st_size == size for name, (size, _) in about["files"].items())
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return about if whole else None
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def store(
     content = _digest(Path(path))
     name = _key(path, content, tokenizer, how)
     folder = cache_folder() / name
-    if read_about(folder) is not None:
+    if _is_as_written(folder):
         notice(f"{path}: its rows are tokenized already, in {folder}")
         return name
     try:
@@ -71,11 +71,20 @@ def store(
         if _digest(Path(path)) != content:
             raise InputError(f"{path}: it was edited while it was read; start again")
         sync_folder(staged)
-        if read_about(folder) is None:  # else a machine that shares the disk was faster
+        if not _is_as_written(folder):  # else a machine that shares the disk was faster
             shutil.rmtree(folder, ignore_errors=True)
-            with suppress(FileExistsError):
+            try:
                 staged.rename(folder)
+            except OSError:  # or is so now
+                if not _is_as_written(folder):
+                    raise
     return name
+
+
+def _is_as_written(folder: Path) -> bool:
+    """Whether stored rows are all there, byte by byte: whoever maps them looks at their sizes alone."""
+    about = read_about(folder)
+    return about is not None and all(_digest(folder / name) == digest for name, (_, digest) in about["files"].items())
 
 
 def _write(staged: Path, path: str, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> None:
@@ -106,7 +115,7 @@ def _write(staged: Path, path: str, tokenizer: PreTrainedTokenizerBase, how: Map
         tables.tell_of_skipped(path, skipped)
         prompts.tell_of_length(path, how["settings"].max_length, dropped.tolist(), [], any_left=False)
     shutil.rmtree(staged / "rows")
-    files = {file.name: file.stat().st_size for file in sorted(staged.glob("*.arrow"))}
+    files = {file.name: (file.stat().st_size, _digest(file)) for file in sorted(staged.glob("*.arrow"))}
     counted = {"skipped": skipped, "dropped": dropped.tolist(), "cut": cut.tolist()}
     about = {"files": files, "digest": "", **{name: SomeRows.of(counted[name]) for name in counted}}
     (staged / ABOUT).write_text(json.dumps(about), encoding="utf-8")

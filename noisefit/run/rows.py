@@ -54,7 +54,8 @@ def make_rows(
         raise InputError(f"{path}: it is not the same for all processes; all machines need the same file and libraries")
     if rows is not None:
         return tokenize_rows(tokenizer, rows, path, settings, vocabulary, stop_ids)
-    examples = StoredExamples(cache_folder() / names.pop())
+    with apart(f"reading the tokenized rows of {path}"):
+        examples = StoredExamples(cache_folder() / names.pop())
     tell_of_skipped(path, examples.skipped)
     tell_of_length(path, settings.max_length, examples.dropped, examples.cut, any_left=len(examples) > 0)
     return examples

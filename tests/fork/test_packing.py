@@ -35,6 +35,18 @@ def steady(noise):
     return draw
 
 
+class SteadyEmbeddingNoise(EmbeddingNoise):
+    """NEFTune's noise, which must know the rows, with draws that depend on element and turn alone."""
+
+    def __init__(self):
+        super().__init__(5.0)
+        self.turn = 0
+
+    def draw(self, scale):
+        self.turn += 1
+        return scale * torch.sin(torch.arange(scale.shape[-1], dtype=scale.dtype) * 0.7 + 3 * (self.turn % 2))
+
+
 NOISE = {layer: steady(TokenScaledNoise(noise_std=0.4)) for layer in (1, 3)}
 
 
@@ -97,11 +109,19 @@ def test_other_noise_sees_no_neighbours_either(kind):
     places = {
         "relative to tokens": {1: TokenScaledNoise(noise_std=0.4, relative=True)},
         "limited": {1: limited},
-        "NEFTune, by the row's length": {EMBEDDING: EmbeddingNoise(5.0)},
+        "NEFTune, by the row's length": {EMBEDDING: SteadyEmbeddingNoise()},
         "none": {},
     }[kind]
-    noise = {place: steady(kind) for place, kind in places.items()}
+    noise = {place: steady(of) if place != EMBEDDING else of for place, of in places.items()}
     assert_packed_is_padded(tiny_model(), supervise(tiny_batch((11, 1, 7, 9))), noise=noise)
+
+
+def test_noise_that_multiplies_by_the_mask_is_the_same():
+    def masked(hidden, branch, mask):
+        assert mask.max() == 1
+        return 0.3 * hidden.detach().roll(branch, dims=-1) * mask.unsqueeze(-1)
+
+    assert_packed_is_padded(tiny_model(), supervise(tiny_batch((11, 2, 7))), noise={1: masked})
 
 
 def test_also_where_gradients_are_checkpointed_and_noise_is_on_some_tokens_alone():
@@ -141,7 +161,7 @@ def varlen(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     return torch.cat(found, dim=1).transpose(0, 1).unflatten(0, (query.shape[0], -1)), None
 
 
-@pytest.mark.parametrize("noise", [{}, NOISE, {EMBEDDING: steady(EmbeddingNoise(5.0))}], ids=["", "layers", "input"])
+@pytest.mark.parametrize("noise", [{}, NOISE, {EMBEDDING: SteadyEmbeddingNoise()}], ids=["", "layers", "input"])
 def test_flash_attention_is_told_of_the_rows_of_every_branch(noise, monkeypatch):
     """Its kernels are for GPUs: the stand-in keeps their contract, as transformers documents it."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", varlen)

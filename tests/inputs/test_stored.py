@@ -96,7 +96,7 @@ def test_both_ways_give_the_same_rows_and_say_the_same_of_them(tmp_path, monkeyp
     [folder] = cache.iterdir()
     with max(folder.glob("*.arrow")).open("ab") as file:
         file.truncate(1000)
-    with pytest.raises(InputError, match="were changed; remove this folder"):
+    with pytest.raises(InputError, match="were changed; remove it"):
         StoredExamples(folder)
     monkeypatch.setattr(storing, "_write", lambda *_: pytest.fail("they are made again"))
     with pytest.raises(pytest.fail.Exception, match="made again"):
@@ -189,6 +189,23 @@ def test_another_file_on_another_machine_is_told(other, tmp_path, monkeypatch, t
     monkeypatch.setattr("noisefit.run.rows.gather_object", lambda mine: [*mine, other])
     with pytest.raises(InputError, match="not the same for all processes"):
         make_rows(str(write(tmp_path / "data.csv")), None, tokenizer, SETTINGS, 300, [], ALONE)
+
+
+def test_a_cache_whose_bytes_were_changed_is_made_anew_and_one_that_is_no_table_is_a_line(
+    tmp_path, monkeypatch, tokenizer, cache
+):
+    data = str(write(tmp_path / "data.csv"))
+    folder = cache / storing.store(data, tokenizer, SETTINGS, 300, [])
+    expected = list(StoredExamples(folder))
+    [tokens] = sorted(folder.glob("*.arrow"))[:1]
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    storing.store(data, tokenizer, SETTINGS, 300, [])
+    assert list(StoredExamples(folder)) == expected
+    tokens.write_bytes(bytes(len(content)))
+    with pytest.raises(InputError, match="were changed; remove it"):
+        StoredExamples(folder)
 
 
 # --- In a run ---------------------------------------------------------------------------------------------------------

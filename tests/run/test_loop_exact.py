@@ -192,7 +192,10 @@ def test_the_loop_is_its_definition(flags, llama_folder, few_questions, tmp_path
     monkeypatch.setattr(hooks.F, "dropout", FixedDropout())
     load = train_loop.load_model
     monkeypatch.setattr(train_loop, "load_model", lambda *args: load(*args).double())  # both sides in float64
+    packed, collate = [], train_loop.collate
+    monkeypatch.setattr(train_loop, "collate", lambda *args: packed.append(args[-1]) or collate(*args))
     lines = run(llama_folder, few_questions, tmp_path / "out", **SETTINGS, **flags)
+    assert any(packed) == flags.get("packing", False)
     assert "--packing" not in capfd.readouterr().err  # a line where it is off
     selected = json.loads((tmp_path / "out" / "layer_snr.json").read_text())["selected"]
     mode = flags["loss_mode"]
