@@ -141,7 +141,9 @@ class LossSettings:
     rdrop_dropout: float = setting(
         0.05, "dropout of --loss_mode rdrop in each block, besides the model's and the adapter's own", low=0, high=0.99
     )
-    loss_chunk_size: int = setting(256, "supervised tokens whose logits are in memory at a time", **POSITIVE)
+    loss_chunk_size: int = setting(
+        256, "supervised tokens whose logits are in memory at a time; 1024 is faster on a GPU", **POSITIVE
+    )
 
     @property
     def objective(self) -> Objective:

@@ -148,6 +148,25 @@ def test_the_batch_doubles_while_half_of_the_memory_is_free(llama_folder, monkey
     assert answers_of(settings, model, batch_size=2)[1] == expected and sizes == [2, 2, 2]  # as it was asked for
 
 
+def test_a_batch_that_was_too_large_is_not_tried_again(llama_folder, monkeypatch):
+    settings = settings_of(model_id=llama_folder)
+    model = load_answer_model(settings, str(llama_folder), CPU)
+    _, expected = answers_of(settings, model)
+    sizes, original = [], Answerer.answer
+
+    def answer(self, batch):
+        sizes.append(sum(len(job.rounds) for job in batch))
+        if sizes[-1] > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return original(self, batch)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    monkeypatch.setattr(generation, "FIRST_BATCH_SIZE", 4)
+    monkeypatch.setattr(generation, "is_half_free", lambda device: True)
+    assert answers_of(settings, model, batch_size=0)[1] == expected
+    assert sizes == [4, 2, 2, 2]
+
+
 def test_half_of_a_gpus_memory_is_looked_for_on_a_gpu(monkeypatch):
     assert not generation.is_half_free(CPU)
     for free, expected in ((6, True), (5, True), (4, False)):

@@ -123,6 +123,17 @@ def test_it_measures_any_distribution(model_type):
     assert ((kl - usual).abs() > 0.05 * usual).any()  # so that there was something to tell apart
 
 
+def test_a_block_whose_output_is_known_is_not_called_and_so_not_gathered_by_fsdp():
+    """FSDP's hooks gather a block's weights at every call of it, whatever its `forward` does."""
+    model, batch = tiny_model(), supervise(tiny_batch())
+    branched, calls = BranchedModel(model, 7), [0] * 4
+    for index, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(lambda block, args, index=index: calls.__setitem__(index, calls[index] + 1))
+    measure(branched, [batch], range(4), FACTORS, "fork")
+    # On a slice, to see whether outputs can be used again, and on the batch: a clean pass, and what is behind a layer.
+    assert calls == [2 * (1 + index) for index in range(4)]
+
+
 def test_all_scales_share_one_draw_of_any_distribution_too():
     found = measure(BranchedModel(tiny_model(), 100), [supervise(tiny_batch())], range(4), [0.001, 0.002], "fork",
                     kind=LaplaceNoise)  # fmt: skip
