@@ -122,10 +122,6 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         notice(*describe(settings, policy, num_layers, strategy), reason)
         return policy, strategy
 
-    def can_be_packed(noise: Mapping[int, Noise | NoiseFunction], strategy: str) -> bool:
-        """Whether the rows of a micro-batch are packed: `--packing` asks for it, and the model keeps them apart."""
-        return settings.packing and can_pack(model, calibration[0], list(noise), strategy, objective.branches)
-
     def chunk_losses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:
         """The losses of one chunk of supervised tokens, by name: each a sum over the tokens.
 
@@ -164,7 +160,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         if state["total_steps"] != total_steps:
             notice(f"the learning rate now follows a schedule of {total_steps} steps instead of {state['total_steps']}")
     noise = noise_of(policy)
-    packing = can_be_packed(noise, strategy)
+    packing = settings.packing and can_pack(model, calibration[0], noise, strategy, objective.branches)
     notice(memory_needed(prepared, model, policy, strategy, packing))
     notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
 
@@ -182,7 +178,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                 if settings.snr_every and step and step % settings.snr_every == 0:
                     policy, strategy = choose_noise(before=policy)
                     noise = noise_of(policy)
-                    packing = can_be_packed(noise, strategy)
+                    packing = settings.packing and can_pack(model, calibration[0], noise, strategy, objective.branches)
                     if accelerator.is_main_process:
                         write_policy(output, policy)
 

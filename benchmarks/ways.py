@@ -7,6 +7,7 @@ adapter, and returns its loss.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import math
@@ -200,8 +201,9 @@ def floor(size: Size, first_noisy: int, head_share: float) -> float:
 
 def head_share(steps: Steps) -> float:
     """The LM head's share of the FLOPs of a plain step, forward and backward, as torch counts them."""
-    # In plain products: on a GPU, torch 2.11 cannot count fused attention that has fewer heads of keys than of queries.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # On a GPU, torch 2.11 cannot count fused attention that has fewer heads of keys than of queries.
+    plain = sdpa_kernel(SDPBackend.MATH) if steps.device == "cuda" else contextlib.nullcontext()
+    with plain, FlopCounterMode(display=False) as counter:
         steps.ours()
     counts = counter.get_flop_counts()
     heads = [sum(flops.values()) for name, flops in counts.items() if name.endswith("lm_head")]

@@ -28,7 +28,9 @@ LONGEST = (
     "run/test_launch", "examples/test_compare", "run/test_kills", "run/test_signals", "examples/test_world",
     "run/test_fsdp", "answers/test_probe", "answers/test_generate", "run/test_nothing_in_silence", "run/test_bad_luck",
     "run/test_train_loop", "test_editing", "test_package", "run/test_loop_exact", "benchmarks/test_benchmarks",
-    "run/test_processes", "examples/test_real",
+    "run/test_processes", "examples/test_real", "benchmarks/test_plan", "examples/test_summary", "run/test_runaway",
+    "run/test_ownership", "benchmarks/test_noise_benchmarks", "answers/test_disks", "inputs/test_stored",
+    "run/test_unknown_rows", "run/test_published", "benchmarks/test_gpu",
 )  # fmt: skip
 
 

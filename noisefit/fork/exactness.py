@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def choose_strategy(
 @torch.no_grad()
 @without_tf32()
 def can_pack(
-    model: nn.Module, batch: Mapping[str, Any], layers: Sequence[int], strategy: str,
+    model: nn.Module, batch: Mapping[str, Any], layers: Collection[int], strategy: str,
     branches: Sequence[Branch] = BRANCHES,
 ) -> bool:  # fmt: skip
     """Whether rows that are packed do not see each other in this model, tried on a slice of `batch`; if not, a line.
