@@ -6,6 +6,7 @@ Layers that are alike are counted and measured on a model of few of them, which 
 from __future__ import annotations
 
 import copy
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,7 +102,7 @@ def weights_by_part(model: nn.Module, settings: Settings) -> tuple[tuple[Weights
     return tuple(weights_of(layer, settings) for layer in layers), weights_of(model, settings, leaving_out=inside)
 
 
-def weights_of(module: nn.Module, settings: Settings, leaving_out: set[int] = frozenset()) -> Weights:  # type: ignore
+def weights_of(module: nn.Module, settings: Settings, leaving_out: Set[int] = frozenset()) -> Weights:
     """The weights of a module, each once."""
     counts, seen = {"frozen": 0, "trained": 0, "quantized": 0}, set(leaving_out)
     head = find_causal_lm(module).get_output_embeddings() if leaving_out else None

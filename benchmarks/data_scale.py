@@ -13,12 +13,13 @@ when it needs them, after an epoch's first 200 steps of 64 rows. What Python and
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -108,40 +109,45 @@ def measure(way: str, path: Path) -> dict[str, float]:
             _ = examples.digest if isinstance(examples, StoredExamples) else rows_digest(examples)
     found = {"seconds": time.monotonic() - start, "peak": peak.most, "left": memory()["RssAnon"], "tokens": 0.0}
     found["of processors"] = sum(os.times()[:4]) - worked  # its children's too, and they have ended
-    start = time.monotonic()
-    for number, step in enumerate(epoch_steps(examples, STEP_ROWS, seed=0, epoch=0) if examples else ()):
-        if number == STEPS:
-            break
+    start, steps, rows = time.monotonic(), 0, 0
+    for step in itertools.islice(epoch_steps(examples, STEP_ROWS, seed=0, epoch=0) if examples else (), STEPS):
         collate(step, tokenizer.pad_token_id)
-        found["tokens"] += count_tokens(step) / STEPS / STEP_ROWS
-    return found | {"files": memory()["RssFile"], "a step": (time.monotonic() - start) / STEPS}
+        found["tokens"] += count_tokens(step)
+        steps, rows = steps + 1, rows + len(step)
+    found["tokens"] /= max(rows, 1)
+    return found | {"files": memory()["RssFile"], "a step": (time.monotonic() - start) / max(steps, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "data_scale")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build", help="what is made lies there, and is removed")
     parser.add_argument("--lists", choices=("yes", "no"), default="yes", help="whether lists take part")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    data = options.folder / "data.csv"
     if options.way:
-        print(json.dumps(measure(options.way, data)))
+        print(json.dumps(measure(options.way, options.folder / "data.csv")))
         return
     if not Path("/proc/self/status").exists():
         raise InputError("memory is told apart on Linux alone")
-    shutil.rmtree(options.folder, ignore_errors=True)
-    options.folder.mkdir(parents=True)
-    make_file(data, options.rows)
-    print(f"{options.rows} rows, {data.stat().st_size / 2**20:.0f} MiB; memory in MiB a process", flush=True)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="data_scale-", dir=options.folder) as folder:
+        compare(Path(folder), options.rows, lists=options.lists == "yes")
+
+
+def compare(folder: Path, rows: int, lists: bool) -> None:
+    """Measure each way in a process of its own, on a file made in `folder`, and print a line each."""
+    data = folder / "data.csv"
+    make_file(data, rows)
+    print(f"{rows} rows, {data.stat().st_size / 2**20:.0f} MiB; memory in MiB a process", flush=True)
     print(
         f"{'':<26}{'seconds':>9}{'of processors':>15}{'private, peak':>15}{'left':>7}{'of files':>10}{'ms a step':>11}"
     )
-    own, found = {"HF_DATASETS_CACHE": str(options.folder / "cache"), "OMP_NUM_THREADS": "1"}, {}
+    own, found = {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}, {}
     for way in WAYS:
-        if way == "lists" and options.lists == "no":
+        if way == "lists" and not lists:
             continue
-        command = [sys.executable, __file__, "--folder", str(options.folder), "--way", way]
+        command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
         done = subprocess.run(command, env=os.environ | own, stdout=subprocess.PIPE, text=True, check=True)
         row = found[way] = json.loads(done.stdout)
         sizes = (f"{row[name] / 2**20:.0f}" for name in ("peak", "left", "files"))
@@ -149,9 +155,9 @@ def main() -> None:
         line = "{:<26}{:>9.1f}{:>15.1f}{:>15}{:>7}{:>10}{:>11.2f}"
         print(line.format(way, *times, *sizes, 1000 * row["a step"]), flush=True)
     if "lists" in found:
-        nothing, lists, first, other = (found[WAYS[i]] for i in (0, 1, 2, 4))
-        left = (lists["left"] - nothing["left"]) / max(other["left"] - nothing["left"], 1)
-        seconds = lists["of processors"] / first["of processors"]
+        nothing, listed, first, other = (found[WAYS[i]] for i in (0, 1, 2, 4))
+        left = (listed["left"] - nothing["left"]) / max(other["left"] - nothing["left"], 1)
+        seconds = listed["of processors"] / first["of processors"]
         print(f"lists over stored rows: seconds of processors {seconds:.2f}, private memory a process {left:.0f}")
     print(f"{found[WAYS[-1]]['tokens']:.0f} tokens a row")
 

@@ -134,16 +134,14 @@ def measure(
     alone = one_at_a_time(answerer, some) / (now() - start)
     of_tokens: list[float] = []
     again: list[float] = []
-    replaced = generation.answer_log_p, probability.ReadDrawn.__call__
-    generation.answer_log_p = timed(generation.answer_log_p, again)  # type: ignore[assignment]
     reader = probability.ReadDrawn
-    reader.__call__ = timed(reader.__call__, of_tokens)  # type: ignore[method-assign]
-    try:
+    with (
+        mock.patch.object(generation, "answer_log_p", timed(generation.answer_log_p, again)),
+        mock.patch.object(reader, "__call__", timed(reader.__call__, of_tokens)),
+    ):
         start = now()
         answers = sum(len(batch) for batch in answer_all(answerer, jobs, 0))
         took = now() - start
-    finally:
-        generation.answer_log_p, reader.__call__ = replaced  # type: ignore[method-assign]
     return {
         "one at a time": alone, "timed on": len(some), "together": answers / took, "answers": answers,
         "logprob": sum(of_tokens) / took, "again": sum(again) / took, "passes again": len(again),

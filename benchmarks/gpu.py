@@ -97,7 +97,7 @@ def run_here(name: str, device: str, size: str, results: Path) -> str | None:
     """`run_part`; returns why it failed, `None` where it did not."""
     try:
         run_part(name, device, size, results)
-    except Exception as error:
+    except Exception as error:  # a part that fails costs its own rows, whatever it is
         traceback.print_exc()
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None

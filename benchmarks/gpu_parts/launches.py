@@ -71,7 +71,7 @@ def compiled_row(
         if name != "all three":  # whose random numbers are others
             a, b = compiled(*arguments).float(), function(*arguments).float()
             row["differs by"] = ((a - b).norm() / b.norm()).item()
-    except Exception as error:
+    except Exception as error:  # of dynamo, inductor, Triton, a C compiler
         row["ms"] = one_line(error)
     return row
 

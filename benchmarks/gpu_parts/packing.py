@@ -28,6 +28,6 @@ def packing(device: str, size: str) -> Iterator[Row]:
                     if packed and padded:
                         row["against padded"] = difference(padded, lines)
                     padded = padded or lines
-                except Exception as error:
+                except Exception as error:  # of an attention that is not for this GPU, or memory that ran out
                     row["tokens a second"] = one_line(error)
                 yield row

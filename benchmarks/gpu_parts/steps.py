@@ -52,7 +52,7 @@ def problem(step: Callable[[], object], measuring: AbstractContextManager[Any]) 
     try:
         with measuring:
             step()
-    except Exception as error:
+    except Exception as error:  # one way that fails costs one row
         return "out of memory" if is_out_of_memory(error) else one_line(error)
     return None
 

@@ -70,7 +70,7 @@ def waits(device: str) -> Iterator[Counter[Place]]:
             if "synchronizing CUDA operation" in str(message):
                 found[place_of(_stack())] += 1
             else:
-                show(message, *args, **kwargs)  # type: ignore[arg-type]
+                show(message, *args, **kwargs)
 
         warnings.showwarning = note
         warnings.filterwarnings("always", message=".*synchronizing CUDA operation.*")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -110,7 +109,6 @@ def fsdp(device: str, size: str) -> Iterator[Row]:
         settings = flags(folder, size) | {"lora_dropout": 0.0, "loss_mode": "basefit", "save_steps": 0}
         plain = train(device, "bf16", **settings, output_model=str(folder / "plain"))
         output = folder / "sharded"
-        shutil.rmtree(output, ignore_errors=True)
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file",
             str(ROOT / "configs" / "accelerate" / "fsdp.yaml"), "--num_processes", "1", "--mixed_precision", "bf16",

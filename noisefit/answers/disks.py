@@ -8,6 +8,7 @@ the main process writes a file, and whoever does not see it is on another disk.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,7 @@ from noisefit.base.meeting import apart
 
 T = TypeVar("T")
 MARK = ".noisefit_launch-"
+OUR_MARK = re.compile(rf"{re.escape(MARK)}[0-9a-f]{{32}}")
 
 
 def gathered(value: T) -> list[T]:
@@ -91,8 +93,9 @@ def first_on_its_disk(folder: Path) -> Iterator[bool]:
 
 
 def _remove_marks(folder: Path) -> None:
-    for path in folder.glob(f"{MARK}*"):
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if OUR_MARK.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _sees(folder: Path, name: str) -> bool:

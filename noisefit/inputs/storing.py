@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,6 +31,7 @@ from noisefit.inputs.tables import Row, SomeRows, stream_rows
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "sentencepiece", "tiktoken")  # that tokens depend on
 BATCH = 1000  # rows of a part of the files
+OUR_PART = re.compile(r"[0-9a-f]{64}\.\w+\.part")  # a folder in which rows are written, as `_staging` names it
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 _storing, _by_main_thread = False, True
@@ -181,7 +183,7 @@ def _staging(name: str) -> Iterator[Path]:
     """A folder to write in, locked while it is; those that killed runs left, whose locks are free, are removed."""
     parent = cache_folder()
     parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob("*.part"):
+    for left in filter(lambda path: OUR_PART.fullmatch(path.name), parent.iterdir()):
         if (lock := free_lock(left)) is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)

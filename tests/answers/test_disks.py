@@ -85,9 +85,10 @@ def lines_in(path: Path) -> int:
 def test_a_mark_that_a_kill_left_is_no_reason_to_refuse(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
-    (folder / ".noisefit_launch-0").touch()
+    (folder / f".noisefit_launch-{'0a' * 16}").touch()
+    (folder / ".noisefit_launch-notes").touch()  # somebody else's
     with first_on_its_disk(folder) as first:
-        assert first and not any(folder.iterdir())
+        assert first and [path.name for path in folder.iterdir()] == [".noisefit_launch-notes"]
 
 
 def test_an_error_is_raised_as_it_is_where_a_process_is_alone():
