@@ -22,8 +22,9 @@ from noisefit.base.schema import AMOUNT, ANY, COUNT, EACH, INTEGER, OBJECT, TEXT
 from noisefit.fork.branches import STRATEGIES
 from noisefit.inputs.prompts import Example
 from noisefit.inputs.stored import StoredExamples, rows_digest
+from noisefit.run.method_settings import POLICIES
 from noisefit.run.noise_policy import POLICY_SHAPE, policy_from, read_policy
-from noisefit.run.settings import POLICIES, Settings
+from noisefit.run.settings import Settings
 
 STATE, OPTIMIZER, PROCESSES = "checkpoint.json", "optimizer.safetensors", "processes.safetensors"
 TEACHER = "teacher.safetensors"  # the weights of a teacher that has its own

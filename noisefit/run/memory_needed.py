@@ -18,9 +18,10 @@ from noisefit.inputs.batches import epoch_order, row_lengths
 from noisefit.method.policy import NoisePolicy, make_noise
 from noisefit.run.footprint import Footprint, Way, measure
 from noisefit.run.memory import free_memory
+from noisefit.run.method_settings import POLICIES
 from noisefit.run.noise_policy import first_eligible
 from noisefit.run.preparation import Prepared
-from noisefit.run.settings import POLICIES, Settings
+from noisefit.run.settings import Settings
 
 GIB = 2**30
 LARGE = 0.5  # share of the free memory from which on the line is given

@@ -30,8 +30,9 @@ from noisefit.method.policy import (
 )
 from noisefit.method.snr import average_base_std, average_snr, negligible_noise, select_layers
 from noisefit.method.teacher import BASE, EMA
+from noisefit.run.method_settings import POLICIES
 from noisefit.run.processes import progress_bar
-from noisefit.run.settings import POLICIES, Settings
+from noisefit.run.settings import Settings
 
 # Of a policy in a checkpoint.
 POLICY_SHAPE = {"kind": TEXT, "layers": [INDEX], "base_stds": [AMOUNT], "snr": [AMOUNT], "calibration": Maybe(OBJECT),

@@ -23,7 +23,8 @@ from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_chec
 from noisefit.run.metrics import LINES
 from noisefit.run.noise_policy import as_file
 from noisefit.run.output_folder import PREVIOUS, SCRATCH, OutputFolder
-from noisefit.run.settings import KillSettings, Settings
+from noisefit.run.run_settings import KillSettings
+from noisefit.run.settings import Settings
 from noisefit.run.weights import gather_weights, write_model
 
 # Every name that a run may write, besides those of its tokenizer's files.

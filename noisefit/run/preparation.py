@@ -20,6 +20,7 @@ from noisefit.inputs.prompts import Example, stop_token_ids
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.compiling import check_compiling
+from noisefit.run.contradictions import without_effect
 from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
@@ -27,7 +28,7 @@ from noisefit.run.output import check_checkpoint_names, check_output, check_toke
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
 from noisefit.run.rows import list_rows, make_rows
-from noisefit.run.settings import Settings, without_effect
+from noisefit.run.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from noisefit.inputs.prompts import Example
 from noisefit.method.noise import TokenScaledNoise, noise_scale, snr_base_std
 from noisefit.method.policy import NoisePolicy, make_noise
 from noisefit.method.snr import layer_snr
-from noisefit.run.settings import Settings, without_effect
+from noisefit.run.contradictions import without_effect
+from noisefit.run.settings import Settings
 
 ROWS = [Example(list(range(3, 15)), target_start=5), Example(list(range(20, 28)), target_start=3)]
 LAYER = 1

@@ -12,7 +12,8 @@ from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, Branch, BranchedModel
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.method.noise import EmbeddingNoise
 from noisefit.method.objectives import LOSSES, OBJECTIVES, Objective, one
-from noisefit.run.settings import LossSettings, Settings
+from noisefit.run.method_settings import LossSettings
+from noisefit.run.settings import Settings
 
 LAYERS, FIRST = 6, 2
 SETS = [(CLEAN, NOISY), (NOISY, CLEAN), (NOISY,), (NOISY, NOISY), (CLEAN, NOISY, NOISY, NOISY)]

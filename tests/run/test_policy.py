@@ -13,8 +13,9 @@ from noisefit.method import calibration
 from noisefit.method.objectives import OBJECTIVES
 from noisefit.method.policy import BY_SNR, CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run import noise_policy
+from noisefit.run.contradictions import without_effect
 from noisefit.run.noise_policy import check_policy, describe, expected_cost, first_eligible, read_policy
-from noisefit.run.settings import parse_arguments, without_effect
+from noisefit.run.settings import parse_arguments
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,10 @@ from test_loop_exact import on_processes
 
 from noisefit.base.errors import InputError
 from noisefit.method import noise as noise_module
+from noisefit.run.contradictions import without_effect
 from noisefit.run.metrics import Metrics
 from noisefit.run.noise_policy import check_policy, policy_from
-from noisefit.run.settings import Settings, parse_arguments, without_effect
+from noisefit.run.settings import Settings, parse_arguments
 
 FAST = dict(
     learning_rate=1e-2, batch_size=4, gradient_accumulation_steps=1, max_steps=4, logging_steps=1, lora_dropout=0,

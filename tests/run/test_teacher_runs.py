@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_processes import train_with_given_noise
 
 from noisefit.base.errors import InputError
-from noisefit.run.settings import Settings, without_effect
+from noisefit.run.contradictions import without_effect
+from noisefit.run.settings import Settings
 
 FAST = dict(learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, logging_steps=1, noise_std=0.5, epochs=1,
             num_noise_layers=2)  # fmt: skip

@@ -1,0 +1,86 @@
+"""The settings of a run: what goes in and what comes out, its steps, its kills and its records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from noisefit.base.settings import setting
+from noisefit.run.method_settings import ABOVE_ZERO, COUNT, NON_NEGATIVE, POSITIVE, SHARE
+
+# Schedules that need no further numbers.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSettings:
+    """What goes in and what comes out."""
+
+    model: str = setting(
+        help="the base model: a folder in the Hugging Face format, or a name on the hub (required)", is_path=True
+    )
+    train_data: str = setting(
+        help="CSV, JSON Lines or Parquet with columns prompt and response (required)", is_path=True
+    )
+    output_model: str = setting(
+        "output_model", "folder for the adapter, its tokenizer and the run's records", is_path=True
+    )
+    overwrite_output: bool = setting(False, "replace an adapter that is already there")
+    eval_data: str | None = setting(
+        None, "a file like --train_data; its cross-entropy, without noise, is measured in training", is_path=True
+    )
+    trust_remote_code: bool = setting(False, "run code that comes with the base model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """The steps."""
+
+    batch_size: int = setting(4, "rows a micro-batch, on each device", **POSITIVE)
+    gradient_accumulation_steps: int = setting(4, "micro-batches an optimizer step", **POSITIVE)
+    packing: bool = setting(
+        False, "no padding: rows one behind the other; for mixed lengths, with --attn_implementation flash_attention_2"
+    )
+    epochs: int = setting(5, "passes over the data", **POSITIVE)
+    max_steps: int = setting(
+        -1, "optimizer steps; training ends at this or --epochs, whichever comes first; -1 for no limit", low=1,
+        also=(-1,),
+    )  # fmt: skip
+    learning_rate: float = setting(5e-5, "highest learning rate of the schedule", **ABOVE_ZERO)
+    lr_scheduler_type: str = setting("cosine", "how the learning rate falls", choices=SCHEDULES)
+    warmup_ratio: float = setting(0.0, "share of the steps in which the learning rate rises", **SHARE)
+    weight_decay: float = setting(0.0, "weight decay of AdamW", **NON_NEGATIVE)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: never", **NON_NEGATIVE)
+    max_bad_steps: int = setting(
+        10, "a step whose loss or gradient is not finite is skipped; so many in a row end the run", **POSITIVE
+    )
+    seed: int = setting(42, "determines adapter, order of the rows, dropout and noise", **COUNT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KillSettings:
+    """Kills."""
+
+    save_steps: int = setting(100, "a checkpoint every so many steps and after the last; 0: none", **COUNT)
+    save_total_limit: int = setting(2, "so many checkpoints are kept, the last ones; 0: all", **COUNT)
+    resume_from_checkpoint: str | None = setting(
+        None, "go on from a checkpoint; latest: of --output_model; auto: that, or afresh where none is",
+        metavar="PATH|latest|auto", is_path=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSettings:
+    """Records."""
+
+    logging_steps: int = setting(5, "a line of metrics every so many steps", **POSITIVE)
+    eval_steps: int = setting(0, "evaluate every so many steps; 0: after each epoch", **COUNT)
+    report_to: str = setting("none", "where metrics go besides metrics.jsonl", choices=("none", "wandb", "tensorboard"))
+    run_name: str | None = setting(None, "name of the run there; default: the output folder's")
