@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import noisefit
@@ -19,6 +19,7 @@ from noisefit.run.settings import Settings
 
 NAMES = {"eval_ce_loss": "cross-entropy, nats a token"}  # of figures that have another name for people
 NO_RESULTS = ("step", "epoch")
+CARRIED = ("datasets", "language", "license", "license_name", "license_link")  # from an adapter's card to a model's
 LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -66,6 +67,51 @@ NoiseFiT {noisefit.__version__}, torch {torch.__version__.split("+")[0]}.
 """
 
 
+def merged_card(name: str, base: str, adapter: Path, dtype: str, lines: Iterable[str]) -> str:
+    """The card of a model that an adapter was merged into; what the adapter's card says of data, evaluation, language
+    and license goes along.
+
+    Args:
+        name: of the merged model.
+        base: the model that it was merged into.
+        adapter: its folder.
+        dtype: of the saved weights.
+        lines: what was found in merging, in words.
+    """
+    known, recorded = card_data(adapter), (adapter / "noisefit_config.json").is_file()
+    results = known.get("eval_results") or []
+    metadata = ModelCardData(
+        base_model=hub_name(base), library_name="transformers", pipeline_tag="text-generation",
+        tags=["noisefit", "merged"] if recorded else ["merged"], eval_results=results or None,
+        model_name=name if results else None, **{key: known.get(key) for key in CARRIED},
+    )  # fmt: skip
+    own = " `noisefit_config.json` has the settings of the adapter's training." if recorded else ""
+    found = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {code(name)}
+
+{code(base)} with the adapter {code(adapter.resolve().name)} merged into its weights, in {dtype}, by the NoiseFiT
+trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)).{own}
+
+{found}
+
+{fence(f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})")}
+{evaluation_table(results, "Measured with the adapter, before it was merged:")}
+NoiseFiT {noisefit.__version__}, torch {torch.__version__.split("+")[0]}.
+"""
+
+
+def card_data(folder: Path) -> Any:
+    """The metadata of the card in a folder; empty where there is none, or it cannot be read."""
+    try:
+        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
+    except Exception:  # whatever is in a file that anybody may have written
+        return {}
+
+
 def what_it_learnt(settings: Settings) -> str:
     """The objective in words: its losses with their weights, and its branches."""
     objective = settings.objective
@@ -101,10 +147,11 @@ def evaluation_results(settings: Settings, line: Mapping[str, Any]) -> list[Eval
     ]  # fmt: skip
 
 
-def evaluation_table(results: Iterable[EvalResult]) -> str:
+def evaluation_table(results: Iterable[EvalResult], about: str = "") -> str:
     """The same for people, as a part of a card; empty where nothing was measured."""
-    rows = [f"| {code(r.dataset_name)} | {code(r.metric_name)} | {r.metric_value:.6g} |" for r in results]
-    return "\n".join(["", "## Evaluation", "", "| data | figure | value |", "|---|---|---|", *rows, ""]) if rows else ""
+    rows = [f"| {code(r.dataset_name)} | {code(r.metric_name)} | {code(r.metric_value)} |" for r in results]
+    head = ["", "## Evaluation", "", *([about, ""] if about else []), "| data | figure | value |", "|---|---|---|"]
+    return "\n".join([*head, *rows, ""]) if rows else ""
 
 
 def hub_name(name: str) -> str | None:

@@ -91,7 +91,7 @@ class HubSettings:
     """The hub."""
 
     push_to_hub: str | None = setting(
-        None, "push what the run leaves, once it is whole, to this repository: NAME, or ORGANIZATION/NAME; it is made "
-        "before the training, and needs a token that may write", metavar="REPO",
+        None, "push what is left, once it is whole, to this repository: NAME, or ORGANIZATION/NAME; that it can be is "
+        "checked first, and needs a token that may write", metavar="REPO",
     )  # fmt: skip
     hub_private: bool = setting(False, "a repository that --push_to_hub makes is private")

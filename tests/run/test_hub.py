@@ -16,6 +16,7 @@ import yaml
 from hub_server import TOKEN, USER, serving
 from running import call, launch, run
 
+from noisefit import merge as merge_program
 from noisefit import push as push_program
 from noisefit.base.errors import InputError, LocalError
 from noisefit.run.card import evaluation_results, last_evaluation, model_card
@@ -342,3 +343,20 @@ def test_no_evaluation_is_made_up(tmp_path):
     for text in ("", "\n", "{", "3\n", "[" * 5000):
         (tmp_path / "eval_metrics.jsonl").write_text(text)
         assert last_evaluation(tmp_path / "eval_metrics.jsonl") == {}
+
+
+# --- A merged model -----------------------------------------------------------------------------------------------
+
+
+def test_a_merged_model_is_pushed_with_its_card(hub, output, tmp_path):
+    done = call(merge_program.main, output, "--output", tmp_path / "model", "--push_to_hub", "mine")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "model").iterdir()} - {"noisefit_files.json"}
+    assert hub.files(NAME) == {name: (tmp_path / "model" / name).read_bytes() for name in names}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "noisefit_config.json"} < hub.files(NAME).keys()
+    [entry] = metadata_of(hub.files(NAME)["README.md"].decode())["model-index"]
+    assert entry["name"] == "model" and entry["results"][0]["metrics"]
+    hub.broken = lambda method, path: 403 if "/commit/" in path else None
+    done = call(merge_program.main, output, "--output", tmp_path / "other", "--push_to_hub", "mine")
+    assert done.returncode == 2 and "not pushed: the token may not do that" in done.stderr
+    assert (tmp_path / "other" / "model.safetensors").is_file()
