@@ -31,6 +31,7 @@ from noisefit.answers.merging import (
     check_kind,
     check_saved,
     logits_of,
+    logits_without,
     merge_adapter,
     probes,
     round_weights,
@@ -141,8 +142,7 @@ def merge_into(
     rows = probes(tokenizer, vocabulary, context_length(settings.answers, base))
     check_kind(model, settings.adapter)
     beside = logits_of(model, rows)
-    with model.disable_adapter():
-        effect = change(beside, logits_of(model, rows))
+    effect = change(beside, logits_without(model, rows))
     size = size_of(beside)
     if not all(z.isfinite().all() for z in beside):
         raise InputError(f"{settings.adapter}: with this adapter logits are not finite numbers; there is nothing to "
@@ -277,7 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("adapter", metavar="ADAPTER", type=a_path, help="the adapter's folder")
     add_flags(parser, GROUPS)
-    add_token(parser.add_argument_group("where the token is from"))
+    add_token(parser.add_argument_group("the token"))
     return parser
 
 
