@@ -149,9 +149,13 @@ def evaluation_results(settings: Settings, line: Mapping[str, Any]) -> list[Eval
 
 def evaluation_table(results: Iterable[EvalResult], about: str = "") -> str:
     """The same for people, as a part of a card; empty where nothing was measured."""
-    rows = [f"| {code(r.dataset_name)} | {code(r.metric_name)} | {code(r.metric_value)} |" for r in results]
+    rows = [f"| {code(r.dataset_name)} | {code(r.metric_name)} | {_shown(r.metric_value)} |" for r in results]
     head = ["", "## Evaluation", "", *([about, ""] if about else []), "| data | figure | value |", "|---|---|---|"]
     return "\n".join([*head, *rows, ""]) if rows else ""
+
+
+def _shown(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else code(value)
 
 
 def hub_name(name: str) -> str | None:
