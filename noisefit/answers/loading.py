@@ -26,6 +26,7 @@ from noisefit.answers.jobs import Job
 from noisefit.answers.probability import input_device
 from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.inputs.adapters import check_adapter_names
 from noisefit.inputs.model_checks import (
     check_model_name,
     check_no_adapter_in,
@@ -35,7 +36,7 @@ from noisefit.inputs.model_checks import (
     loading,
     try_out,
 )
-from noisefit.inputs.models import check_adapter_names, quantization_options
+from noisefit.inputs.models import quantization_options
 from noisefit.inputs.prompts import check_tokens, stop_token_ids
 
 SAMPLES, SAMPLE_BYTES = 512, 2**14  # of a file of weights: 8 MiB

@@ -22,6 +22,7 @@ from noisefit.base.command_line import (
 )
 from noisefit.base.errors import InputError
 from noisefit.base.settings import add_flags, check_fields, fields_of
+from noisefit.inputs.lora import check_lora
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
@@ -71,6 +72,7 @@ class Settings(
         if self.prompt_date is not None:
             check_date(self.prompt_date)
         check_objective(self)
+        object.__setattr__(self, "lora", check_lora(self))
 
     def record(self) -> dict[str, Any]:
         """What defines the run, by name, in the order of `--help`: it repeats the run when given as `--config`."""

@@ -69,7 +69,7 @@ def load_model(
                 folder = str(checkpoint) if checkpoint is not None and settings.full_finetune else name
                 config, how = models.load_config(folder, trust_remote_code), models.attention_options(settings)
                 empty = models.build_empty(folder, config, trust_remote_code, **how)
-                model = _without_weights(models.make_trainable(settings, empty, name), outline)
+                model = _without_weights(models.make_trainable(settings, empty, name, resumed=True), outline)
     assert model is not None
     return model
 

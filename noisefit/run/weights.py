@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.files import give_usual_mode
+from noisefit.inputs.adapters import ADAPTER, as_saved
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -59,10 +60,15 @@ def write_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer:
 
     The weights are for all who may read the folder: safetensors makes them their owner's alone.
     """
-    state = {name: tensor.contiguous() for name, tensor in weights.items()}
-    # Embeddings are never resized. Left to itself, PEFT asks the hub at each save whether they were.
-    how = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, state_dict=state, **how)
+    if isinstance(model, PeftModel):
+        own = model.peft_config[ADAPTER]
+        weights, model.peft_config[ADAPTER] = as_saved(model, weights)
+        state = {name: tensor.contiguous() for name, tensor in weights.items()}
+        # Embeddings are never resized. Left to itself, PEFT asks the hub at each save whether they were.
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+        model.peft_config[ADAPTER] = own
+    else:
+        model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in weights.items()})
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of headings with nothing under them
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
