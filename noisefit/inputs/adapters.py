@@ -62,6 +62,8 @@ def add_adapter(
     what = f"--target_modules {' '.join(wanted)}" if wanted else "no adapter can be put on the model"
     try:
         _check_names(model, wanted if wanted != ["all-linear"] else None, options)
+        # PEFT rounds what it takes to the model's dtype once it has left the rest: that is taken again below.
+        kept = {module: module.weight.data for module in model.modules() if begins_with_base and _is_linear(module)}
         with _peft_warnings(told and bool(options)):
             arguments: dict[str, Any] = {
                 "task_type": "CAUSAL_LM",
@@ -84,6 +86,14 @@ def add_adapter(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{what}: {reason}; linear modules found: {', '.join(linear)}") from None
     _make_trained_float32(adapted)
+    taken = _factors(adapted) if begins_with_base and not resumed else {}
+    if taken and model.dtype != torch.float32:
+        for module, weight in kept.items():
+            module.weight.data = weight
+        _leave_the_rest(adapted, taken)
+    _measure_magnitudes(adapted)
+    if told:
+        notice(_trained_whole(adapted))
     config = adapted.peft_config[ADAPTER]
     if os.path.isdir(name):
         config.base_model_name_or_path = os.path.abspath(name)
@@ -91,7 +101,7 @@ def add_adapter(
         config.revision = getattr(model.config, "_commit_hash", None) or settings.model_revision
     if begins_with_base:
         config.init_lora_weights = True  # as it is saved
-        adapted.taken_from_base = {} if resumed else _factors(adapted)
+        adapted.taken_from_base = taken
     return adapted
 
 
@@ -141,13 +151,13 @@ def _check_layers(adapted: nn.Module, options: Mapping[str, Any], begins_with_ba
         raise ValueError("lora_bias: a module has no bias itself, so that the adapter could not be merged into it")
     for name, module in layers.items() if begins_with_base else ():
         ranks, base = module.r[ADAPTER], module.get_base_layer()
-        if not isinstance(base, (nn.Linear, Conv1D)):
+        if not _is_linear(base):
             raise ValueError(f"init_lora_weights: {name} is a {type(base).__name__}, and this one is for linear layers")
         if isinstance(base, Conv1D) and options["init_lora_weights"] == "olora":
             raise ValueError(f"init_lora_weights: PEFT's olora is not right for a Conv1D such as {name}; take pissa")
-        if ranks > min(base.weight.shape):
-            raise ValueError(f"init_lora_weights: a rank of {ranks} is more than {name} of shape "
-                             f"{tuple(base.weight.shape)} has")  # fmt: skip
+        shape = tuple(cast(Tensor, base.weight).shape)
+        if ranks > min(shape):
+            raise ValueError(f"init_lora_weights: a rank of {ranks} is more than {name} of shape {shape} has")
     for name, module in adapted.named_modules():
         kept = module.original_module.parameters() if isinstance(module, ModulesToSaveWrapper) else ()
         if any(not parameter.is_floating_point() for parameter in kept):
@@ -162,9 +172,37 @@ def _make_trained_float32(adapted: nn.Module) -> None:
             dtype = next((p.dtype for p in module.original_module.parameters()), torch.float32)
             if dtype != torch.float32:
                 module.modules_to_save[ADAPTER].register_forward_hook(_in_dtype(dtype))
+        if isinstance(module, nn.LayerNorm) and module.bias is not None and module.bias.requires_grad:
+            module.weight.data = module.weight.data.float()  # both are of one dtype
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _measure_magnitudes(adapted: nn.Module) -> None:
+    """DoRA begins as the base model: with the norms of its weights, which PEFT has rounded to their dtype."""
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and isinstance(module, nn.Module) and ADAPTER in module.lora_magnitude_vector:
+            base, magnitude = module.get_base_layer(), module.lora_magnitude_vector[ADAPTER]
+            if _is_linear(base) and cast(Tensor, base.weight).dtype in (torch.bfloat16, torch.float16):
+                a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+                cast(Any, magnitude).update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=module.scaling[ADAPTER])
+
+
+def _trained_whole(adapted: nn.Module) -> str | None:
+    """A line about the modules that `modules_to_save` means: PEFT takes all whose names end so."""
+    found = {name.removeprefix("base_model.model."): sum(p.numel() for p in module.modules_to_save.parameters())
+             for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)}  # fmt: skip
+    if not found:
+        return None
+    names = list(found)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (f"{FLAG} modules_to_save trains {', '.join(names[:3])}{more} whole: {sum(found.values()):,} weights in "
+            "float32")  # fmt: skip
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _in_dtype(dtype: torch.dtype) -> Any:
@@ -228,12 +266,19 @@ def _take_again(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = f"{name}.lora_{letter}"
             trained[f"{key}.weight"], begun = weights[f"{key}.weight"].chunk(2, dim=dim)
             taken[f"{key}.{ADAPTER}.weight"] = (begun if letter == "A" else -begun).contiguous()
-        base, turned = cast(Tensor, module.get_base_layer().weight), bool(getattr(module, "fan_in_fan_out", False))
-        a, b = (taken[f"{name}.lora_{letter}.{ADAPTER}.weight"] for letter in "AB")
-        rest = transpose(base.data.to(torch.float32), turned) - module.scaling[ADAPTER] * b @ a
-        base.data = transpose(rest.to(base.dtype), turned)
+    _leave_the_rest(model, taken)
     model.taken_from_base = taken
     return {name: tensor.contiguous() for name, tensor in trained.items()}
+
+
+def _leave_the_rest(model: nn.Module, taken: Mapping[str, Tensor]) -> None:
+    """Subtract the factors that the adapter begins with from the base model's weights, in PEFT's way."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            base, turned = cast(Tensor, module.get_base_layer().weight), bool(getattr(module, "fan_in_fan_out", False))
+            a, b = (taken[f"{name}.lora_{letter}.{ADAPTER}.weight"].to(base.device) for letter in "AB")
+            rest = transpose(base.data.to(torch.float32), turned) - module.scaling[ADAPTER] * b @ a
+            base.data = transpose(rest.to(base.dtype), turned)
 
 
 def check_adapter_names(model: Any, names: Set[str]) -> None:

@@ -106,7 +106,7 @@ def lora_options(words: Sequence[str] | None) -> dict[str, Any]:
     """The options by their names, as `LoraConfig` takes them.
 
     Raises:
-        InputError: an option is unknown to PEFT or to this trainer, has a flag of its own, or a value that it cannot have.
+        InputError: an option is unknown to PEFT or to this trainer, has a flag of its own, or an impossible value.
     """
     found = key_values(FLAG, words or ())
     known = {field.name for field in dataclasses.fields(LoraConfig)}
