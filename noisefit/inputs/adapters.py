@@ -98,7 +98,7 @@ def add_adapter(
     if os.path.isdir(name):
         config.base_model_name_or_path = os.path.abspath(name)
     else:  # the very files, whatever becomes of the branch or tag
-        config.revision = getattr(model.config, "_commit_hash", None) or settings.model_revision
+        config.revision = settings.model_revision
     if begins_with_base:
         config.init_lora_weights = True  # as it is saved
         adapted.taken_from_base = taken

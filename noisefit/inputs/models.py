@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from noisefit.base.settings import setting
 from noisefit.fork.decoder import find_decoder_layers
@@ -62,7 +63,7 @@ class ModelSettings:
         choices=("none", "8bit", "4bit"),
     )  # fmt: skip
     model_revision: str | None = setting(
-        None, "branch, tag or commit of a model on the hub; the commit that it stands for is recorded either way",
+        None, "branch, tag or commit of a model on the hub; default: main. The run's record has the commit either way",
         metavar="REV",
     )  # fmt: skip
 
@@ -75,6 +76,18 @@ def load_config(model: str, trust_remote_code: bool, revision: str | None = None
     with loading("--model", model, "a model", revision):
         how: Any = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
         return checked_config(AutoConfig.from_pretrained(model, **how))
+
+
+def commit_of(model: str, revision: str | None) -> str | None:
+    """The commit that a branch, tag or commit of a model on the hub stands for; `None` for a folder, and where the
+    hub's client does not know. Raises `InputError` as `load_config`."""
+    check_model_name("--model", model)
+    check_revision(model, revision)
+    if Path(model).is_dir():
+        return None
+    with loading("--model", model, "a model", revision):
+        # Where its files lie in the cache: newer transformers keep it nowhere else.
+        return extract_commit_hash(cached_file(model, "config.json", revision=revision or "main"), None)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -97,15 +110,20 @@ def check_model(
             that this machine cannot do.
     """
     check_quantization(settings.quantization, training=True)
-    empty = build_empty(model, config, trust_remote_code)
+    empty = build_empty(settings, model, config, trust_remote_code)
     num_layers, embeddings = len(find_decoder_layers(empty)), empty.get_input_embeddings()
     if not settings.full_finetune:
         add_adapter(settings, empty, model, resumed=True, told=True)
     return num_layers, len(embeddings.weight)
 
 
-def build_empty(name: str, config: PreTrainedConfig, trust_remote_code: bool, **options: Any) -> Any:
+def build_empty(
+    settings: ModelSettings, name: str, config: PreTrainedConfig, trust_remote_code: bool, **options: Any
+) -> Any:
     """The model on the `meta` device, without weights. Raises `InputError` where it is no causal language model."""
+    code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if settings.model_revision and trust_remote_code and str(code).partition("--")[0] == name:
+        options["code_revision"] = settings.model_revision  # else the code would be that of the main branch
     with loading("--model", name, "a causal language model"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
@@ -159,6 +177,8 @@ def load_base(
     """
     options = {"dtype": dtype} | attention_options(settings)
     options |= quantization_options(settings.quantization, frozen_dtype(accelerator), accelerator.device)
+    if settings.model_revision is not None and not Path(name).is_dir():  # a folder: a checkpoint of --full_finetune
+        options["revision"] = settings.model_revision
     with loading("--model", name, "weights as safetensors"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **options

@@ -26,7 +26,10 @@ def model_card(settings: Settings, tokens: int) -> str:
     library = "transformers" if whole else "peft"
     metadata = ModelCardData(base_model=name, library_name=library, pipeline_tag="text-generation", tags=tags)
     base, output = json.dumps(name), json.dumps(settings.output_model)
-    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {output})"
+    pinned, at = base, ""
+    if settings.model_revision is not None:
+        pinned, at = f"{base}, revision={json.dumps(settings.model_revision)}", f" at {code(settings.model_revision)}"
+    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({pinned}), {output})"
     if whole:
         load = f"AutoModelForCausalLM.from_pretrained({output})"
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in sorted(settings.record().items()))
@@ -36,8 +39,9 @@ def model_card(settings: Settings, tokens: int) -> str:
 
 # {code(Path(settings.output_model).resolve().name)}
 
-{"A full model" if whole else "A LoRA adapter"} for {code(name)}, trained on {code(Path(settings.train_data).name)} with
-the NoiseFiT trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
+{"A full model" if whole else "A LoRA adapter"} for {code(name)}{at}, trained on
+{code(Path(settings.train_data).name)} with the NoiseFiT trainer
+([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
 {what_it_learnt(settings)}.
 It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that
 got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
