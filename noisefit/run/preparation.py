@@ -24,6 +24,7 @@ from noisefit.run.contradictions import without_effect
 from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
+from noisefit.run.optimizers import try_optimizer
 from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
@@ -91,6 +92,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_processes(accelerator, settings.quantization)
     check_compiling(accelerator, settings.gradient_checkpointing)
     check_checkpointing(settings.gradient_checkpointing, accelerator.device)
+    try_optimizer(settings, accelerator.device, sharded=accelerator.is_fsdp2)
 
     settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer))
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)

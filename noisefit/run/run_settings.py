@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from noisefit.base.settings import setting
 from noisefit.run.method_settings import ABOVE_ZERO, COUNT, NON_NEGATIVE, POSITIVE, SHARE
+from noisefit.run.optimizers import OPTIMIZERS
 
 # Schedules that need no further numbers.
 SCHEDULES = (
@@ -56,7 +57,16 @@ class StepSettings:
     learning_rate: float = setting(5e-5, "highest learning rate of the schedule", **ABOVE_ZERO)
     lr_scheduler_type: str = setting("cosine", "how the learning rate falls", choices=SCHEDULES)
     warmup_ratio: float = setting(0.0, "share of the steps in which the learning rate rises", **SHARE)
-    weight_decay: float = setting(0.0, "weight decay of AdamW", **NON_NEGATIVE)
+    weight_decay: float = setting(0.0, "weight decay of the optimizer", **NON_NEGATIVE)
+    optim: str = setting(
+        "adamw_torch", "the optimizer, as transformers names it: adafactor keeps next to nothing, 8-bit ones a quarter "
+        "of AdamW's memory, paged ones share it with the CPU (both need: pip install bitsandbytes); with an adapter "
+        "there is little to save", choices=tuple(OPTIMIZERS),
+    )  # fmt: skip
+    optim_args: list[str] | None = setting(
+        None, "further arguments of the optimizer's class, such as betas=0.9,0.95 momentum=0.9", metavar="KEY=VALUE",
+        whole_words=True,
+    )  # fmt: skip
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: never", **NON_NEGATIVE)
     max_bad_steps: int = setting(
         10, "a step whose loss or gradient is not finite is skipped; so many in a row end the run", **POSITIVE

@@ -28,6 +28,7 @@ from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
 from noisefit.run.contradictions import check_objective
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
+from noisefit.run.optimizers import optimizer_words
 from noisefit.run.run_settings import FileSettings, KillSettings, RecordSettings, StepSettings
 
 GROUPS: dict[str, type] = {
@@ -73,6 +74,7 @@ class Settings(
             check_date(self.prompt_date)
         check_objective(self)
         object.__setattr__(self, "lora", check_lora(self))
+        object.__setattr__(self, "optim_args", optimizer_words(self.optim_args))
 
     def record(self) -> dict[str, Any]:
         """What defines the run, by name, in the order of `--help`: it repeats the run when given as `--config`."""
