@@ -22,7 +22,6 @@ from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_r
 from noisefit.run.compiling import check_compiling
 from noisefit.run.contradictions import without_effect
 from noisefit.run.knowledge import by_what_is_known
-from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
 from noisefit.run.optimizers import try_optimizer
 from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
@@ -30,6 +29,7 @@ from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
 from noisefit.run.rows import list_rows, make_rows
 from noisefit.run.settings import Settings
+from noisefit.run.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     model, trusted = settings.model, settings.trust_remote_code
     notice(without_effect(settings))
     check_output(settings, output)
-    check_tracker(settings.report_to)
+    check_trackers(settings.report_to)
     check_chat_template(settings.chat_template)
     # What decides on rows needs them in a list; other large files are tokenized into one that lies on the disk.
     rows = list_rows(settings.train_data, always=settings.unknown_rows != "keep")
@@ -87,8 +87,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_policy(settings, num_layers)
     settings = _within_positions(settings, config)
 
-    tracker = None if settings.report_to == "none" else settings.report_to
-    accelerator = start_accelerator(log_with=tracker, project_dir=settings.output_model)
+    accelerator = start_accelerator(project_dir=settings.output_model)
     check_processes(accelerator, settings.quantization)
     check_compiling(accelerator, settings.gradient_checkpointing)
     check_checkpointing(settings.gradient_checkpointing, accelerator.device)

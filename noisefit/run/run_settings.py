@@ -18,6 +18,19 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+NO_TRACKER = "none"
+# Accelerate's names, which are those of the modules, and what installs each.
+TRACKERS = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "comet_ml": "comet-ml",
+    "aim": "aim",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,5 +105,8 @@ class RecordSettings:
 
     logging_steps: int = setting(5, "a line of metrics every so many steps", **POSITIVE)
     eval_steps: int = setting(0, "evaluate every so many steps; 0: after each epoch", **COUNT)
-    report_to: str = setting("none", "where metrics go besides metrics.jsonl", choices=("none", "wandb", "tensorboard"))
+    report_to: list[str] = setting(
+        [NO_TRACKER], "where metrics go besides metrics.jsonl, one or several of accelerate's trackers; trackio needs "
+        "no account and no network", choices=(NO_TRACKER, *TRACKERS),
+    )  # fmt: skip
     run_name: str | None = setting(None, "name of the run there; default: the output folder's")
