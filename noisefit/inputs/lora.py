@@ -140,9 +140,7 @@ def check_lora(settings: Any) -> list[str] | None:
     if moves_base(options):
         where = f"{FLAG} init_lora_weights={init} takes a part of the base model's weights into the adapter"
         if settings.quantization != "none":
-            raise InputError(
-                f"{where}, which --quantization {settings.quantization} has rounded; leave one of them out"
-            )
+            raise InputError(f"{where}, which --quantization {settings.quantization} rounds; leave one of them out")
         if settings.teacher == "base":
             raise InputError(f"{where}, so without its adapter the model is not the base model that --teacher base is; "
                              "leave one of them out")  # fmt: skip
