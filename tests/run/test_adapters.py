@@ -95,12 +95,11 @@ def test_it_resumes_bit_for_bit_and_peft_loads_what_was_trained(
         one, other = (load_file(tmp_path / part / name) for part in ("whole", "parts"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
 
+    if low == "bf16":  # what was rounded in training is not rounded here: only that is to differ
+        own = own.float()
     base = AutoModelForCausalLM.from_pretrained(model)
-    before = logits(base)
+    before, expected, tolerance = logits(base), logits(own), 0.3 if low == "bf16" else 2e-5
     loaded = PeftModel.from_pretrained(base, tmp_path / "whole")
-    tolerance = 0.3 if low == "bf16" else 2e-5  # in 16 bits the base is rounded, too
-    with torch.autocast("cpu", torch.bfloat16, enabled=low == "bf16"):
-        expected = logits(own)
     assert (expected - before).abs().max() > 0.5  # it has learnt
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=0, atol=tolerance)
@@ -128,11 +127,13 @@ def test_generate_answers_with_it(folders, questions, tmp_path):
     assert [score for _, score in merged] == pytest.approx([score for _, score in apart], abs=1e-4)
 
 
-@pytest.mark.parametrize("words", [["modules_to_save=embed_tokens,norm"], ["use_dora=true"], ["bias=none"],
-                                   ["trainable_token_indices=[5,6,7]"], ["init_lora_weights=orthogonal"]], ids=str)  # fmt: skip
-def test_teachers_are_right_whatever_is_trained(words):
+WHOLE = ["modules_to_save=embed_tokens,norm", "trainable_token_indices=[5,6,7]"]
+
+
+@pytest.mark.parametrize("word", [*WHOLE, "use_dora=true", "init_lora_weights=orthogonal", "bias=none"])
+def test_teachers_are_right_whatever_is_trained(word):
     base = tiny_model("llama", torch.float32).eval()
-    settings = ModelSettings(lora=words, target_modules=["q_proj"])
+    settings = ModelSettings(lora=[word], target_modules=["q_proj"])
     branched = BranchedModel(add_adapter(settings, tiny_model("llama", torch.float32), "m"), 7).eval()
     batch = tiny_batch((11, 11))
 
