@@ -33,7 +33,10 @@ def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any]
     """
     whole, name = settings.full_finetune, settings.model
     base, output = json.dumps(name), json.dumps(settings.output_model)
-    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {output})"
+    pinned, at = base, ""
+    if settings.model_revision is not None:
+        pinned, at = f"{base}, revision={json.dumps(settings.model_revision)}", f" at {code(settings.model_revision)}"
+    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({pinned}), {output})"
     if whole:
         load = f"AutoModelForCausalLM.from_pretrained({output})"
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in sorted(settings.record().items()))
@@ -49,8 +52,9 @@ def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any]
 
 # {code(Path(settings.output_model).resolve().name)}
 
-{"A full model" if whole else "A LoRA adapter"} for {code(name)}, trained on {code(Path(settings.train_data).name)} with
-the NoiseFiT trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
+{"A full model" if whole else "A LoRA adapter"} for {code(name)}{at}, trained on
+{code(Path(settings.train_data).name)} with the NoiseFiT trainer
+([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
 {what_it_learnt(settings)}.
 It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that
 got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
