@@ -14,12 +14,13 @@ from noisefit.fork.branches import NOISY
 from noisefit.run.settings import Settings
 
 
-def model_card(settings: Settings, tokens: int) -> str:
+def model_card(settings: Settings, tokens: int, best_step: int | None = None) -> str:
     """The model card, Markdown with the hub's metadata header.
 
     Args:
         settings: of the run.
         tokens: supervised tokens that it trained on.
+        best_step: of which step the model is, where it is not the last one.
     """
     whole, name = settings.full_finetune, settings.model
     tags = ["noisefit"] if whole else ["noisefit", "lora"]
@@ -29,6 +30,7 @@ def model_card(settings: Settings, tokens: int) -> str:
     load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {output})"
     if whole:
         load = f"AutoModelForCausalLM.from_pretrained({output})"
+    kept = f" It is that of step {best_step}, whose evaluation was the best." if best_step is not None else ""
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in sorted(settings.record().items()))
     return f"""---
 {metadata.to_yaml()}
@@ -39,8 +41,8 @@ def model_card(settings: Settings, tokens: int) -> str:
 {"A full model" if whole else "A LoRA adapter"} for {code(name)}, trained on {code(Path(settings.train_data).name)} with
 the NoiseFiT trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
 {what_it_learnt(settings)}.
-It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that
-got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
+It saw {tokens:,} supervised tokens.{kept} `layer_snr.json` has the signal-to-noise ratio of every layer and the layers
+that got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
 
 {fence(f"model = {load}")}
 

@@ -25,9 +25,15 @@ from noisefit.base.settings import add_flags, check_fields, fields_of
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
-from noisefit.run.contradictions import check_objective
+from noisefit.run.contradictions import check_evaluation, check_objective
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
-from noisefit.run.run_settings import FileSettings, KillSettings, RecordSettings, StepSettings
+from noisefit.run.run_settings import (
+    EvaluationSettings,
+    FileSettings,
+    KillSettings,
+    RecordSettings,
+    StepSettings,
+)
 
 GROUPS: dict[str, type] = {
     "what goes in and what comes out": FileSettings,
@@ -39,16 +45,18 @@ GROUPS: dict[str, type] = {
     "the model": ModelSettings,
     "the prompts": PromptSettings,
     "kills": KillSettings,
+    "what is looked at while it trains": EvaluationSettings,
     "records": RecordSettings,
 }
 # Of one run alone: a repetition of it has its own.
 NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output")
+PASSED_OVER = ("noisefit_version", "best")  # what noisefit_config.json says besides
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(
-    RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings, CalibrationSettings,
-    NoiseSettings, LossSettings, FileSettings,
+    RecordSettings, EvaluationSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings,
+    CalibrationSettings, NoiseSettings, LossSettings, FileSettings,
 ):  # fmt: skip
     """All settings of a training, checked: each value, and those that contradict each other.
 
@@ -71,6 +79,7 @@ class Settings(
         if self.prompt_date is not None:
             check_date(self.prompt_date)
         check_objective(self)
+        check_evaluation(self)
 
     def record(self) -> dict[str, Any]:
         """What defines the run, by name, in the order of `--help`: it repeats the run when given as `--config`."""
@@ -111,5 +120,5 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
             each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=("noisefit_version",))))
+    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=PASSED_OVER)))
     return Settings(**{"model": "", "train_data": ""} | given)

@@ -145,7 +145,8 @@ def test_interrupted_while_it_loads_it_says_so_in_a_line(llama_folder, questions
 
 
 POLICY = dict(kind="snr", layers=[0], base_stds=[], snr=[2.0, 1.0, 1.0, 1.0], calibration=None)
-VARIABLES = dict(seen_targets=9, bad_steps=0, policy=POLICY, strategy="fork", total_steps=9)
+STANDING = dict(stale=0, best=None)
+VARIABLES = dict(seen_targets=9, bad_steps=0, policy=POLICY, strategy="fork", total_steps=9, standing=STANDING)
 
 
 def save_again(saver: Checkpoints) -> None:
