@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,12 +27,14 @@ from noisefit.answers.settings import DrawSettings
 from noisefit.base.errors import InputError, notice
 from noisefit.base.meeting import apart
 from noisefit.fork.decoder import find_causal_lm, find_decoder_layers
+from noisefit.inputs.conversations import Message
 from noisefit.inputs.prompts import Example
 from noisefit.inputs.templates import prompt_text
 from noisefit.run.evaluation import prompt_of
 from noisefit.run.preparation import Prepared
 
 MARK = "\N{SECTION SIGN}question\N{SECTION SIGN}"  # in place of a question, to find what a template puts around it
+ANSWERED = "\N{SECTION SIGN}answer\N{SECTION SIGN}"  # likewise
 
 
 @dataclass(frozen=True)
@@ -121,20 +123,33 @@ class TrainingSampler:
         return means | {"answered": len(samples)}
 
     def _scored(self, example: Example, answer: Answer) -> Sample:
-        before, after = self._question(example), example.input_ids[len(prompt_of(example)) :]
+        (shown, question), after = self._asked(example), example.input_ids[len(prompt_of(example)) :]
         reference = self.ending.text(self.ending.own_tokens(after))
-        prompt = Prompt(before, reference, (answer.text,))
+        prompt = Prompt(shown, reference, (answer.text,), question=question)
         logprob = answer.logprob if math.isfinite(answer.logprob) else None
         rate = score_prompt(prompt)["hallucination_rate"]
-        return Sample(before, reference, answer.text, logprob, answer.tokens, outcome(prompt, answer.text), rate)
+        return Sample(shown, reference, answer.text, logprob, answer.tokens, outcome(prompt, answer.text), rate)
 
-    def _question(self, example: Example) -> str:
-        """The text of a prompt as its file has it, without what the chat template puts around a single question."""
+    def _asked(self, example: Example) -> tuple[str, str]:
+        """The text of a prompt without what the chat template puts around a single question, and its last question.
+
+        The rows' own texts are not kept, so both are read from the tokens. A conversation has the template's marks
+        between its turns.
+        """
         text = str(self.tokenizer.decode(prompt_of(example), clean_up_tokenization_spaces=False))
         before, _, after = prompt_text(self.tokenizer, MARK).partition(MARK)
-        if text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
-            text = text[len(before) : len(text) - len(after)]
-        return text.strip()
+        text = text.removesuffix(after)
+        shown = question = text.removeprefix(before)
+        for mark in (before, self._between_turns()):
+            question = question.rpartition(mark)[2] if mark else question
+        return shown.strip(), question.strip()
+
+    def _between_turns(self) -> str:
+        """What the chat template puts between an answer and the next question; empty where it shows no such turns."""
+        turns = (Message("user", MARK), Message("assistant", ANSWERED))
+        with suppress(InputError):
+            return prompt_text(self.tokenizer, MARK, turns).rpartition(ANSWERED)[2].partition(MARK)[0]
+        return ""
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

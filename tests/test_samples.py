@@ -11,15 +11,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from running import metrics_of, run, run_generate, start, wait, words
-from tiny_models import tiny_model
 from tiny_folder import byte_tokenizer
+from tiny_models import tiny_model
 
 from noisefit import score
 from noisefit.base.random_state import random_state
 from noisefit.fork.branches import BranchedModel
-from noisefit.inputs.prompts import make_examples
+from noisefit.inputs.conversations import Message
+from noisefit.inputs.prompts import make_examples, prompt_ids
 from noisefit.inputs.tables import Row
 from noisefit.inputs.templates import set_chat_template
+from noisefit.run.evaluation import prompt_of
 from noisefit.run.settings import Settings
 from noisefit.samples import TrainingSampler
 
@@ -183,9 +185,26 @@ def test_question_and_reference_are_those_of_the_file(template, sampler):
     set_chat_template(sampler.tokenizer, template)
     rows = [*ROWS, ("Ünïcode  and\nlines §?", "So it is: «yes»\n\nit is.")]
     for example, row in zip(examples_of(sampler, rows), rows, strict=True):
-        assert sampler._question(example) == row[0]
+        assert sampler._asked(example) == (row[0], row[0])
         reference = example.input_ids[example.target_start :]
         assert sampler.ending.text(sampler.ending.own_tokens(reference)) == row[1]
+
+
+@pytest.mark.parametrize("template", ["chatml", "alpaca"])
+@pytest.mark.parametrize("loss_on", ["response", "last"])
+def test_of_a_conversation_the_last_answer_is_asked_for_and_judged_by_the_last_question(loss_on, template, sampler):
+    sampler.tokenizer.chat_template = None
+    set_chat_template(sampler.tokenizer, template)
+    turns = (Message("system", "Be brief."), Message("user", "Who wrote Emma?"), Message("assistant", "Jane Austen."))
+    row = Row(1, "And where is Rome?", "Rome is in Italy.", history=turns)
+    *_, example = make_examples(sampler.tokenizer, [row], 500, loss_on)[0]
+    assert prompt_of(example) == prompt_ids(sampler.tokenizer, row.prompt, turns)
+    shown, question = sampler._asked(example)
+    assert question == row.prompt and all(turn.content in shown for turn in turns)
+    answer = SimpleNamespace(logprob=-1.5, tokens=9, text="In Italy.")
+    sample = sampler._scored(example, answer)
+    assert sample.outcome == "right" and sample.response == row.response and sample.prompt == shown
+    assert sampler._scored(example, SimpleNamespace(**vars(answer) | dict(text="Jane Austen."))).outcome == "wrong"
 
 
 def test_compiled_blocks_are_not_compiled_again_for_answers(sampler):

@@ -204,4 +204,4 @@ def check_answering(
 
 def prompt_of(example: Example) -> list[int]:
     """The tokens before the last answer of a row. The answer is what follows them."""
-    return example.input_ids[: example.target_start]
+    return example.input_ids[: example.spans[-1][0]]
