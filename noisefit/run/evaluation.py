@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError, notice
+from noisefit.base.files import sync_folder, writing
+from noisefit.base.meeting import apart
 from noisefit.fork.branches import CLEAN, Logits, Losses
 from noisefit.fork.tally import TokenTally
 from noisefit.inputs.batches import collate, count_targets, cut_step, steps_per_epoch
@@ -19,11 +21,11 @@ from noisefit.inputs.models import length_limit
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import cross_entropy
 from noisefit.run.metrics import Metrics
-from noisefit.run.output import keep_as_best
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.run_settings import METRICS
 from noisefit.run.settings import Settings
-from noisefit.run.standing import Best, Standing
+from noisefit.run.standing import BEST, Best, Standing
+from noisefit.run.weights import gather_weights, write_model
 
 if TYPE_CHECKING:
     from noisefit.run.preparation import Prepared
@@ -176,6 +178,20 @@ def evaluate(
     tokens = count_targets(examples)
     ce, hits, entropy = (value / tokens for value in accelerator.reduce(torch.cat([total, tally.sums]), "sum").tolist())
     return {"eval_ce_loss": ce, "eval_token_accuracy": hits, "eval_entropy": entropy, "eval_target_tokens": tokens}
+
+
+def keep_as_best(
+    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings,
+    output: OutputFolder,
+) -> None:  # fmt: skip
+    """Write the model as it is now to the folder `best`, in place of the one before. All processes call it."""
+    weights = gather_weights(accelerator, model, adapter_only=not settings.full_finetune)
+    with apart("keeping the best model") as is_main:
+        if is_main:
+            with writing(output.path / BEST), output.staging(BEST) as staged:
+                write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
+                sync_folder(staged)
+                output.place_folder(staged, BEST)
 
 
 def check_answering(

@@ -19,8 +19,9 @@ from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, write_json, writing
 from noisefit.base.meeting import apart
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
-from noisefit.run.card import model_card
+from noisefit.run.card import last_evaluation, model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints, read_state
+from noisefit.run.hub import push
 from noisefit.run.metrics import LINES
 from noisefit.run.noise_policy import as_file
 from noisefit.run.output_folder import PREVIOUS, SCRATCH, OutputFolder
@@ -242,28 +243,16 @@ def save_model(
                 if best:
                     copy_best(output, staged)
                     write_json(staged / CONFIG, _config(settings) | {"best": _told(settings, best)})
+                    tokens = best.tokens
                 else:
                     write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
-                card = model_card(settings, best.tokens if best else tokens, best.step if best else None)
+                step = best.step if best else None
+                card = model_card(settings, tokens, last_evaluation(output.path / LINES[1], step), step)
                 (staged / "README.md").write_text(card, encoding="utf-8")
                 sync_folder(staged)
                 output.move_in(staged)
                 output.drop_previous()
                 drop_best(output)
-
-
-def keep_as_best(
-    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings,
-    output: OutputFolder,
-) -> None:  # fmt: skip
-    """Write the model as it is now to the folder `best`, in place of the one before. All processes call it."""
-    weights = gather_weights(accelerator, model, adapter_only=not settings.full_finetune)
-    with apart("keeping the best model") as is_main:
-        if is_main:
-            with writing(output.path / BEST), output.staging(BEST) as staged:
-                write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
-                sync_folder(staged)
-                output.place_folder(staged, BEST)
 
 
 def _told(settings: Settings, best: Best) -> dict[str, Any]:
@@ -282,3 +271,14 @@ def where_things_are(settings: Settings, best: Best | None = None) -> list[str]:
         f"pictures of it: python -m noisefit.report {output}",
         f"next, let it answer: accelerate launch generate.py {flag} {output} --input_csv {data}",
     ]
+
+
+def push_output(settings: Settings, output: OutputFolder) -> None:
+    """Under `--push_to_hub`, push what the run left: it is whole by now, and stays so whatever comes of the push. The
+    main process does it; the others may end meanwhile.
+
+    Raises:
+        LocalError: it is not pushed; the line says why, and how to push it again.
+    """
+    if settings.push_to_hub is not None and on_main_process():
+        push(settings, output, RECORDS)

@@ -22,8 +22,9 @@ from noisefit.base.errors import LocalError
 from noisefit.method.teacher import MovingAverage
 from noisefit.run.checkpoint_files import find_checkpoint, list_checkpoints, read_state
 from noisefit.run.checkpoints import Checkpoints
+from noisefit.run.evaluation import keep_as_best
 from noisefit.run.file_record import RECORD
-from noisefit.run.output import keep_as_best, save_model
+from noisefit.run.output import save_model
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.settings import Settings
 from noisefit.run.standing import Best, bring_best
