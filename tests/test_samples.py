@@ -10,7 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from running import metrics_of, run, run_generate, start, wait, words
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_folder import byte_tokenizer
 from tiny_models import tiny_model
 
@@ -120,6 +122,49 @@ def test_two_processes_share_the_prompts_and_resume(llama_folder, files, tmp_pat
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     assert [line["prompt"] for line in lines(tmp_path / "out")] == [prompt for prompt, _ in ROWS[:3]] * 4
     assert lines(tmp_path / "out", "eval_metrics.jsonl")[-1]["answered"] == len(ROWS)
+
+
+class Tables:
+    """A client that keeps what it is given, and whose table fails at step 4."""
+
+    requires_logging_directory = False
+    made: list["Tables"] = []
+
+    def __init__(self, title, **options):
+        self.logged, self.tables = {}, []
+        self.made.append(self)
+
+    def log(self, values, step):
+        self.logged.setdefault(step, {}).update(values)
+
+    def log_table(self, name, columns, rows, step):
+        if step == 4:
+            raise OSError("no network")
+        self.tables.append((name, columns, rows, step))
+
+    def start(self):
+        pass
+
+    def store_init_configuration(self, values):
+        pass
+
+
+def test_trackers_get_the_rates_and_the_texts(llama_folder, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Tables)
+    out, flags = tmp_path / "out", TRAIN | SAMPLED | dict(sample_steps=2, save_steps=0, report_to="wandb,tensorboard")
+    run(llama_folder, output=out, **files, **flags)
+    found = lines(out)
+    [tracker] = Tables.made
+    [(name, columns, rows, step)] = tracker.tables
+    assert (name, step) == ("samples", 2) and [dict(zip(columns, row, strict=True)) for row in rows] == found[:3]
+    assert tracker.logged[2]["samples/wrong_rate"] == sum(line["outcome"] == "wrong" for line in found[:3]) / 3
+    assert "--report_to wandb failed at step 4, training goes on without it: no network" in capsys.readouterr().err
+    events = EventAccumulator(str(out / "noisefit"))
+    events.Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/text_summary")]
+    assert len(texts) == 2 and found[-1]["response"] in texts[1] and found[0]["prompt"] in texts[0]
+    assert [event.step for event in events.Scalars("samples/hallucination_rate")] == [2, 4]
+    assert "eval_token_accuracy" in tracker.logged[3] and "entropy" in tracker.logged[1]
 
 
 # --- One model, without a run -----------------------------------------------------------------------------------------

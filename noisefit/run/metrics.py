@@ -1,9 +1,8 @@
-"""Metrics: a line a logged step in `metrics.jsonl`, and the same numbers to wandb or TensorBoard where asked. Likewise
+"""Metrics: a line a logged step in `metrics.jsonl`, and the same numbers to the trackers where asked; likewise
 evaluations, and the answers to sampled prompts."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import statistics
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from noisefit.base.errors import InputError, notice
+from noisefit.base.errors import notice
 from noisefit.base.files import append_json_line, append_whole
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.fork.tally import TokenTally
@@ -28,25 +27,6 @@ from noisefit.run.runaway import describe_runaway
 from noisefit.run.settings import Settings
 
 LINES = ("metrics.jsonl", "eval_metrics.jsonl", "samples.jsonl")  # the files, in the output folder
-
-
-def check_tracker(report_to: str) -> None:
-    """Raise `InputError` where `--report_to` names a tracker that is not installed."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise InputError(f"--report_to {report_to}: not installed; pip install {report_to}")
-
-
-def start_trackers(accelerator: Accelerator, settings: Settings) -> None:
-    """Start what `--report_to` asks for. A tracker that fails costs a warning and not the run."""
-    if settings.report_to == "none":
-        return
-    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.record().items()}
-    name = settings.run_name or Path(settings.output_model).resolve().name
-    try:
-        accelerator.init_trackers("noisefit", config=plain, init_kwargs={"wandb": {"name": name}})
-    except Exception as error:  # whatever a tracker's client raises: no network, no key, a full disk
-        accelerator.trackers = []
-        notice(f"--report_to {settings.report_to} failed, training goes on without it: {' '.join(str(error).split())}")
 
 
 class Metrics:
@@ -218,28 +198,12 @@ class Metrics:
         if self.accelerator.is_main_process and lines:
             append_whole(self.samples_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         known = {f"samples/{name}": value for name, value in figures.items() if math.isfinite(value)}
-        self._track({"step": step} | known, lines)
+        self._track({"step": step} | known)
+        for tracker in self.accelerator.trackers if lines else ():
+            tracker.log_samples(lines, step)
 
-    def _track(self, line: dict[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
-        try:
-            self.accelerator.log(line, step=line["step"])
-            for tracker in self.accelerator.trackers if samples else ():
-                _show_samples(tracker, line["step"], samples)
-        except Exception as error:  # as in start_trackers
-            self.accelerator.trackers = []
-            reason = " ".join(str(error).split())
-            notice(f"the tracker failed at step {line['step']}, training goes on without it: {reason}")
-
-
-def _show_samples(tracker: Any, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-    """The texts, where a tracker has a place for them: a table, or in TensorBoard a text."""
-    if hasattr(tracker, "log_table"):
-        columns = list(samples[0])
-        tracker.log_table("samples", columns, [[sample[name] for name in columns] for sample in samples], step=step)
-    elif tracker.name == "tensorboard":
-        quoted = [f"{sample['prompt']}\n\n> {sample['generated_response']}\n\n({sample['outcome']}; reference: "
-                  f"{sample['response']})" for sample in samples]  # fmt: skip
-        tracker.log({"samples": "\n\n---\n\n".join(quoted)}, step=step)
+    def _track(self, line: dict[str, Any]) -> None:
+        self.accelerator.log(line, step=line["step"])
 
 
 def _finite(value: float) -> float | None:

@@ -19,7 +19,7 @@ from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, write_json, writing
 from noisefit.base.meeting import apart
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
-from noisefit.run.card import last_evaluation, model_card
+from noisefit.run.card import evaluation_of, model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints, read_state
 from noisefit.run.hub import push
 from noisefit.run.metrics import LINES
@@ -247,7 +247,8 @@ def save_model(
                 else:
                     write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
                 step = best.step if best else None
-                card = model_card(settings, tokens, last_evaluation(output.path / LINES[1], step), step)
+                evaluation = evaluation_of(output.path / "eval_metrics.jsonl", step)
+                card = model_card(settings, tokens, evaluation=evaluation, best_step=step)
                 (staged / "README.md").write_text(card, encoding="utf-8")
                 sync_folder(staged)
                 output.move_in(staged)
