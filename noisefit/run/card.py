@@ -75,13 +75,13 @@ NoiseFiT {noisefit.__version__}, torch {torch.__version__.split("+")[0]}.
 """
 
 
-def merged_card(name: str, base: str, adapter: Path, dtype: str, lines: Iterable[str]) -> str:
+def merged_card(name: str, base: str, revision: str | None, adapter: Path, dtype: str, lines: Iterable[str]) -> str:
     """The card of a model that an adapter was merged into; what the adapter's card says of data, evaluation, language
     and license goes along.
 
     Args:
         name: of the merged model.
-        base: the model that it was merged into.
+        base, revision: the model that it was merged into, and which of its revisions on the hub.
         adapter: its folder.
         dtype: of the saved weights.
         lines: what was found in merging, in words.
@@ -93,6 +93,7 @@ def merged_card(name: str, base: str, adapter: Path, dtype: str, lines: Iterable
         tags=["noisefit", "merged"] if recorded else ["merged"], eval_results=results or None,
         model_name=name if results else None, **{key: known.get(key) for key in CARRIED},
     )  # fmt: skip
+    at = f" at {code(revision)}" if revision else ""
     own = " `noisefit_config.json` has the settings of the adapter's training." if recorded else ""
     found = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)
     return f"""---
@@ -101,7 +102,7 @@ def merged_card(name: str, base: str, adapter: Path, dtype: str, lines: Iterable
 
 # {code(name)}
 
-{code(base)} with the adapter {code(adapter.resolve().name)} merged into its weights, in {dtype}, by the NoiseFiT
+{code(base)}{at} with the adapter {code(adapter.resolve().name)} merged into its weights, in {dtype}, by the NoiseFiT
 trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)).{own}
 
 {found}

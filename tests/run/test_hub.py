@@ -21,7 +21,7 @@ from noisefit import push as push_program
 from noisefit.base.errors import InputError, LocalError
 from noisefit.run.card import evaluation_of, evaluation_results, model_card
 from noisefit.run.contradictions import without_effect
-from noisefit.run.hub import PUBLISHED, check_repository, make_repository, publishable
+from noisefit.run.hub import PUBLISHED, check_repository, make_repository, publishable, reason_of
 from noisefit.run.output import RECORDS
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.run_settings import HubSettings
@@ -287,6 +287,11 @@ def test_what_no_run_left_is_not_pushed(hub, tmp_path):
     done = pushed(tmp_path)
     assert done.returncode == 2 and "no run left a whole model there" in done.stderr
     assert call(push_program.main, tmp_path, "a/b/c").returncode == 2 and not hub.requests
+
+
+def test_no_reason_holds_the_token(connected):
+    for error in (ValueError(f"x {TOKEN} y"), OSError(TOKEN)):
+        assert TOKEN not in reason_of(error) and "***" in reason_of(error)
 
 
 def test_the_token_as_a_flag_leaves_the_command_line(hub, output, monkeypatch):
