@@ -38,23 +38,23 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
     rounds: Counter[str] = Counter()
     without: list[int] = []
     for row, record in read_records(path, (*NEEDED, by) if by else NEEDED):
-        prompt, reference = (text_cell(path, row, column, record.get(column)) for column in NEEDED[:2])
+        prompt, reference = (answer_cell(path, row, column, record.get(column)) for column in NEEDED[:2])
         if not prompt or not reference:
             raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
         facts = {
             "response": reference,
-            **{column: text_cell(path, row, column, record.get(column)) for column in ("answer", "question")},
+            **{column: answer_cell(path, row, column, record.get(column)) for column in ("answer", "question")},
             **{column: texts_cell(path, row, column, record.get(column)) for column in ALIASES},
         }
         if by and by not in ALIASES:
-            facts[by] = text_cell(path, row, by, record.get(by))
+            facts[by] = answer_cell(path, row, by, record.get(by))
         entry = found.setdefault(prompt, {"facts": facts, "answers": [], "logprobs": [], "row": row, "empty": False})
         for column, value in facts.items():
             if entry["facts"][column] != value:
                 raise InputError(f"{path}: rows {entry['row']} and {row} give one prompt two values of {column!r}")
         entry["empty"] |= is_unanswerable(record, facts["answer"], facts["answers"] or facts["aliases"])
         answer = BEFORE_ABSTAINING if before_abstaining and BEFORE_ABSTAINING in record else NEEDED[2]
-        entry["answers"].append(text_cell(path, row, answer, record.get(answer)))
+        entry["answers"].append(answer_cell(path, row, answer, record.get(answer)))
         logprob = _logprob(path, row, record.get(LOGPROB))
         entry["logprobs"].append(logprob)
         without += [row] if logprob is None else []
@@ -79,6 +79,11 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
         for prompt, entry in found.items()
         for facts in [entry["facts"]]
     ]  # fmt: skip
+
+
+def answer_cell(path: str, row: int, column: str, value: Any) -> str:
+    """`text_cell` of a file of answers: in JSON Lines a truth or a group may be a number, which is its text here."""
+    return text_cell(path, row, column, str(value) if isinstance(value, int | float) else value)
 
 
 def is_unanswerable(record: Mapping[str, Any], answer: Collection[str], listed: Collection[str]) -> bool:
