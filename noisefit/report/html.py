@@ -34,7 +34,8 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom } th:first-chi
 .scroll td { max-width: 26rem; overflow-wrap: break-word }
 .card { background: var(--card); border-radius: 8px; padding: .8em 1em; margin: .8em 0 }
 .card p { margin: .3em 0 } .card table { width: 100% } .card td, .card th { padding: .3em .4em; text-align: left }
-.card th, .card td:not(.said), .run { white-space: nowrap } .card td:not(.said) { width: 1% } .card tr:last-child td { border: 0 }
+.card th, .card td:not(.said), .run { white-space: nowrap } .card td:not(.said) { width: 1% }
+.card tr:last-child td { border: 0 }
 .right { color: var(--right) } .wrong { color: var(--wrong) } .not_attempted { color: var(--none) }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em }
 @media (max-width: 500px) { .card { padding: .7em .6em } .card td, .card th { padding: .3em .25em } }"""

@@ -123,7 +123,7 @@ def test_names_prompts_and_answers_are_text_and_every_part_is_there(browser, pag
         assert SHOWN in page.locator(f"#{part}").inner_text(), part
     prompt = page.locator("#samples .card", has_text="Who?")
     assert prompt.locator("tr").evaluate_all("all => all.map(row => row.children.length)") == [4, 4, 4]
-    assert "5–10" in prompt.inner_text() and "✗ wrong" in prompt.inner_text() and "✓ right" in prompt.inner_text()
+    assert "10–15" in prompt.inner_text() and "✗ wrong" in prompt.inner_text() and "✓ right" in prompt.inner_text()
     assert "<b onclick=1>.jsonl" in page.locator("#answers th").all_inner_texts()
     # What a text turns round stays within its own element: the reference's label stands on the left of it.
     label, reference = prompt.locator("p span").evaluate_all("all => all.map(one => one.getBoundingClientRect().left)")
