@@ -18,9 +18,9 @@ from noisefit.base.command_line import (
     without_token,
 )
 from noisefit.base.errors import InputError
+from noisefit.base.help import add_help
 from noisefit.base.refusal import REFUSAL
 from noisefit.base.settings import add_flags, check_fields, fields_of, not_default, setting
-from noisefit.inputs.templates import check_date
 
 # In the settings that are recorded beside answers, and no flags.
 VERSION, ABOUT = "noisefit_version", "about"
@@ -120,6 +120,9 @@ GROUPS: dict[str, type] = {
     "how sure it is": ConfidenceSettings,
     "the model": AnswerModelSettings,
 }
+# The ten that `--help` shows with what they do; the others it names.
+FIRST = ("model_path", "model_id", "input_csv", "output_csv", "rounds", "max_new_tokens", "temperature", "greedy",
+         "seed", "abstain_below")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,8 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
         if self.abstain_below is None and "refusal" in not_default(self):
             raise InputError("--refusal says what --abstain_below answers; give a threshold there, or leave it out")
         if self.prompt_date is not None:
+            from noisefit.inputs.templates import check_date  # here, as it takes a second to import
+
             check_date(self.prompt_date)
 
     def record(self) -> dict[str, Any]:
@@ -187,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     add_flags(parser, GROUPS)
     add_switches(parser)
@@ -196,6 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="any of these flags from a YAML file, or the .settings.json beside answers; the command line wins",
     )  # fmt: skip
     add_token(where_from)
+    add_help(parser, FIRST)
     return parser
 
 
