@@ -53,7 +53,7 @@ from noisefit.base.meeting import apart
 from noisefit.base.settings import names_of
 from noisefit.inputs.noise_records import read_noise
 from noisefit.inputs.prompts import naming_row, prompt_ids
-from noisefit.inputs.tables import BEFORE_ABSTAINING, describe_skipped, read_prompts
+from noisefit.inputs.tables import BEFORE_ABSTAINING, SomeRows, describe_skipped, read_prompts
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.run.processes import check_processes, finish, progress_bar, start_accelerator
 
@@ -167,7 +167,8 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
             answers = done | {key: answer for part in fresh for key, answer in part.items()}
             about = {"answers": output.name, "prompts": len(jobs), "base_model": base, "base_model_commit": commit,
                      "model_fingerprint": record["model"], "input_sha256": record["input"], "prompt_date": today,
-                     "device": str(accelerator.device.type), "processes": accelerator.num_processes}  # fmt: skip
+                     "device": accelerator.device.type, "processes": accelerator.num_processes,
+                     "skipped": SomeRows.of(skipped)._asdict()}  # fmt: skip
             write_all(settings, output, records, answers, about)
     journal.remove()
     notice(f"the answers are in {output}")

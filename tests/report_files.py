@@ -59,7 +59,7 @@ def write_hostile_answers(path):
     path.write_text(json_lines(answer_lines(PROMPTS, rounds)).replace("\\ud800", ""))
     settings = {
         "noisefit_version": "0.1.0",
-        "about": {"device": "cpu"},
+        "about": {"skipped": {"number": 2, "first": [4, 9]}},
         "temperature": 0.5,
         "refusal": EVIL,
         "seed": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,12 +40,12 @@ PLAIN = {"auroc": "AUROC of confidence", "brier": "Brier score", "ece": "Calibra
 @dataclass(frozen=True)
 class AnswerFile:
     """A file of answers: what tells it from the others, its prompts with their outcomes, all figures with their
-    intervals, and the settings recorded beside it, where there are any."""
+    intervals, and what is recorded beside it, where that is there: the settings, and the rows without a prompt."""
 
     name: str
     assessed: list[Assessed]
     figures: dict[str, Any]
-    drawing: dict[str, str] | None
+    drawing: tuple[dict[str, str], tuple[int, list[int]]] | None
 
     @property
     def has_curve(self) -> bool:
@@ -62,14 +63,13 @@ def read_answer_files(paths: Sequence[str], more: Sequence[str] = ()) -> list[An
     Raises:
         InputError: as `read_answers`.
     """
-    different = list({Path(path).resolve(): path for path in reversed(paths)}.values())[::-1]
+    different = list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
     found = []
     for path, name in zip(different, short_names([Path(path) for path in different], keep_last=True), strict=True):
         assessed = with_entropy(assess(read_answers(path, None), more), same_by_words(more))
         figures = dict(summarize([item.prompt for item in assessed])) | with_intervals(assessed)
         figures |= {kind: sum(item.outcomes.count(kind) for item in assessed) for kind in OUTCOMES}
-        settings = Path(path).resolve()
-        drawing = read_drawing(settings.with_name(f"{settings.name}.settings.json"))
+        drawing = read_drawing(Path(f"{os.path.realpath(path)}.settings.json"))
         found.append(AnswerFile(name, assessed, figures, drawing))
     return found
 
@@ -93,7 +93,7 @@ def answers_section(files: Sequence[AnswerFile], most: int) -> str:
         said = f"{file.figures['answers']} answers to {len(file.assessed)} prompts: {counts}."
         inside = [f"<p>{text(said)} {text(_not_shown(file.assessed, shown))}</p>"]
         if file.drawing:
-            inside.append(details("How they were drawn", table(["Setting", "Value"], list(file.drawing.items())),
+            inside.append(details("How they were drawn", table(["Setting", "Value"], list(file.drawing[0].items())),
                                   is_open=False))  # fmt: skip
         inside += [card(item.prompt.prompt, item.prompt.reference, "Rounds", _rows(item)) for item in shown]
         parts.append(details(file.name, *inside, is_open=len(files) == 1))
@@ -172,6 +172,12 @@ def lacking(files: Sequence[AnswerFile]) -> Mapping[str, list[str]]:
             lines.append(f"No curve of risk and coverage: {why}.")
         if file.drawing is None:
             lines.append("No settings are recorded beside it, so the page does not say how the answers were drawn.")
+        elif file.drawing[1][0]:
+            number, first = file.drawing[1]
+            rows = "1 row of its input has" if number == 1 else f"{number:,} rows of its input have"
+            lines.append(
+                f"{rows} no prompt, so no answer (row {', '.join(map(str, first))}{', …' * (len(first) < number)})."
+            )
     return found
 
 

@@ -16,6 +16,7 @@ SAMPLE = {"step": NUMBER, "prompt": TEXT, "response": Maybe(TEXT), "generated_re
 SOURCE = {"source": TEXT, "rows": COUNT}
 SOME = {"number": COUNT, "first": [COUNT]}
 UNKNOWN = SOME | {"treatment": TEXT, "below": NUMBER, "unscored": COUNT}
+DRAWING = {"about": {"skipped": Maybe(SOME)}}
 ROWS = {"train": [OBJECT], "eval": (OBJECT,), "unknown": Maybe(UNKNOWN)}
 NAMED = 5  # lines that cannot be read
 
@@ -101,10 +102,17 @@ def _source(entry: dict[str, Any], where: str) -> SourceRecord:
     return SourceRecord(about["source"], about["rows"], {key: (s["number"], s["first"]) for key, s in some.items()})
 
 
-def read_drawing(path: Path) -> dict[str, str] | None:
-    """The settings beside answers, by name, those that are set; `None` where there is no such file."""
-    content = read_object(path, {})
+def read_drawing(path: Path) -> tuple[dict[str, str], tuple[int, list[int]]] | None:
+    """What stands beside answers: the settings that are set, by name; and how many rows of the input had no prompt,
+    with the numbers of the first. `None` where there is no such file.
+
+    Raises:
+        InputError: it is none that `generate.py` wrote.
+    """
+    content = read_object(path, DRAWING)
     if content is None:
         return None
     plain = {name: value for name, value in content.items() if value is not None and not isinstance(value, dict)}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
+    skipped = content["about"]["skipped"] or {"number": 0, "first": []}
+    words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in plain.items()}
+    return words, (skipped["number"], skipped["first"])

@@ -102,7 +102,7 @@ def short_names(folders: Sequence[Path], keep_last: bool = False) -> list[str]:
     """Of each path the last parts that tell it from the others, without those that all of them end with, but for the
     last where that is to be kept."""
     ends = [Path(os.path.abspath(folder)).parts for folder in folders]
-    for kept in range(max(map(len, ends)), 0, -1):
+    for kept in range(max(map(len, ends), default=0), 0, -1):
         cut = [end[-kept:] for end in ends]
         ends = cut if len(set(cut)) == len(set(ends)) else ends
     while not keep_last and len(ends) > 1 and all(len(end) > 1 for end in ends) and len({end[-1] for end in ends}) == 1:
@@ -171,9 +171,9 @@ def read_run(folder: Path, name: str) -> Run:
 OPTIONAL = {
     "noisefit_config.json": "its settings",
     "layer_snr.json": "its layers",
-    "eval_metrics.jsonl": "an evaluation: the run has no evaluation rows, or did not come to it yet",
-    "samples.jsonl": "samples: --sample_steps of train_loop.py has a run draw them",
-    "rows.json": "the rows that were left out: the run is older than this record; it told of them on its screen",
+    "eval_metrics.jsonl": "an evaluation (the run has no rows for one, or did not come to it yet)",
+    "samples.jsonl": "samples (--sample_steps of train_loop.py has a run draw them)",
+    "rows.json": "which rows were left out (the run is older than this record; it said so on its screen)",
 }
 
 

@@ -121,6 +121,7 @@ def test_the_settings_beside_the_answers_repeat_them(llama_folder, asked, tmp_pa
     about = recorded["about"]
     assert (about["answers"], about["prompts"], about["processes"], about["device"]) == ("a.jsonl", 3, 1, "cpu")
     assert about["versions"]["transformers"] == transformers.__version__ and about["versions"]["torch"]
+    assert about["skipped"] == {"number": 0, "first": []}
     assert len(about["model_fingerprint"]) == len(about["input_sha256"]) == 64
     assert about["prompt_date"] == recorded["prompt_date"] is not None and about["base_model"] == str(llama_folder)
     assert "secret" not in (tmp_path / "a.jsonl.settings.json").read_text() and "overwrite_output" not in recorded
