@@ -54,8 +54,8 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
             stack.enter_context(replacing(path)).write_bytes(content)
 
 
-def report(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = OneLineParser(
         prog="python -m noisefit.report",
         description="A page on training runs and on answers, with pictures, from the files that they left.",
@@ -66,7 +66,7 @@ def report(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answers", nargs="+", action="extend", type=a_path, default=[], metavar="FILE",
                         help="answers of generate.py, with the column response")  # fmt: skip
     parser.add_argument("--show", type=_count, default=50, metavar="N",
-                        help="prompts of each such file, those with wrong answers first (default: 50)")  # fmt: skip
+                        help="prompts of each file of answers, those with wrong ones first (default: 50)")  # fmt: skip
     parser.add_argument("--refusals", type=a_path, metavar="FILE", help="further phrases that refuse, one a line")
     parser.add_argument(
         "--output",
@@ -74,7 +74,12 @@ def report(argv: Sequence[str] | None = None) -> None:
         default="report",
         help="for OUTPUT.png and OUTPUT.html; older reports are replaced",
     )
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def report(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    args = build_parser().parse_intermixed_args(argv)
     if not args.runs and not args.answers:
         raise InputError("give RUN, the output folder of a training, or --answers FILE, or both; see --help")
     png, html = output_paths(args.output)
