@@ -133,6 +133,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not lines:
         raise InputError(f"{folder / 'metrics.jsonl'}: no step was logged yet")
     evaluations = read_lines(folder / "eval_metrics.jsonl", EVALUATION)
+    layers = read_layers(folder)
     samples, unreadable = read_samples(folder / "samples.jsonl")
     of_layers = [line.pop("layer_noise_to_signal") for line in lines]
     rms = [
@@ -154,7 +155,7 @@ def read_run(folder: Path, name: str) -> Run:
         noise={key: values for key, values in noise.items() if not all(map(math.isnan, values))},
         sizes={key: values for key, values in sizes.items() if not all(map(math.isnan, values))},
         evaluation=([line["step"] for line in evaluations], [line["eval_ce_loss"] for line in evaluations]),
-        layers=read_layers(folder),
+        layers=layers,
         settings=read_object(folder / "noisefit_config.json", {}) or {},
         evaluated={
             panel: values
@@ -163,7 +164,7 @@ def read_run(folder: Path, name: str) -> Run:
         },
         samples=samples,
         rows=read_rows_record(folder / "rows.json"),
-        not_shown=[*_not_there(folder), *unreadable],
+        not_shown=[*_not_there(folder, layers), *unreadable],
     )
 
 
@@ -177,9 +178,9 @@ OPTIONAL = {
 }
 
 
-def _not_there(folder: Path) -> list[str]:
+def _not_there(folder: Path, layers: Mapping[int, Layer]) -> list[str]:
     lines = [f"There is no {name}: the page does not show {what}." for name, what in OPTIONAL.items()
-             if not (folder / name).exists()]  # fmt: skip
+             if not (folder / name).exists() and not (name == "layer_snr.json" and layers)]  # fmt: skip
     torn = [name for name in ("metrics.jsonl", "eval_metrics.jsonl", "samples.jsonl") if ends_torn(folder / name)]
     return lines + [
         f"The last line of {name} is not whole: the run is writing it, or was stopped there." for name in torn
