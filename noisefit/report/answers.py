@@ -82,8 +82,8 @@ def answers_section(files: Sequence[AnswerFile], most: int) -> str:
     rows += [[label, *(_plain(file.figures, name) for file in files)] for name, label in PLAIN.items()
              if any(file.figures.get(name) is not None for file in files)]  # fmt: skip
     parts = [
-        "<p>Means over prompts with their 95% intervals, by the word rule, as noisefit.score has them. How sure the model "
-        "was of an answer is the probability that it gives the whole of it.</p>",
+        "<p>Means over prompts with their 95% intervals, by the word rule, as noisefit.score has them. How sure the "
+        "model was of an answer is the probability that it gives the whole of it.</p>",
         table(["Figure", *(file.name for file in files)], rows),
     ]
     if any(len(file.assessed) < FEW for file in files):
