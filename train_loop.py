@@ -43,7 +43,7 @@ from noisefit.run.evaluation import evaluate
 from noisefit.run.memory_needed import memory_needed
 from noisefit.run.metrics import Metrics, start_trackers
 from noisefit.run.noise_policy import choose_policy, describe
-from noisefit.run.output import open_output, save_model, start_output, where_things_are, write_policy
+from noisefit.run.output import open_output, push_output, save_model, start_output, where_things_are, write_policy
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.preparation import prepare
 from noisefit.run.processes import finish, on_any_process, progress_bar, reduction
@@ -235,6 +235,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         save_model(accelerator, model, tokenizer, settings, output, seen_targets)
     finish(accelerator)
     notice(*where_things_are(settings))
+    push_output(settings, output)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from transformers import (
 from noisefit.answers.jobs import Job
 from noisefit.answers.probability import input_device
 from noisefit.answers.settings import AnswerSettings
+from noisefit.answers.vocabulary import fit_vocabulary
 from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.inputs.model_checks import (
     check_model_name,
@@ -230,6 +231,7 @@ def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of weights that have no place; they are an error below
+            fit_vocabulary(model, Path(folder))
             adapted = PeftModel.from_pretrained(model, folder)
         check_adapter_names(adapted, tensors)
     except Exception as error:  # whatever PEFT makes of files that anybody may have written

@@ -21,6 +21,7 @@ from noisefit.inputs.templates import asks_for_date, check_chat_template, set_ch
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.compiling import check_compiling
 from noisefit.run.contradictions import without_effect
+from noisefit.run.hub import check_repository, make_repository
 from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
@@ -89,6 +90,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_processes(accelerator, settings.quantization)
     check_compiling(accelerator, settings.gradient_checkpointing)
     check_checkpointing(settings.gradient_checkpointing, accelerator.device)
+    check_repository(settings, base=None if settings.full_finetune else model)
 
     settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer))
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
@@ -109,6 +111,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     wanted, overwrite = settings.resume_from_checkpoint, settings.overwrite_output
     checkpoint = find_checkpoint(wanted, output.path, run, total_steps, starts_afresh=overwrite)
     check_checkpoint_names(settings, output, total_steps)
+    make_repository(settings)
     return Prepared(settings, config, tokenizer, examples, eval_examples, scores, num_layers, accelerator,
                     rows_per_step, total_steps, run, checkpoint)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The settings of a run: what goes in and what comes out, its steps, its kills and its records."""
+"""The settings of a run: what goes in and what comes out, its steps, its kills, its records, and the hub."""
 
 from __future__ import annotations
 
@@ -84,3 +84,14 @@ class RecordSettings:
     eval_steps: int = setting(0, "evaluate every so many steps; 0: after each epoch", **COUNT)
     report_to: str = setting("none", "where metrics go besides metrics.jsonl", choices=("none", "wandb", "tensorboard"))
     run_name: str | None = setting(None, "name of the run there; default: the output folder's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """The hub."""
+
+    push_to_hub: str | None = setting(
+        None, "push what is left, once it is whole, to this repository: NAME, or ORGANIZATION/NAME; that it can be is "
+        "checked first, and needs a token that may write", metavar="REPO",
+    )  # fmt: skip
+    hub_private: bool = setting(False, "a repository that --push_to_hub makes is private")

@@ -26,9 +26,9 @@ from noisefit.base.settings import add_flags, check_fields, fields_of
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
-from noisefit.run.contradictions import check_objective
+from noisefit.run.contradictions import check_hub, check_objective
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
-from noisefit.run.run_settings import FileSettings, KillSettings, RecordSettings, StepSettings
+from noisefit.run.run_settings import FileSettings, HubSettings, KillSettings, RecordSettings, StepSettings
 
 GROUPS: dict[str, type] = {
     "what goes in and what comes out": FileSettings,
@@ -41,18 +41,19 @@ GROUPS: dict[str, type] = {
     "the prompts": PromptSettings,
     "kills": KillSettings,
     "records": RecordSettings,
+    "the hub": HubSettings,
 }
 # The ten that `--help` shows with what they do; the others it names.
 FIRST = ("model", "train_data", "eval_data", "output_model", "loss_mode", "unknown_rows", "noise_std", "epochs",
          "learning_rate", "batch_size")  # fmt: skip
 # Of one run alone: a repetition of it has its own.
-NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output")
+NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output", "push_to_hub", "hub_private")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(
-    RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings, CalibrationSettings,
-    NoiseSettings, LossSettings, FileSettings,
+    HubSettings, RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings,
+    CalibrationSettings, NoiseSettings, LossSettings, FileSettings,
 ):  # fmt: skip
     """All settings of a training, checked: each value, and those that contradict each other.
 
@@ -75,6 +76,7 @@ class Settings(
         if self.prompt_date is not None:
             check_date(self.prompt_date)
         check_objective(self)
+        check_hub(self)
 
     def record(self) -> dict[str, Any]:
         """What defines the run, by name, in the order of `--help`: it repeats the run when given as `--config`."""
