@@ -11,6 +11,7 @@ from report_runs import SMALL, line, write_run
 from running import call
 
 from noisefit.answers.pictures import curve
+from noisefit.inputs.tables import SomeRows
 from noisefit.report.__main__ import report
 from noisefit.report.answers import (
     answers_section,
@@ -25,8 +26,7 @@ from noisefit.report.left_out import left_out_section
 from noisefit.report.records import read_rows_record
 from noisefit.report.runs import read_runs
 from noisefit.report.samples import samples_section
-from noisefit.run.left_out import ROWS, SourceRows, UnknownRows, write_rows
-from noisefit.run.output_folder import OutputFolder
+from noisefit.run.left_out import ROWS, LeftOut
 from noisefit.score import score
 
 
@@ -71,14 +71,12 @@ def test_samples_that_are_none_are_counted_and_a_torn_one_is_told(tmp_path):
 
 
 def test_rows_that_a_run_left_out_are_told_as_it_recorded_them(tmp_path):
-    run = write_run(tmp_path / "a", [line(5)])
-    output = OutputFolder(run)
-    output.start()
-    sources = [
-        SourceRows("q.csv", 812, {"skipped": [4, 9, 12, 15, 16, 17], "cut": [2], "dropped": [], "other_kind": [1]})
-    ]
-    write_rows(output, sources, [SourceRows("q.csv (5% held out)", 43)], UnknownRows("refuse", -0.7123, [3, 8], 2))
-    assert output.is_own(ROWS)
+    run, left_out = write_run(tmp_path / "a", [line(5)]), LeftOut()
+    left_out.note("q.csv", skipped=[1])
+    left_out.note("q.csv", skipped=[4, 9, 12, 15, 16, 17], cut=np.array([2]), dropped=[], other_kind=SomeRows(1, [1]))
+    left_out.note_unknown("refuse", -0.7123, [3, 8], unscored=2)
+    record = left_out.record({"q.csv": 812}, {"q.csv (5% held out)": np.int64(43)})
+    (run / ROWS).write_text(json.dumps(record))
     found = read_rows_record(run / ROWS)
     assert found.train[0].others == {"skipped": (6, [4, 9, 12, 15, 16]), "cut": (1, [2]), "other_kind": (1, [1])}
     said = left_out_section(read_runs([str(run)]), {})
@@ -94,7 +92,7 @@ def test_rows_that_a_run_left_out_are_told_as_it_recorded_them(tmp_path):
         "them).",
     ):
         assert sentence in words_of(said)
-    write_rows(output, [SourceRows("q.csv", 5)])
+    (run / ROWS).write_text(json.dumps(LeftOut().record({"q.csv": 5}, {})))
     assert "All rows were taken whole." in words_of(left_out_section(read_runs([str(run)]), {}))
 
 
