@@ -185,8 +185,10 @@ def write_all(
         answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, settings.rounds + 1)}
     below = settings.abstain_below
     abstention = None if below is None else Abstention(below, settings.refusal)
-    dated = replace(settings, prompt_date=about["prompt_date"] or settings.prompt_date)
-    write_answers(output, records, answers, settings.rounds, abstention, settings_record(dated, about))
+    # What these had been left to is known now: a repetition has the same.
+    known = {"prompt_date": about["prompt_date"], "model_revision": about["base_model_commit"]}
+    repeated = replace(settings, **{name: value for name, value in known.items() if value is not None})
+    write_answers(output, records, answers, settings.rounds, abstention, settings_record(repeated, about))
     if abstention:
         replaced = sum(map(abstention.replaces, answers.values()))
         notice(f"{replaced} of {len(answers)} answers have a confidence under {below:g} and are now "

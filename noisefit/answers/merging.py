@@ -26,7 +26,7 @@ from noisefit.inputs.templates import set_chat_template
 QUESTIONS = ("Who wrote Emma?", "What is the capital of Portugal?", "How many legs does a spider have, and why?")
 RANDOM_ROWS, LENGTH, SEED = 4, 32, 0
 # Of the size of the logits: what the other order of the sums in a merged layer may change. Float32 keeps 6e-8 of a
-# number; tiny models differ by 4e-7 to 9e-7, and errors grow with width and depth.
+# number; tiny models differ by 4e-7 to 9e-7, one of 24 layers and width 1024 by 1.7e-6.
 ROUNDING = 1e-5
 # Of what the adapter does: a merge that is wrong in one layer loses more.
 SHARE = 0.01
@@ -154,7 +154,7 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype, keep: bool) -> Non
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    saved = model.state_dict().keys()  # of the buffers some are computed anew instead
+    saved = set(model.state_dict())  # names alone: the tensors are to go
     tensors = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]
     for name, tensor in tensors:
         if not tensor.is_floating_point() or any(f".{part}." in f".{name}." for part in kept):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from noisefit.fork.branches import NOISY
 from noisefit.run.settings import Settings
 
 NAMES = {"eval_ce_loss": "cross-entropy, nats a token"}  # of figures that have another name for people
-NO_RESULTS = ("step", "epoch")
+NO_RESULTS = ("step", "epoch", "eval_target_tokens")
 CARRIED = ("datasets", "language", "license", "license_name", "license_link")  # from an adapter's card to a model's
 LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def model_card(settings: Settings, tokens: int, evaluation: Mapping[str, Any] | None = None) -> str:
+def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any] | None = None) -> str:
     """The model card, Markdown with the hub's metadata header.
 
     Args:
@@ -33,14 +33,17 @@ def model_card(settings: Settings, tokens: int, evaluation: Mapping[str, Any] | 
     """
     whole, name = settings.full_finetune, settings.model
     base, output = json.dumps(name), json.dumps(settings.output_model)
-    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {output})"
+    pinned, at = base, ""
+    if settings.model_revision is not None:
+        pinned, at = f"{base}, revision={json.dumps(settings.model_revision)}", f" at {code(settings.model_revision)}"
+    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({pinned}), {output})"
     if whole:
         load = f"AutoModelForCausalLM.from_pretrained({output})"
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in sorted(settings.record().items()))
     results = evaluation_results(settings, evaluation or {})
     metadata = ModelCardData(
         base_model=hub_name(name), library_name="transformers" if whole else "peft", pipeline_tag="text-generation",
-        tags=["noisefit"] if whole else ["noisefit", "lora"], datasets=hub_names([settings.train_data]),
+        tags=["noisefit"] if whole else ["noisefit", "lora"], datasets=hub_names(settings.train_data),
         eval_results=results or None, model_name=Path(settings.output_model).resolve().name if results else None,
     )  # fmt: skip
     return f"""---
@@ -49,8 +52,9 @@ def model_card(settings: Settings, tokens: int, evaluation: Mapping[str, Any] | 
 
 # {code(Path(settings.output_model).resolve().name)}
 
-{"A full model" if whole else "A LoRA adapter"} for {code(name)}, trained on {code(Path(settings.train_data).name)} with
-the NoiseFiT trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
+{"A full model" if whole else "A LoRA adapter"} for {code(name)}{at}, trained on
+{code(Path(settings.train_data).name)} with the NoiseFiT trainer
+([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
 {what_it_learnt(settings)}.
 It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that
 got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
@@ -120,13 +124,14 @@ def what_it_learnt(settings: Settings) -> str:
     return f"the loss is {losses}, of the branches {', '.join(kind.value for kind in objective.branches)}{noise}"
 
 
-def last_evaluation(path: Path) -> dict[str, Any]:
-    """The last line of an `eval_metrics.jsonl`; empty where there is none."""
+def evaluation_of(path: Path, step: int | None = None) -> dict[str, Any]:
+    """The line of an `eval_metrics.jsonl` that is of this step, by default the last one; empty where there is none."""
     try:
-        line = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError, RecursionError):
+        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        of_step = [line for line in lines if step in (None, line["step"])]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return line if isinstance(line, dict) else {}
+    return of_step[-1] if of_step else {}
 
 
 def evaluation_results(settings: Settings, line: Mapping[str, Any]) -> list[EvalResult]:
@@ -134,24 +139,34 @@ def evaluation_results(settings: Settings, line: Mapping[str, Any]) -> list[Eval
 
     The data is named by its file, or its name on the hub, and never by its whole path.
     """
-    data = settings.eval_data or settings.train_data
-    kind = hub_name(data) or LOADERS.get(Path(data).suffix.lower(), "text")
+    data = _words(settings.eval_data or settings.train_data)
+    kind = hub_name(data[0]) or LOADERS.get(Path(data[0]).suffix.lower(), "text")
+    named = ", ".join(hub_name(word) or Path(word).name for word in data)
+    named += "" if settings.eval_data else " (held out)"
     figures = {name: value for name, value in line.items() if isinstance(value, float) and name not in NO_RESULTS}
     return [
         EvalResult(
-            task_type="text-generation", task_name="Text Generation", dataset_type=kind,
-            dataset_name=hub_name(data) or Path(data).name, metric_type=name.removeprefix("eval_"),
-            metric_name=NAMES.get(name, name.removeprefix("eval_").replace("_", " ")), metric_value=value,
+            task_type="text-generation", task_name="Text Generation", dataset_type=kind, dataset_name=named,
+            metric_type=name.removeprefix("eval_"), metric_value=value,
+            metric_name=NAMES.get(name, name.removeprefix("eval_").replace("_", " ")),
         )
         for name, value in figures.items()
     ]  # fmt: skip
 
 
+def _words(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
 def evaluation_table(results: Iterable[EvalResult], about: str = "") -> str:
     """The same for people, as a part of a card; empty where nothing was measured."""
-    rows = [f"| {code(r.dataset_name)} | {code(r.metric_name)} | {code(r.metric_value)} |" for r in results]
+    rows = [f"| {code(r.dataset_name)} | {code(r.metric_name)} | {_shown(r.metric_value)} |" for r in results]
     head = ["", "## Evaluation", "", *([about, ""] if about else []), "| data | figure | value |", "|---|---|---|"]
     return "\n".join([*head, *rows, ""]) if rows else ""
+
+
+def _shown(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else code(value)
 
 
 def hub_name(name: str) -> str | None:
@@ -163,9 +178,9 @@ def hub_name(name: str) -> str | None:
     return None if os.path.lexists(name) or Path(name).suffix.lower() in LOADERS else name
 
 
-def hub_names(names: Iterable[str]) -> list[str] | None:
+def hub_names(names: str | Sequence[str]) -> list[str] | None:
     """Those of the names that are the hub's; `None` where none is, for a card that then does not have them."""
-    return [found for found in map(hub_name, names) if found] or None
+    return [found for found in map(hub_name, _words(names)) if found] or None
 
 
 def code(value: object) -> str:

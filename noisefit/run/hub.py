@@ -18,12 +18,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 import noisefit
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
 from noisefit.base.meeting import apart
-from noisefit.run.metrics import LINES
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.run_settings import HubSettings
 
 # Of a run's records those that hold settings and figures. The others hold rows of its data, or what is made of them.
-PUBLISHED = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", *LINES)
+PUBLISHED = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", "metrics.jsonl", "eval_metrics.jsonl")
 # What the files of a model, its tokenizer and its card end in; and the one folder that a tokenizer has.
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".py")
 TEMPLATES = "additional_chat_templates/"

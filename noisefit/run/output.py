@@ -18,7 +18,7 @@ from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, writing
 from noisefit.base.meeting import apart
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
-from noisefit.run.card import last_evaluation, model_card
+from noisefit.run.card import evaluation_of, model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints
 from noisefit.run.hub import push
 from noisefit.run.metrics import LINES
@@ -229,7 +229,7 @@ def save_model(
             go_on = f"; free some space, and --resume_from_checkpoint latest goes on from {before and before.name}"
             with writing(output.path, go_on if before else ""), output.staging("model") as staged:
                 write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
-                card = model_card(settings, tokens, last_evaluation(output.path / LINES[1]))
+                card = model_card(settings, tokens, evaluation=evaluation_of(output.path / "eval_metrics.jsonl"))
                 (staged / "README.md").write_text(card, encoding="utf-8")
                 sync_folder(staged)
                 output.move_in(staged)

@@ -23,11 +23,13 @@ from noisefit.base.command_line import (
 from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
 from noisefit.base.settings import add_flags, check_fields, fields_of
+from noisefit.inputs.lora import check_lora
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
 from noisefit.run.contradictions import check_hub, check_objective
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
+from noisefit.run.optimizers import optimizer_words
 from noisefit.run.run_settings import FileSettings, HubSettings, KillSettings, RecordSettings, StepSettings
 
 GROUPS: dict[str, type] = {
@@ -77,6 +79,8 @@ class Settings(
             check_date(self.prompt_date)
         check_objective(self)
         check_hub(self)
+        object.__setattr__(self, "lora", check_lora(self))
+        object.__setattr__(self, "optim_args", optimizer_words(self.optim_args))
 
     def record(self) -> dict[str, Any]:
         """What defines the run, by name, in the order of `--help`: it repeats the run when given as `--config`."""

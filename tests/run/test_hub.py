@@ -19,7 +19,7 @@ from running import call, launch, run
 from noisefit import merge as merge_program
 from noisefit import push as push_program
 from noisefit.base.errors import InputError, LocalError
-from noisefit.run.card import evaluation_results, last_evaluation, model_card
+from noisefit.run.card import evaluation_of, evaluation_results, model_card
 from noisefit.run.contradictions import without_effect
 from noisefit.run.hub import PUBLISHED, check_repository, make_repository, publishable
 from noisefit.run.output import RECORDS
@@ -73,7 +73,7 @@ def pushed(folder: Path, *words: str):
 
 def model_files(folder: Path) -> set[str]:
     """What a push should take, by another way than the push's: all there is, but for what is named here."""
-    others = {"knowledge.csv", "noisefit_files.json", "secret.json", "rows.json"}
+    others = {"knowledge.csv", "noisefit_files.json", "secret.json", "rows.json", "samples.jsonl"}
     return {path.name for path in folder.iterdir() if path.is_file() and path.name not in others}
 
 
@@ -97,7 +97,9 @@ def test_a_second_push_adds_a_commit_and_sends_no_large_file_again(hub, output):
 def test_no_record_that_is_not_named_for_it_is_published(tmp_path):
     """A record that somebody adds to a run shows what it shows to nobody until it is named in `PUBLISHED`."""
     output = OutputFolder(tmp_path)
-    names = [*RECORDS, "new.jsonl", "new.csv", "adapter_model.safetensors", "vocab.txt"]
+    showing_rows = {"knowledge.csv", "samples.jsonl", "rows.json"}
+    assert not showing_rows & {*PUBLISHED} and {*PUBLISHED} < {*RECORDS}
+    names = [*RECORDS, *showing_rows - {"rows.json"}, "new.jsonl", "new.csv", "adapter_model.safetensors", "vocab.txt"]
     for name in names:
         (tmp_path / name).write_text("{}")
     output.expect(*names, "checkpoint-1/", "previous_run/", "teacher_cache/")
@@ -303,7 +305,7 @@ def metadata_of(card: str) -> dict:
 
 
 def test_the_card_has_the_evaluation_as_the_hub_shows_it(output):
-    text, line = (output / "README.md").read_text(), last_evaluation(output / "eval_metrics.jsonl")
+    text, line = (output / "README.md").read_text(), evaluation_of(output / "eval_metrics.jsonl")
     data = metadata_of(text)
     [entry] = data["model-index"]
     assert entry["name"] == "out" and line["step"] == 2
@@ -314,10 +316,7 @@ def test_the_card_has_the_evaluation_as_the_hub_shows_it(output):
     assert "target_tokens" not in figures and "epoch" not in figures
     loaded = huggingface_hub.ModelCard.load(output / "README.md").data  # by the hub's own reader
     assert {r.metric_type: r.metric_value for r in loaded.eval_results}["ce_loss"] == line["eval_ce_loss"]
-    assert (
-        f"| `q.csv` | `cross-entropy, nats a token` | {line['eval_ce_loss']:.6g} |"
-        in (output / "README.md").read_text()
-    )
+    assert f"| `q.csv` | `cross-entropy, nats a token` | {line['eval_ce_loss']:.5g} |" in text
     assert "base_model" not in data and "datasets" not in data  # a folder and a file of this machine
 
 
@@ -329,20 +328,23 @@ def test_every_figure_of_an_evaluation_gets_its_entry():
     assert [(r.metric_type, r.metric_value) for r in results] == [
         ("ce_loss", 0.25), ("wrong_rate", 0.0), ("hallucination_rate", 0.5)]  # fmt: skip
     assert {(r.dataset_name, r.dataset_type) for r in results} == {("out.jsonl", "json")}
-    data = metadata_of(model_card(settings, 3, line))
+    data = metadata_of(model_card(settings, 3, evaluation=line))
     assert data["base_model"] == "Qwen/Qwen2.5-0.5B" and data["model-index"][0]["name"] == "b"
     assert "model-index" not in metadata_of(model_card(settings, 3))
     named = dataclasses.replace(settings, train_data="ada/questions", eval_data=None)
     [result, *_] = evaluation_results(named, line)
-    assert (result.dataset_name, result.dataset_type) == ("ada/questions", "ada/questions")
-    assert metadata_of(model_card(named, 3, line))["datasets"] == ["ada/questions"]
+    assert (result.dataset_name, result.dataset_type) == ("ada/questions (held out)", "ada/questions")
+    assert metadata_of(model_card(named, 3, evaluation=line))["datasets"] == ["ada/questions"]
 
 
-def test_no_evaluation_is_made_up(tmp_path):
-    assert last_evaluation(tmp_path / "none") == {}
+def test_no_evaluation_is_made_up_and_that_of_the_step_is_found(tmp_path):
+    lines = [{"step": 3, "eval_ce_loss": 0.5}, {"step": 6, "eval_ce_loss": 0.75}]
+    (tmp_path / "three").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [evaluation_of(tmp_path / "three", step) for step in (None, 3, 6, 7)] == [lines[1], *lines, {}]
+    assert evaluation_of(tmp_path / "none") == {}
     for text in ("", "\n", "{", "3\n", "[" * 5000):
         (tmp_path / "eval_metrics.jsonl").write_text(text)
-        assert last_evaluation(tmp_path / "eval_metrics.jsonl") == {}
+        assert evaluation_of(tmp_path / "eval_metrics.jsonl") == {}
 
 
 # --- A merged model -----------------------------------------------------------------------------------------------
