@@ -123,7 +123,7 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
             "prompt_date": today,
             "noise": digest(repr((settings.noise_passes, noise.identity)).encode()) if noise else None,
         }
-        commit = getattr(base_config(settings, base), "_commit_hash", None)  # of the hub, where it is from there
+        commit = None if Path(base).is_dir() else getattr(base_config(settings, base), "_commit_hash", None)
     record = agreed(record)
     with apart("reading unfinished answers"):
         journal.check(record)
