@@ -133,5 +133,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
             each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=PASSED_OVER)))
+    of_answers = {"input_csv": "answers, for generate.py"}
+    given = without_token(dict(parse_flags(build_parser(), argv, PASSED_OVER, of_answers)))
     return Settings(**{"model": "", "train_data": ""} | given)
