@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("NOISEFIT_KILLS", "4"))
 # In the middle of an epoch (6 or 3 steps), with accumulation, layers chosen again, and metrics between their lines.
 RUN = dict(
-    learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, max_steps=14, epochs=10, snr_every=4,
+    learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, max_steps=10, epochs=10, snr_every=4,
     num_noise_layers=1, lora_dropout=0.1, logging_steps=3, save_steps=1, warmup_ratio=0.2, eval_steps=5,
 )  # fmt: skip
 
@@ -56,7 +56,7 @@ def assert_same_run(output: Path, expected: Path) -> None:
         return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder)]
 
     assert lines(output) == lines(expected)
-    assert len(lines(expected)) == 5  # steps 3, 6, 9, 12 and the last, each once
+    assert len(lines(expected)) == 4  # steps 3, 6, 9 and the last, each once
     for name in ("adapter_model.safetensors", "eval_metrics.jsonl", "layer_snr.json"):
         assert (output / name).read_bytes() == (expected / name).read_bytes(), name
     [seen], [expected_seen] = (
@@ -94,8 +94,8 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_status_of_its_own(number, whol
     out = tmp_path / "out"
     settings = RUN | dict(save_steps=0, eval_data=data)
     running = start(llama_folder, data, out, processes, **settings)
-    wait_for(out, "training", running)
-    time.sleep(0.3)
+    metrics = out / "metrics.jsonl"
+    wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or not running[0].is_alive())  # in its midst
     os.kill(running[-1].pid, number)  # one of them alone is told
     said = out.with_name("out.log")
     assert wait(running) == [75] * processes, said.read_text()[-2000:]
