@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, add_token, without_token
 from noisefit.base.errors import InputError
+from noisefit.base.help import add_help
 from noisefit.base.refusal import REFUSAL
 from noisefit.base.settings import add_flags, check_fields, not_default, setting
 
@@ -104,6 +105,9 @@ GROUPS: dict[str, type] = {
     "how sure it is": ConfidenceSettings,
     "the model": AnswerModelSettings,
 }
+# The ten that `--help` shows with what they do; the others it names.
+FIRST = ("model_path", "model_id", "input_csv", "output_csv", "rounds", "max_new_tokens", "temperature", "greedy",
+         "seed", "abstain_below")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +167,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     add_flags(parser, GROUPS)
     add_switches(parser)
     add_token(parser.add_argument_group("the hub"))
+    add_help(parser, FIRST)
     return parser
 
 

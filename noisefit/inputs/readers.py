@@ -15,11 +15,14 @@ from typing import Any
 from noisefit.base.errors import InputError, notice
 
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+Needed = str | tuple[tuple[str, ...], ...]
+"""A column that a file must have, or several ways, each some columns, of which it must have those of one."""
+
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is not UTF-8
 
 
 def stream_records(
-    path: str | os.PathLike[str], columns: Iterable[str], others: bool = True
+    path: str | os.PathLike[str], columns: Iterable[Needed], others: bool = True
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The records of a table, see `noisefit.inputs.tables.read_records`, each read when it is asked for.
 
@@ -52,20 +55,26 @@ def _kind_of(path: Path) -> str:
     return kind
 
 
-def _require_columns(path: Path, found: Iterable[str], columns: tuple[str, ...]) -> None:
-    found = list(found)
+def _require_columns(path: Path, found: Iterable[str], columns: tuple[Needed, ...]) -> list[str]:
+    """The columns of the file that are needed, or may be."""
+    found, wanted = list(found), list[str]()
     for column in found:
         if found.count(column) > 1:
             raise InputError(f"{path}: column {column!r} appears {found.count(column)} times, expected once")
-    for column in columns:
-        if column not in found:
+    for needed in columns:
+        ways = ((needed,),) if isinstance(needed, str) else needed
+        wanted += [column for way in ways for column in way if column in found]
+        if not any(set(way) <= set(found) for way in ways):
+            column = next(column for column in ways[0] if column not in found)
             close = difflib.get_close_matches(column, [f.strip().lower() for f in found], n=1)
             nearest = next((f for f in found if close and f.strip().lower() == close[0]), None)
             hint = f"; rename {nearest!r}?" if nearest is not None else ""
-            raise InputError(f"{path}: no column {column!r}; columns found: {', '.join(found) or 'none'}{hint}")
+            other = f"; or give {' or '.join(' and '.join(way) for way in ways[1:])}" if ways[1:] else ""
+            raise InputError(f"{path}: no column {column!r}; columns found: {', '.join(found) or 'none'}{hint}{other}")
+    return list(dict.fromkeys(wanted))
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _read_csv(path: Path, columns: tuple[Needed, ...]) -> Iterator[dict[str, Any]]:
     """Rows as Python's own `csv` module reads them. Blank lines are no rows."""
     csv.field_size_limit(sys.maxsize)
     delimiter, name = ("\t", "tabs") if path.suffix.lower() == ".tsv" else (",", "commas")
@@ -99,7 +108,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: the file is empty")
 
 
-def _read_json_lines(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json_lines(path: Path, columns: tuple[Needed, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     found: dict[str, None] = {}
     with path.open("rb") as file:  # as bytes: a line ends at \n alone, whatever else Unicode calls a line's end
         for number, line in enumerate(file, start=1):
@@ -125,19 +134,19 @@ def _read_json_lines(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int
     _require_columns(path, found, columns)
 
 
-def _read_parquet(path: Path, columns: tuple[str, ...], others: bool) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path, columns: tuple[Needed, ...], others: bool) -> Iterator[dict[str, Any]]:
     """Rows as Arrow has them: what the file says about a column (an image, say, at this address) is not followed."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _require_columns(path, file.schema_arrow.names, columns)
+            needed = _require_columns(path, file.schema_arrow.names, columns)
             carried = [field.name for field in file.schema_arrow if others and not _holds_bytes(field.type)]
-            left_out = [name for name in file.schema_arrow.names if others and name not in {*columns, *carried}]
+            left_out = [name for name in file.schema_arrow.names if others and name not in {*needed, *carried}]
             if left_out:
                 notice(f"{path}: left out, as they hold bytes: {', '.join(left_out)}")
-            wanted = list(dict.fromkeys([*columns, *carried]))
+            wanted = list(dict.fromkeys([*needed, *carried]))
             for batch in file.iter_batches(columns=wanted):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, NotImplementedError) as error:

@@ -51,7 +51,8 @@ class StoredExamples(Sequence[Example]):
         digest: of all rows, see `rows_digest`.
         lengths: tokens of each row, `[rows]` int32.
         num_targets: supervised tokens of all rows.
-        skipped, dropped, cut: rows of the file with an empty cell, without room for an answer, and with its end cut.
+        skipped, dropped, cut, apart: rows of the file with an empty cell, without room for an answer, with its end cut,
+            and conversations in several examples.
     """
 
     def __init__(self, folder: Path):
@@ -62,7 +63,8 @@ class StoredExamples(Sequence[Example]):
         if about is None:
             raise InputError(wrong)
         self.digest: str = about["digest"]
-        self.skipped, self.dropped, self.cut = (SomeRows(*about[name]) for name in ("skipped", "dropped", "cut"))
+        told = (SomeRows(*about[name]) for name in ("skipped", "dropped", "cut", "apart"))
+        self.skipped, self.dropped, self.cut, self.apart = told
         parts = []
         for name in about["files"]:
             try:
@@ -72,10 +74,15 @@ class StoredExamples(Sequence[Example]):
                 raise InputError(f"{wrong} ({error})") from None
         self._parts = [(part["input_ids"].offsets.to_numpy(), part["input_ids"].values.to_numpy()) for part in parts]
         self._first = [0, *accumulate(len(part) for part in parts)]
+        # Of each row where a gap starts and ends, gap by gap.
+        self._gaps = [(part["gaps"].offsets.to_numpy(), part["gaps"].values.to_numpy()) for part in parts]
         self._target_starts = np.concatenate([part["target_start"].to_numpy() for part in parts])
         self._is_cut = np.concatenate([part["is_cut"].to_numpy(zero_copy_only=False) for part in parts])
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._parts])
-        self.num_targets = int(self.lengths.sum(dtype=np.int64) - self._target_starts.sum(dtype=np.int64))
+        in_gaps = sum(int(borders[1::2].sum(dtype=np.int64) - borders[::2].sum(dtype=np.int64))
+                      for borders in (values[offsets[0] : offsets[-1]] for offsets, values in self._gaps))  # fmt: skip
+        after_starts = self.lengths.sum(dtype=np.int64) - self._target_starts.sum(dtype=np.int64)
+        self.num_targets = int(after_starts) - in_gaps
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -94,7 +101,10 @@ class StoredExamples(Sequence[Example]):
         offsets, tokens = self._parts[number]
         row = index - self._first[number]
         ids = tokens[offsets[row] : offsets[row + 1]].tolist()
-        return Example(ids, int(self._target_starts[index]), bool(self._is_cut[index]))
+        offsets, borders = self._gaps[number]
+        border = iter(borders[offsets[row] : offsets[row + 1]].tolist())
+        gaps = tuple(zip(border, border, strict=True))
+        return Example(ids, int(self._target_starts[index]), bool(self._is_cut[index]), gaps=gaps)
 
 
 def read_about(folder: Path) -> dict | None:
@@ -112,6 +122,8 @@ def rows_digest(examples: Iterable[Example]) -> str:
     content = hashlib.sha256()
     for example in examples:
         content.update(array("q", [example.target_start, len(example.input_ids), *example.input_ids]).tobytes())
+        if example.gaps:
+            content.update(array("q", [-1, *(border for gap in example.gaps for border in gap)]).tobytes())
         if example.weight != 1:
             content.update(array("d", [example.weight]).tobytes())
     return content.hexdigest()

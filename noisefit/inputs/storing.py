@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError, notice, on_main_process
 from noisefit.base.files import free_lock, sync_folder, writing
-from noisefit.inputs import prompts, readers, stored, tables, templates
+from noisefit.inputs import conversations, prompts, readers, stored, tables, templates, turns
+from noisefit.inputs.conversations import Message
 from noisefit.inputs.prompts import PromptSettings, usable_examples
 from noisefit.inputs.stored import ABOUT, StoredExamples, cache_folder, read_about, rows_digest
 from noisefit.inputs.tables import Row, SomeRows, stream_rows
@@ -96,29 +97,32 @@ def _write(staged: Path, path: str, tokenizer: PreTrainedTokenizerBase, how: Map
 
     def cells() -> Iterator[dict[str, Any]]:
         for row in stream_rows(path, skipped):
-            yield {"number": row.number, "prompt": row.prompt, "response": row.response}
+            history = json.dumps(row.history) if row.history else ""
+            yield {"number": row.number, "prompt": row.prompt, "response": row.response, "history": history}
 
-    as_text = Features(number=Value("int64"), prompt=Value("string"), response=Value("string"))
+    text = Value("string")
+    as_text = Features(number=Value("int64"), prompt=text, response=text, history=text)
     as_tokens = Features(number=Value("int64"), input_ids=List(Value("int32")), target_start=Value("int32"),
-                         is_cut=Value("bool"))  # fmt: skip
+                         gaps=List(Value("int32")), is_cut=Value("bool"))  # fmt: skip
     with _errors_of_ours(), _progress():
         rows = Dataset.from_generator(cells, features=as_text, cache_dir=str(staged / "rows"))
         examples = rows.map(
             _columns, batched=True, batch_size=BATCH, num_proc=min(_cores(), len(rows)),
-            remove_columns=["prompt", "response"],
+            remove_columns=["prompt", "response", "history"],
             features=as_tokens, fn_kwargs={"path": path, "tokenizer": tokenizer, **how}, desc="Tokenizing",
             cache_file_name=str(staged / "tokens.arrow"), new_fingerprint=staged.name.partition(".")[0][:32],
         )  # fmt: skip
     numbers = examples.data.column("number").to_numpy()
-    cut = numbers[examples.data.column("is_cut").to_numpy()]
-    dropped = np.setdiff1d(rows.data.column("number").to_numpy(), numbers, assume_unique=True)
+    cut = np.unique(numbers[examples.data.column("is_cut").to_numpy()])
+    dropped = np.setdiff1d(rows.data.column("number").to_numpy(), numbers)
     del rows, examples
     if not len(numbers):
         tables.tell_of_skipped(path, skipped)
         prompts.tell_of_length(path, how["settings"].max_length, dropped.tolist(), [], any_left=False)
     shutil.rmtree(staged / "rows")
     files = {file.name: (file.stat().st_size, _digest(file)) for file in sorted(staged.glob("*.arrow"))}
-    counted = {"skipped": skipped, "dropped": dropped.tolist(), "cut": cut.tolist()}
+    counted = {"skipped": skipped, "dropped": dropped.tolist(), "cut": cut.tolist(),
+               "apart": prompts.repeated(numbers.tolist())}  # fmt: skip
     about = {"files": files, "digest": "", **{name: SomeRows.of(counted[name]) for name in counted}}
     (staged / ABOUT).write_text(json.dumps(about), encoding="utf-8")
     about["digest"] = rows_digest(StoredExamples(staged))
@@ -129,12 +133,18 @@ def _columns(
     cells: Mapping[str, list[Any]], path: str, tokenizer: PreTrainedTokenizerBase, **how: Any
 ) -> dict[str, list[Any]]:
     """A batch of rows as `datasets` has them, tokenized as those of a list are."""
-    rows = [Row(*row) for row in zip(cells["number"], cells["prompt"], cells["response"], strict=True)]
+    rows = [
+        Row(number, prompt, response, history=tuple(Message(*turn) for turn in json.loads(history or "[]")))
+        for number, prompt, response, history in zip(
+            cells["number"], cells["prompt"], cells["response"], cells["history"], strict=True
+        )
+    ]
     examples, numbers, _ = usable_examples(tokenizer, rows, path, **how)
     return {
         "number": numbers,
         "input_ids": [example.input_ids for example in examples],
         "target_start": [example.target_start for example in examples],
+        "gaps": [[border for gap in example.gaps for border in gap] for example in examples],
         "is_cut": [example.is_cut for example in examples],
     }
 
@@ -145,7 +155,8 @@ def _key(path: str, content: str, tokenizer: PreTrainedTokenizerBase, how: Mappi
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         saved = {str(file.relative_to(folder)): _digest(file) for file in Path(folder).rglob("*") if file.is_file()}
-    code = [inspect.getfile(module) for module in (readers, tables, templates, prompts, stored, kind)]
+    ours = (readers, conversations, tables, templates, prompts, turns, stored)
+    code = [inspect.getfile(module) for module in (*ours, kind)]
     facts = {
         "file": [content, Path(path).suffix.lower()],
         "tokenizer": [f"{kind.__module__}.{kind.__qualname__}", sorted(saved.items())],

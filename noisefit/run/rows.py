@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError
 from noisefit.base.meeting import apart
-from noisefit.inputs.prompts import Example, PromptSettings, tell_of_length, tokenize_rows
+from noisefit.inputs.prompts import Example, PromptSettings, tell_of_length, tell_of_turns, tokenize_rows
 from noisefit.inputs.stored import StoredExamples, cache_folder, is_large
 from noisefit.inputs.storing import store
 from noisefit.inputs.tables import Row, load_rows, tell_of_skipped
@@ -57,5 +57,6 @@ def make_rows(
     with apart(f"reading the tokenized rows of {path}"):
         examples = StoredExamples(cache_folder() / names.pop())
     tell_of_skipped(path, examples.skipped)
+    tell_of_turns(path, tokenizer, examples.apart)
     tell_of_length(path, settings.max_length, examples.dropped, examples.cut, any_left=len(examples) > 0)
     return examples

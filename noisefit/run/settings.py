@@ -21,6 +21,7 @@ from noisefit.base.command_line import (
     without_token,
 )
 from noisefit.base.errors import InputError
+from noisefit.base.help import add_help
 from noisefit.base.settings import add_flags, check_fields, fields_of
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
@@ -41,6 +42,9 @@ GROUPS: dict[str, type] = {
     "kills": KillSettings,
     "records": RecordSettings,
 }
+# The ten that `--help` shows with what they do; the others it names.
+FIRST = ("model", "train_data", "eval_data", "output_model", "loss_mode", "unknown_rows", "noise_std", "epochs",
+         "learning_rate", "batch_size")  # fmt: skip
 # Of one run alone: a repetition of it has its own.
 NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output")
 
@@ -89,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        add_help=False,
     )
     add_flags(parser, GROUPS)
     add_switches(parser)
@@ -98,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="any of these flags from a YAML file, or a run's noisefit_config.json; the command line wins",
     )  # fmt: skip
     add_token(where_from)
+    add_help(parser, FIRST)
     return parser
 
 
