@@ -153,6 +153,13 @@ def save_again(saver: Checkpoints) -> None:
     saver.save(3, **VARIABLES)
 
 
+def save_next(saver: Checkpoints) -> None:
+    """Save a checkpoint as a run does that is started where another one ended."""
+    with saver.output as output:
+        output.start()
+        saver.save(4, **VARIABLES)
+
+
 def finish(saver: Checkpoints) -> None:
     """Save the final model over another one."""
     saver.model.requires_grad_(False).apply(lambda module: [p.add_(1) for p in module.parameters(recurse=False)])
@@ -213,11 +220,18 @@ def die_in(act: Callable[[Checkpoints], None], saver: Checkpoints, n: int, befor
     out = saver.output.path
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(before, out)
+    return forked(act, saver, n)
+
+
+def forked(act: Callable[[Checkpoints], None], saver: Checkpoints, n: int | None = None) -> int:
+    """The status of a process that dies at the n-th thing done to the disk, if it is to die."""
+    out = saver.output.path
     child = os.fork()  # with all that it needs: to import and build it again took most of this test's time
     if child == 0:
         try:
             saver.output = OutputFolder(out)  # which reads its record
-            die_at(n, out)
+            if n is not None:
+                die_at(n, out)
             act(saver)
             os._exit(0)
         finally:
@@ -270,10 +284,7 @@ def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp
         else:
             last = contents(found)
         # Whatever the kill left, the next save ends with the new checkpoint and nothing else.
-        next_run = tiny_run(out, run)
-        with next_run.output as output:
-            output.start()
-            next_run.save(4, **VARIABLES)
+        assert forked(save_next, saver) == 0, n
         assert sorted(path.name for path in out.iterdir()) == ["checkpoint-4", "metrics.jsonl", RECORD], n
     assert n > 15 and seen == {"checkpoint-2", "checkpoint-3"}
     assert last.keys() == contents(old / "checkpoint-2").keys()
