@@ -36,7 +36,7 @@ MEASURED = ("tokens_per_second", "peak_memory_gib")  # what differs between two 
 # What the process has imported that the others are forked from; of modules that may be lacking, those that are here.
 PREPARED = ("pytest", "train_loop", "generate", "noisefit.probe", "peft", "transformers.models.llama.modeling_llama",
             "running", "tiny_folder", "tiny_models")  # fmt: skip
-WHERE_USED = ("compare", "runs", "rows", "measures", "pretrain", "sklearn.metrics", "scipy.stats")
+WHERE_USED = ("compare", "runs", "rows", "measures", "pretrain", "fsdp_program", "plan_program", "sklearn.metrics")
 
 
 class Forked(ForkServerProcess):
