@@ -15,6 +15,7 @@ from noisefit.base.errors import InputError
 from noisefit.inputs.prompts import prompt_ids
 
 FAST = dict(learning_rate=1e-2, logging_steps=2, max_steps=6)
+THREE = dict(learning_rate=1e-2, logging_steps=1, max_steps=3)  # over the end of the first epoch
 
 
 def adapter(folder):
@@ -128,7 +129,7 @@ def test_other_architectures_train_with_pefts_own_targets(model_type, questions,
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(llama_folder, questions, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        run(llama_folder, questions, tmp_path / name, **FAST, seed=seed)
+        run(llama_folder, questions, tmp_path / name, **THREE, seed=seed)
     first = adapter(tmp_path / "a")
     assert all(torch.equal(tensor, adapter(tmp_path / "b")[name]) for name, tensor in first.items())
     assert not all(torch.equal(tensor, adapter(tmp_path / "c")[name]) for name, tensor in first.items())
@@ -139,7 +140,7 @@ def test_a_run_is_the_same_cut_into_1_2_or_4_micro_batches(llama_folder, questio
     results = []
     for batch_size in (16, 8, 4):
         lines = run(
-            llama_folder, questions, tmp_path / str(batch_size), **FAST, batch_size=batch_size, lora_dropout=0,
+            llama_folder, questions, tmp_path / str(batch_size), **THREE, batch_size=batch_size, lora_dropout=0,
             gradient_accumulation_steps=16 // batch_size, noise_std=0, hybrid_loss_alpha=1,
         )  # fmt: skip
         results.append((lines, adapter(tmp_path / str(batch_size))))
@@ -153,7 +154,7 @@ def test_a_run_is_the_same_cut_into_1_2_or_4_micro_batches(llama_folder, questio
 
 @pytest.mark.slow
 def test_gradient_checkpointing_and_separate_passes_change_the_cost_alone(llama_folder, questions, tmp_path):
-    settings = FAST | dict(lora_dropout=0, noise_std=0, target_modules="all-linear")
+    settings = THREE | dict(lora_dropout=0, noise_std=0, target_modules="all-linear")
     expected = run(llama_folder, questions, tmp_path / "plain", **settings)
     for name, flags in {
         "checkpointing": dict(gradient_checkpointing=True),
