@@ -14,7 +14,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
 
 from noisefit.base.errors import InputError, notice
 from noisefit.base.files import ends_of
@@ -25,12 +24,13 @@ from noisefit.inputs.stored import StoredExamples, rows_digest
 from noisefit.run.method_settings import POLICIES
 from noisefit.run.noise_policy import POLICY_SHAPE, policy_from, read_policy
 from noisefit.run.settings import Settings
+from noisefit.run.standing import STANDING_SHAPE
 
 STATE, OPTIMIZER, PROCESSES = "checkpoint.json", "optimizer.safetensors", "processes.safetensors"
 TEACHER = "teacher.safetensors"  # the weights of a teacher that has its own
 SCORES = "knowledge.csv"  # what the base model knows of the rows, where the run goes by it
 LOOP_SHAPE = {**dict.fromkeys(("step", "total_steps", "seen_targets", "bad_steps"), COUNT), "strategy": TEXT,
-              "policy": POLICY_SHAPE}  # fmt: skip
+              "policy": POLICY_SHAPE, "standing": STANDING_SHAPE}  # fmt: skip
 METRICS_SHAPE = {**dict.fromkeys(("steps", "skipped", "targets", "tokens"), COUNT), "seconds": AMOUNT,
                  "noisy_steps": [COUNT], "told": COUNT}  # fmt: skip
 STATE_SHAPE = {"saved_at": INTEGER, "run": OBJECT, "loop": LOOP_SHAPE, "metrics": METRICS_SHAPE,
@@ -39,15 +39,15 @@ STATE_SHAPE = {"saved_at": INTEGER, "run": OBJECT, "loop": LOOP_SHAPE, "metrics"
 # Settings that a resumed run may change: how long it runs, what it records, how its work is cut and where files are.
 # What the files hold is compared instead of their names, and the number of rows a step instead of the cut.
 FREE = {
-    "model", "train_data", "eval_data", "output_model", "overwrite_output", "trust_remote_code",
+    "model", "model_revision", "train_data", "eval_data", "output_model", "overwrite_output", "trust_remote_code",
     "max_steps", "epochs", "max_bad_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
-    "logging_steps", "eval_steps", "report_to", "run_name", "batch_size", "gradient_accumulation_steps",
-    "loss_chunk_size", "gradient_checkpointing", "attn_implementation",
+    "logging_steps", "eval_steps", "patience", "sample_steps", "sample_prompts", "report_to", "run_name",
+    "batch_size", "gradient_accumulation_steps", "loss_chunk_size", "gradient_checkpointing", "attn_implementation",
 }  # fmt: skip
 # They count where the rows differ, and explain it.
 OF_THE_ROWS = {"max_length", "chat_template", "loss_on"}
 ROWS, FILES, EVALUATION = "rows of --train_data", "files of --model", "rows of --eval_data"
-NOTED = (EVALUATION,)  # changes that are said and no reason to refuse
+NOTED = (EVALUATION,)  # changes that are said and no reason to refuse, but where the best is kept
 
 
 def find_checkpoint(
@@ -227,21 +227,21 @@ def checked_state(state: Any, where: str) -> dict[str, Any]:
     require(found["schedule"]["last_epoch"] <= loop["step"], where, "last_epoch is more than step")
     require(loop["strategy"] in STRATEGIES, where, f"strategy is none of {', '.join(STRATEGIES)}")
     policy_from(loop["policy"], f"{where}: policy", len(metrics["noisy_steps"]) - 1, found["run"])
-    require(all(name == Path(name).name for name in files), where, "files are not names")
+    elsewhere = [name for name in files if ".." in Path(name).parts or Path(name).is_absolute()]
+    require(not elsewhere, where, "files are not names")
     weights = any(name.startswith(("adapter_model.", "model")) for name in files)
     require({OPTIMIZER, PROCESSES} <= set(files) and weights, where, "files are lacking")
     return found
 
 
 def identify_run(
-    settings: Settings, config: PreTrainedConfig, examples: Sequence[Example], eval_examples: Sequence[Example],
+    settings: Settings, examples: Sequence[Example], eval_examples: Sequence[Example],
     rows_per_step: int, accelerator: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that another run with the same numbers must share, as plain values.
 
     Args:
         settings: of the run.
-        config: the base model's.
         examples, eval_examples: the tokenized rows.
         rows_per_step: rows an optimizer step, over all micro-batches and processes.
         accelerator: of the run.
@@ -255,7 +255,7 @@ def identify_run(
     return identity | {
         ROWS: _digest_of_rows(examples),
         EVALUATION: _digest_of_rows(eval_examples),
-        FILES: _model_digest(settings.model, config),
+        FILES: _model_digest(settings.model, settings.model_revision),
         "rows an optimizer step": rows_per_step,
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
@@ -264,14 +264,18 @@ def identify_run(
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs, in words; for digests only that they do."""
-    same = set(NOTED) | (OF_THE_ROWS if before.get(ROWS) == now.get(ROWS) else set())
+    same = set() if now.get("keep_best") else set(NOTED)
+    same |= OF_THE_ROWS if before.get(ROWS) == now.get(ROWS) else set()
     found = []
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
         if name not in before:
             found.append(f"{name} is not known of it, as an older version wrote it")
+        elif old != new and name == FILES and " at " in f"{old}" and " at " in f"{new}":  # both are of the hub
+            found.append(f"--model is {new} and was {old}: --model_revision takes a commit")
         elif old != new and name not in same:
-            found.append(f"the {name} have changed" if name in (ROWS, FILES) else f"{name} was {old} and is {new}")
+            digests = ROWS, FILES, EVALUATION
+            found.append(f"the {name} have changed" if name in digests else f"{name} was {old} and is {new}")
     return found
 
 
@@ -279,11 +283,12 @@ def _digest_of_rows(examples: Sequence[Example]) -> str:
     return examples.digest if isinstance(examples, StoredExamples) else rows_digest(examples)
 
 
-def _model_digest(name: str, config: PreTrainedConfig) -> str:
-    """Of a folder config.json, and each weight file's size, beginning and end: a copy elsewhere is the same model."""
+def _model_digest(name: str, revision: str | None) -> str:
+    """Of a model on the hub its name and commit; of a folder config.json, and each weight file's size, beginning and
+    end: a copy elsewhere is the same model."""
     folder, content = Path(name), hashlib.sha256()
     if not folder.is_dir():
-        return f"{name} at {getattr(config, '_commit_hash', None)}"
+        return f"{name} at {revision}"
     for path in sorted(folder.glob("*.safetensors")):
         content.update(f"{path.name} {path.stat().st_size}".encode() + ends_of(path))
     content.update((folder / "config.json").read_bytes())

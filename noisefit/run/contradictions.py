@@ -1,8 +1,10 @@
-"""Settings of the objective that contradict each other, and those that have no effect beside the others."""
+"""Settings that contradict each other, and those of the objective that have no effect beside the others."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from noisefit.base.errors import InputError
 from noisefit.base.settings import fields_of, not_default
@@ -11,9 +13,26 @@ from noisefit.method.objectives import OBJECTIVES
 from noisefit.method.policy import ALL
 from noisefit.method.teacher import BASE, EMA, SELF
 from noisefit.run.method_settings import POLICIES, CalibrationSettings
+from noisefit.run.run_settings import HubSettings
 
 if TYPE_CHECKING:
     from noisefit.run.settings import Settings
+
+
+def check_hub(settings: HubSettings) -> None:
+    """Refuse a repository's name that the hub would not take.
+
+    Raises:
+        InputError: as said.
+    """
+    if settings.push_to_hub is None:
+        if settings.hub_private:
+            raise InputError("--hub_private says how --push_to_hub makes a repository; give it one, or leave it out")
+        return
+    try:
+        validate_repo_id(settings.push_to_hub)
+    except HFValidationError as error:
+        raise InputError(f"--push_to_hub: no name of a repository: {error}") from None
 
 
 def check_objective(settings: Settings) -> None:
@@ -43,6 +62,22 @@ def check_objective(settings: Settings) -> None:
         )
     if objective.noise == "layers" and "ce" not in objective.losses and noiseless:
         raise InputError(f"--{noiseless[0]} 0 leaves --loss_mode {settings.loss_mode} nothing to learn; give it noise")
+
+
+def check_evaluation(settings: Settings) -> None:
+    """Refuse settings of the evaluation that cannot do anything.
+
+    Raises:
+        InputError: as said.
+    """
+    wanted = [name for name in ("sample_steps", "keep_best", "patience") if getattr(settings, name)]
+    wanted += ["eval_metric"] if settings.scores_answers else []
+    if wanted and not settings.eval_data:
+        raise InputError(f"--{wanted[0]} goes by evaluation rows, and there are none; give --eval_data")
+    if settings.loss_on == "all" and (settings.sample_steps or settings.scores_answers):
+        flag = "sample_steps" if settings.sample_steps else f"eval_metric {settings.eval_metric}"
+        raise InputError(f"--{flag} answers prompts, and under --loss_on all a row is one text, without a prompt and a "
+                         "response; leave one of them out")  # fmt: skip
 
 
 def _check_teacher(settings: Settings) -> None:
@@ -97,6 +132,8 @@ def without_effect(settings: Settings) -> str | None:
         "branches": len(objective.branches) > 1,
         "teacher_decay": settings.teacher == EMA,
         "rdrop_dropout": DROPOUT in objective.branches,
+        "sample_prompts": bool(settings.sample_steps),
+        "sample_tokens": bool(settings.sample_steps) or settings.scores_answers,
     }
     changed = not_default(settings)
     idle = [f"--{name}" for name in settings.record() if name in changed and not used.get(name, True)]

@@ -23,12 +23,21 @@ from noisefit.base.command_line import (
 from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
 from noisefit.base.settings import add_flags, check_fields, fields_of
+from noisefit.inputs.lora import check_lora
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
-from noisefit.run.contradictions import check_objective
+from noisefit.run.contradictions import check_evaluation, check_hub, check_objective
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
-from noisefit.run.run_settings import FileSettings, KillSettings, RecordSettings, StepSettings
+from noisefit.run.optimizers import optimizer_words
+from noisefit.run.run_settings import (
+    EvaluationSettings,
+    FileSettings,
+    HubSettings,
+    KillSettings,
+    RecordSettings,
+    StepSettings,
+)
 
 GROUPS: dict[str, type] = {
     "what goes in and what comes out": FileSettings,
@@ -40,19 +49,22 @@ GROUPS: dict[str, type] = {
     "the model": ModelSettings,
     "the prompts": PromptSettings,
     "kills": KillSettings,
+    "what is looked at while it trains": EvaluationSettings,
     "records": RecordSettings,
+    "the hub": HubSettings,
 }
 # The ten that `--help` shows with what they do; the others it names.
 FIRST = ("model", "train_data", "eval_data", "output_model", "loss_mode", "unknown_rows", "noise_std", "epochs",
          "learning_rate", "batch_size")  # fmt: skip
 # Of one run alone: a repetition of it has its own.
-NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output")
+NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output", "push_to_hub", "hub_private")
+PASSED_OVER = ("noisefit_version", "best")  # what noisefit_config.json says besides
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(
-    RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings, CalibrationSettings,
-    NoiseSettings, LossSettings, FileSettings,
+    HubSettings, RecordSettings, EvaluationSettings, KillSettings, PromptSettings, ModelSettings, StepSettings,
+    KnowledgeSettings, CalibrationSettings, NoiseSettings, LossSettings, FileSettings,
 ):  # fmt: skip
     """All settings of a training, checked: each value, and those that contradict each other.
 
@@ -75,6 +87,10 @@ class Settings(
         if self.prompt_date is not None:
             check_date(self.prompt_date)
         check_objective(self)
+        check_evaluation(self)
+        check_hub(self)
+        object.__setattr__(self, "lora", check_lora(self))
+        object.__setattr__(self, "optim_args", optimizer_words(self.optim_args))
 
     def record(self) -> dict[str, Any]:
         """What defines the run, by name, in the order of `--help`: it repeats the run when given as `--config`."""
@@ -117,5 +133,5 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
             each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=("noisefit_version",))))
+    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=PASSED_OVER)))
     return Settings(**{"model": "", "train_data": ""} | given)
