@@ -4,13 +4,14 @@ import csv
 import json
 import math
 import signal
+import sys
 import time
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 import torch
-from running import call, launch, python, run, run_generate, start_program, wait, words
+from running import call, launch, run, run_generate, start_program, wait, words
 from tiny_folder import tiny_folder
 from transformers import AutoTokenizer
 
@@ -491,8 +492,10 @@ def test_bad_flags(flags, message):
 
 
 @pytest.mark.slow
-def test_bad_input_ends_in_one_line_and_status_2(tmp_path):
-    done = python("generate.py", "--model_path", str(tmp_path / "missing"), "--input_csv", str(tmp_path / "q.csv"))
+def test_bad_input_ends_in_one_line_and_status_2(tmp_path, monkeypatch):
+    argv = ["generate.py", f"--model_path={tmp_path / 'missing'}", f"--input_csv={tmp_path / 'q.csv'}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    done = call(lambda argv: generate.main())
     assert done.returncode == 2
     assert done.stderr == f"generate.py: error: --model_path {tmp_path}/missing: no such folder\n"
     for flags, message in [((), "give --model_path"), (("--model_id", "m"), "--input_csv is required")]:
