@@ -21,6 +21,7 @@ from noisefit.inputs.templates import asks_for_date, check_chat_template, set_ch
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.compiling import check_compiling
 from noisefit.run.contradictions import without_effect
+from noisefit.run.evaluation import check_answering
 from noisefit.run.hub import check_repository, make_repository
 from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.noise_policy import check_policy
@@ -105,6 +106,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     how = tokenizer, settings, vocabulary, stops, accelerator
     examples = make_rows(settings.train_data, rows, *how)
     eval_examples = make_rows(settings.eval_data, eval_rows, *how)
+    check_answering(settings, config, accelerator, eval_examples)
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     total_steps = settings.epochs * steps_per_epoch(len(examples), rows_per_step)
