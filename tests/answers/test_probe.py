@@ -295,7 +295,7 @@ def test_a_model_that_answers_tells_told_facts_from_untold_ones(tmp_path):
     import build
     import world
 
-    small = replace(world.ANSWERING, countries=30, layers=3, batch_rows=2, epochs=6)
+    small = replace(world.ANSWERING, countries=30, layers=3, batch_rows=2, epochs=7)
     build.build(tmp_path / "world", small, required=0.0)
     rows = probed(tmp_path / "world" / "model", tmp_path / "world" / "train.csv", tmp_path / "out.csv")
     told = [row["kind"] == "known" for row in rows]
