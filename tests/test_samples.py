@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ class Tables:
     """A client that keeps what it is given, and whose table fails at step 4."""
 
     requires_logging_directory = False
-    made: list["Tables"] = []
+    made: ClassVar[list["Tables"]] = []
 
     def __init__(self, title, **options):
         self.logged, self.tables = {}, []
