@@ -194,16 +194,30 @@ def usable_examples(
 
 
 def tell_of_length(
-    path: str, max_length: int, dropped: Sequence[int] | SomeRows, cut: Sequence[int] | SomeRows, any_left: bool
-) -> None:
-    """Lines about rows that were dropped or cut for their length. Raises `InputError` where none is left."""
+    path: object, max_length: int, dropped: Sequence[int] | SomeRows, cut: Sequence[int] | SomeRows, any_left: bool,
+    is_cut: bool = True,
+) -> None:  # fmt: skip
+    """Lines about rows that were dropped or cut for their length. Raises `InputError` where none is left.
+
+    Args:
+        path: their file, for the line.
+        max_length: of the run.
+        dropped: those whose prompt leaves no room for an answer.
+        cut: those that leave room for the beginning of one.
+        any_left: whether there are others.
+        is_cut: whether the latter are cut, or dropped too.
+    """
     if SomeRows.of(dropped).number:
         notice(describe_skipped(path, dropped, f"whose prompt leaves no answer within {max_length} tokens"))
+    number = SomeRows.of(cut).number
+    if number and not is_cut:
+        notice(describe_skipped(path, cut, f"longer than --max_length {max_length} tokens, as a cut one has no end to "
+                                           "learn; raise that, or give --long_rows cut"))  # fmt: skip
     if not any_left:
         raise InputError(f"{path}: no row has an answer within --max_length {max_length}; raise it")
-    if number := SomeRows.of(cut).number:
+    if number and is_cut:
         notice(f"{path}: of {number} row{'s' if number > 1 else ''} the answer's end is cut off at --max_length "
-               f"{max_length}, which teaches not to stop ({name_rows(cut)})")  # fmt: skip
+               f"{max_length}, so it is not learnt ({name_rows(cut)})")  # fmt: skip
 
 
 def check_tokens(input_ids: Iterable[int], vocabulary: int, where: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCardData
 
 import noisefit
+from noisefit.base.settings import words_of
 from noisefit.fork.branches import NOISY
 from noisefit.run.settings import Settings
 
@@ -36,7 +37,7 @@ def model_card(settings: Settings, tokens: int) -> str:
 
 # {code(Path(settings.output_model).resolve().name)}
 
-{"A full model" if whole else "A LoRA adapter"} for {code(name)}, trained on {code(Path(settings.train_data).name)} with
+{"A full model" if whole else "A LoRA adapter"} for {code(name)}, trained on {", ".join(code(Path(word).name if Path(word).exists() else word) for word in words_of(settings.train_data))} with
 the NoiseFiT trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
 {what_it_learnt(settings)}.
 It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that

@@ -17,6 +17,7 @@ import noisefit
 from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, writing
 from noisefit.base.meeting import apart
+from noisefit.base.settings import words_of
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run.card import model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints
@@ -236,7 +237,8 @@ def save_model(
 
 def where_things_are(settings: Settings) -> list[str]:
     """What the run left and the next command, for the user's eyes."""
-    output, data = shlex.quote(settings.output_model), shlex.quote(settings.eval_data or settings.train_data)
+    files = [word for word in words_of(settings.eval_data) + words_of(settings.train_data) if Path(word).is_file()]
+    output, data = shlex.quote(settings.output_model), shlex.quote(files[0]) if files else "QUESTIONS.csv"
     what, flag = ("the model", "--model_id") if settings.full_finetune else ("the adapter", "--model_path")
     return [
         f"{output} holds {what} with its tokenizer and card, metrics.jsonl (losses) and layer_snr.json (layers)",

@@ -21,13 +21,12 @@ from noisefit.inputs.templates import asks_for_date, check_chat_template, set_ch
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.compiling import check_compiling
 from noisefit.run.contradictions import without_effect
-from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.metrics import check_tracker
 from noisefit.run.noise_policy import check_policy
 from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
-from noisefit.run.rows import list_rows, make_rows
+from noisefit.run.rows import make_data, read_data, with_commits
 from noisefit.run.settings import Settings
 
 
@@ -76,9 +75,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_output(settings, output)
     check_tracker(settings.report_to)
     check_chat_template(settings.chat_template)
-    # What decides on rows needs them in a list; other large files are tokenized into one that lies on the disk.
-    rows = list_rows(settings.train_data, always=settings.unknown_rows != "keep")
-    eval_rows = list_rows(settings.eval_data)
+    data = read_data(settings)
+    settings = with_commits(settings, data)
     config, tokenizer = load_config(model, trusted), load_tokenizer(model, trusted)
     num_layers, vocabulary = check_model(settings, model, config, trusted)
     check_policy(settings, num_layers)
@@ -94,12 +92,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
     check_tokenizer_names(tokenizer, output)
     stops = stop_token_ids(model)
-    scores = None
-    if rows is not None:
-        rows, scores = by_what_is_known(settings, rows, tokenizer, accelerator)
-    how = tokenizer, settings, vocabulary, stops, accelerator
-    examples = make_rows(settings.train_data, rows, *how)
-    eval_examples = make_rows(settings.eval_data, eval_rows, *how)
+    examples, eval_examples, scores = make_data(settings, data, tokenizer, vocabulary, stops, accelerator)
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     total_steps = settings.epochs * steps_per_epoch(len(examples), rows_per_step)
@@ -118,7 +111,7 @@ def _within_positions(settings: Settings, config: PreTrainedConfig) -> Settings:
     limit, wanted = length_limit(config), settings.max_length
     if limit is None or wanted <= limit:
         return settings
-    notice(f"rows are cut at {limit} tokens, as {settings.model} has no more positions (--max_length {wanted})")
+    notice(f"rows have up to {limit} tokens, as {settings.model} has no more positions (--max_length {wanted})")
     return replace(settings, max_length=limit)
 
 

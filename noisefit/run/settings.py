@@ -22,16 +22,18 @@ from noisefit.base.command_line import (
 )
 from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
-from noisefit.base.settings import add_flags, check_fields, fields_of
+from noisefit.base.settings import add_flags, check_fields, fields_of, words_of
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
 from noisefit.run.contradictions import check_objective
+from noisefit.run.data_settings import DataSettings, check_data
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
 from noisefit.run.run_settings import FileSettings, KillSettings, RecordSettings, StepSettings
 
 GROUPS: dict[str, type] = {
     "what goes in and what comes out": FileSettings,
+    "the rows": DataSettings,
     "the method: the loss": LossSettings,
     "the method: the noise": NoiseSettings,
     "the method: noise that calibrates itself": CalibrationSettings,
@@ -52,7 +54,7 @@ NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output")
 @dataclass(frozen=True, kw_only=True)
 class Settings(
     RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings, CalibrationSettings,
-    NoiseSettings, LossSettings, FileSettings,
+    NoiseSettings, LossSettings, DataSettings, FileSettings,
 ):  # fmt: skip
     """All settings of a training, checked: each value, and those that contradict each other.
 
@@ -66,7 +68,7 @@ class Settings(
         check_fields(self)
         object.__setattr__(self, "auto_scale_factors", sorted(set(self.auto_scale_factors)))
         for name in ("model", "train_data"):
-            if not getattr(self, name):
+            if not all(words_of(getattr(self, name))):
                 raise InputError(f"--{name} is required; see --help")
         if self.quantization != "none" and self.full_finetune:
             raise InputError("--full_finetune cannot train quantized weights; leave out --quantization")
@@ -74,6 +76,7 @@ class Settings(
             raise InputError("--refusal is empty; give the answer that unknown rows are to get")
         if self.prompt_date is not None:
             check_date(self.prompt_date)
+        check_data(self)
         check_objective(self)
 
     def record(self) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags, grouped by what they touch, each with what it does to the method."""
     parser = OneLineParser(
         prog="train_loop.py",
-        usage="accelerate launch train_loop.py --model MODEL --train_data FILE [options]",
+        usage="accelerate launch train_loop.py --model MODEL --train_data DATA [options]",
         description="Fine-tune a causal language model with NoiseFiT (arXiv 2504.03302). Start it with `accelerate "
         "launch`, which sets devices, processes and mixed precision.",
         formatter_class=HelpFormatter,
