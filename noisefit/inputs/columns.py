@@ -30,8 +30,8 @@ def parse_columns(words: Sequence[str] | None) -> dict[str, str]:
     for word in words or ():
         name, equals, given = word.partition("=")
         if not equals or not given or name not in KNOWN:
-            raise InputError(f"--columns {word}: expected NAME=COLUMN, as in prompt=question response=answer, with one of "
-                             f"{', '.join(KNOWN)} for NAME")  # fmt: skip
+            raise InputError(f"--columns {word}: expected NAME=COLUMN, as in prompt=question response=answer, with one "
+                             f"of {', '.join(KNOWN)} for NAME")  # fmt: skip
         if name in found or given in found.values():
             raise InputError(f"--columns {word}: {name if name in found else given!r} is given twice; leave one out")
         found[name] = given

@@ -26,7 +26,7 @@ class Examples(Sequence[Example], ABC):
         lengths: tokens of each row, `[rows]` int32.
         targets: supervised tokens of each row, `[rows]` int32.
         is_cut: whether the end of its answer had no place, `[rows]` bool.
-        prompts: by which rows with the same prompt are known, `[rows]` uint64, see `prompt_key`.
+        prompts: by which rows with the same prompt are known, `[rows]` int64, see `prompt_key`.
         digest: of all rows, in their order: by which they are known as the same, however they are kept.
     """
 
@@ -36,7 +36,7 @@ class Examples(Sequence[Example], ABC):
 
     @property
     @abstractmethod
-    def prompts(self) -> NDArray[np.uint64]: ...
+    def prompts(self) -> NDArray[np.int64]: ...
 
     @property
     @abstractmethod
@@ -70,13 +70,13 @@ class Listed(Examples):
     """Rows in a list."""
 
     def __init__(self, examples: Sequence[Example], prompts: Iterable[int]):
-        self._examples, self._prompts = examples, np.array([*prompts], dtype=np.uint64)
+        self._examples, self._prompts = examples, np.array([*prompts], dtype=np.int64)
         self.lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int32)
         self.targets = np.array([example.num_targets for example in examples], dtype=np.int32)
         self.is_cut = np.array([example.is_cut for example in examples], dtype=bool)
 
     @property
-    def prompts(self) -> NDArray[np.uint64]:
+    def prompts(self) -> NDArray[np.int64]:
         return self._prompts
 
     @property
@@ -98,7 +98,7 @@ class Chosen(Examples):
         self.is_cut = _joined([part.is_cut for part in parts])[numbers]
 
     @property
-    def prompts(self) -> NDArray[np.uint64]:
+    def prompts(self) -> NDArray[np.int64]:
         return _joined([part.prompts for part in self._parts])[self._numbers]
 
     @property
@@ -128,19 +128,21 @@ def rows_digest(examples: Iterable[Example]) -> str:
 
 
 def choose(parts: Sequence[Examples], numbers: NDArray[np.int64]) -> Examples:
-    """The rows with these numbers of all parts together; where that is one part whole, that part itself."""
+    """The rows with these numbers of all parts together; of one part whole, that part itself."""
+    if not parts:
+        return Listed([], [])
     if len(parts) == 1 and np.array_equal(numbers, np.arange(len(parts[0]))):
         return parts[0]
     return Chosen(parts, numbers)
 
 
 def prompt_key(row: Row) -> int:
-    """64 bits of a digest of what a row asks, whatever its case and its white space."""
+    """63 bits of a digest of what a row asks, whatever its case and its white space."""
     text = " ".join(row.prompt.split()).casefold()
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def held_out(prompts: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
+def held_out(prompts: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
     """Which rows are held out: whole groups of rows with one prompt, in an order that the seed draws.
 
     A prompt's place in the order depends on the seed and on itself alone: with more rows, most stay where they were.
@@ -156,7 +158,7 @@ def held_out(prompts: NDArray[np.uint64], share: float, seed: int) -> NDArray[np
     Raises:
         InputError: not at least one row on each side.
     """
-    each, group, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
+    each, group, sizes = np.unique(prompts.astype(np.uint64), return_inverse=True, return_counts=True)
     wanted = min(max(round(share * len(prompts)), 1), len(prompts) - 1)
     order = np.argsort(_mixed(each ^ _mixed(np.array([seed], dtype=np.uint64))), kind="stable")
     held, chosen = 0, np.zeros(len(each), dtype=bool)

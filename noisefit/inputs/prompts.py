@@ -211,8 +211,8 @@ def tell_of_length(
         notice(describe_skipped(path, dropped, f"whose prompt leaves no answer within {max_length} tokens"))
     number = SomeRows.of(cut).number
     if number and not is_cut:
-        notice(describe_skipped(path, cut, f"longer than --max_length {max_length} tokens, as a cut one has no end to "
-                                           "learn; raise that, or give --long_rows cut"))  # fmt: skip
+        notice(describe_skipped(path, cut, f"longer than --max_length {max_length} tokens; --long_rows cut cuts them, "
+                                           "and their end is not learnt"))  # fmt: skip
     if not any_left:
         raise InputError(f"{path}: no row has an answer within --max_length {max_length}; raise it")
     if number and is_cut:

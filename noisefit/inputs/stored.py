@@ -72,7 +72,7 @@ class StoredExamples(Examples):
         self._prompts = [part["prompt_key"].to_numpy() for part in parts]
 
     @property
-    def prompts(self) -> NDArray[np.uint64]:
+    def prompts(self) -> NDArray[np.int64]:
         return np.concatenate(self._prompts)
 
     @property

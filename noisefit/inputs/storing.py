@@ -72,8 +72,8 @@ def store(
         import datasets  # noqa: F401 (two seconds, and not everywhere)
     except ImportError:
         size = source.size / 2**20
-        raise InputError(f"{source}: a file of {size:.0f} MiB is tokenized by way of the library datasets, which is not "
-                         "installed; pip install datasets") from None  # fmt: skip
+        raise InputError(f"{source}: a file of {size:.0f} MiB is tokenized by way of the library datasets, which is "
+                         "not installed; pip install datasets") from None  # fmt: skip
     with writing(cache_folder(), "; HF_DATASETS_CACHE names another folder"), _staging(name) as staged:
         notice(f"{source}: its rows are tokenized once, on {_cores()} cores, and kept in {folder}")
         _write(staged, source, tokenizer, how)
@@ -109,7 +109,7 @@ def _write(staged: Path, source: Source, tokenizer: PreTrainedTokenizerBase, how
 
     as_text = Features(number=Value("int64"), prompt=Value("string"), response=Value("string"))
     as_tokens = Features(number=Value("int64"), input_ids=List(Value("int32")), target_start=Value("int32"),
-                         is_cut=Value("bool"), prompt_key=Value("uint64"))  # fmt: skip
+                         is_cut=Value("bool"), prompt_key=Value("int64"))  # fmt: skip
     with _errors_of_ours(), quiet_datasets():
         rows = Dataset.from_generator(cells, features=as_text, cache_dir=str(staged / "rows"))
         examples = rows.map(

@@ -30,6 +30,8 @@ def model_card(settings: Settings, tokens: int) -> str:
     load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), {output})"
     if whole:
         load = f"AutoModelForCausalLM.from_pretrained({output})"
+    words = words_of(settings.train_data)  # of files and folders the names, as paths say nothing elsewhere
+    data = ", ".join(code(Path(word).name if Path(word).exists() else word) for word in words)
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in sorted(settings.record().items()))
     return f"""---
 {metadata.to_yaml()}
@@ -37,7 +39,7 @@ def model_card(settings: Settings, tokens: int) -> str:
 
 # {code(Path(settings.output_model).resolve().name)}
 
-{"A full model" if whole else "A LoRA adapter"} for {code(name)}, trained on {", ".join(code(Path(word).name if Path(word).exists() else word) for word in words_of(settings.train_data))} with
+{"A full model" if whole else "A LoRA adapter"} for {code(name)}, trained on {data} with
 the NoiseFiT trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
 {what_it_learnt(settings)}.
 It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that

@@ -61,9 +61,8 @@ def read_data(settings: Settings) -> Data:
                          "one for all, or one for each")  # fmt: skip
     revision_of = dict(zip(names, revisions if len(revisions) > 1 else revisions * len(names), strict=False))
     renames = parse_columns(settings.columns)
-    splits, eval_splits = (settings.split or "train",), EVALUATION
-    if settings.eval_data_split is not None:
-        eval_splits = (settings.eval_data_split,)
+    splits: tuple[str, ...] = (settings.split or "train",)
+    eval_splits: tuple[str, ...] = (settings.eval_data_split,) if settings.eval_data_split else EVALUATION
     sources = [find_source("--train_data", word, renames, splits, settings.dataset_config, revision_of.get(word))
                for word in words]  # fmt: skip
     config_of = dict.fromkeys(words, settings.dataset_config)  # those of another dataset are not known
@@ -209,5 +208,5 @@ def _refuse(
     whole = replace(settings, max_length=NO_LIMIT)
     examples, _, _ = usable_examples(tokenizer, [row], str(source), whole, vocabulary, stop_ids)
     length = max(len(example.input_ids) for example in examples)
-    raise InputError(f"{source}: row {number} has {length} tokens, and --max_length is {settings.max_length}; raise that, "
-                     "or give --long_rows drop or cut")  # fmt: skip
+    raise InputError(f"{source}: row {number} has {length} tokens, and --max_length is {settings.max_length}; raise "
+                     "that, or give --long_rows drop or cut")  # fmt: skip
