@@ -96,8 +96,9 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
         jobs, seen = [], Counter[str]()
         for index, row in enumerate(prompts):
             with naming_row(row, settings.input_csv):
-                jobs.append(Job(index, row.prompt, prompt_ids(tokenizer, row.prompt), rounds, seen[row.prompt]))
-            seen[row.prompt] += 1
+                ids = prompt_ids(tokenizer, row.prompt, row.history)
+                jobs.append(Job(index, row.asked, ids, rounds, seen[row.asked]))
+            seen[row.asked] += 1
         limit = context_length(settings, base)
         for row, job in zip(prompts, jobs, strict=True):
             if limit is not None and len(job.input_ids) + settings.max_new_tokens > limit:
@@ -155,7 +156,7 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
             write_all(settings, output, records, done | {k: answer for part in fresh for k, answer in part.items()})
     journal.remove()
     notice(f"the answers are in {output}")
-    if "response" in records[0]:
+    if "response" in records[0] or prompts[0].response:
         program = "noisefit.benchmarks letters" if {"answer", "choices"} <= records[0].keys() else "noisefit.score"
         notice(f"next, how many are true: python -m {program} {shlex.quote(str(output))}")
     finish(accelerator)

@@ -115,14 +115,15 @@ def probe_file(
     unsampled: list[int] = []
     seen = Counter[str]()
     for index, row in enumerate(rows):
-        with naming_row(Row(row.number, row.prompt, row.response), settings.train_data):
+        asked = Row(row.number, row.prompt, row.response, history=row.history)
+        with naming_row(asked, settings.train_data):
             items |= items_of(settings, tokenizer, index, row, limit)
-            ids = prompt_ids(tokenizer, row.prompt)
+            ids = prompt_ids(tokenizer, row.prompt, row.history)
             if settings.samples and len(ids) + settings.max_new_tokens > limit:
                 unsampled.append(row.number)
             elif settings.samples:
-                jobs.append(Job(index, row.prompt, ids, tuple(range(1, settings.samples + 1)), seen[row.prompt]))
-        seen[row.prompt] += 1
+                jobs.append(Job(index, asked.asked, ids, tuple(range(1, settings.samples + 1)), seen[asked.asked]))
+        seen[asked.asked] += 1
     if cut := [row.number for index, row in enumerate(rows) if (index, SCORES[CHAT]) not in items]:
         notice(f"{settings.train_data}: no score for rows of which nothing decisive is within {limit} tokens "
                f"({name_rows(cut)})")  # fmt: skip

@@ -15,9 +15,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-
 from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.base.files import alone_in, writing
 from noisefit.base.meeting import apart
@@ -33,6 +30,8 @@ def gathered(value: T) -> list[T]:
     Raises:
         InputError: another process ended before.
     """
+    from accelerate.utils import gather_object  # here, as it imports torch, which takes seconds
+
     try:
         found: list[T] = gather_object([value])
     except RuntimeError as error:  # gloo says that a peer is gone; with NCCL the launcher ends those that wait
@@ -69,6 +68,9 @@ def first_on_its_disk(folder: Path) -> Iterator[bool]:
     Raises:
         InputError: another launch writes there, or it cannot be made on one of the disks.
     """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     index = PartialState().process_index
     name = f"{MARK}{uuid.uuid4().hex}"
     owner: int | None = None  # of the folder that this process sees

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def plan_batches(jobs: Iterable[Job], batch_size: int) -> list[list[Job]]:
 
 def left_pad(rows: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """`input_ids` and `attention_mask`, `[rows, longest]` int64, padded on the left."""
+    import torch  # here, as it takes seconds, and the score's programs need none of it
+
     longest = max(map(len, rows))
     ids = torch.tensor([[pad_token_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

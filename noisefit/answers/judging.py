@@ -15,13 +15,13 @@ from typing import Any
 
 from noisefit.answers.outcomes import OUTCOMES as GRADES
 from noisefit.answers.outcomes import calls_for_refusal, outcome
-from noisefit.answers.reading import ALIASES, NEEDED, is_unanswerable, texts_cell
+from noisefit.answers.reading import ALIASES, NEEDED, is_unanswerable, reference_of, texts_cell
 from noisefit.answers.refusals import is_refusal
 from noisefit.answers.scoring import Prompt
 from noisefit.base.errors import InputError
 from noisefit.base.files import append_whole, check_regular, sync_file
 from noisefit.base.refusal import REFUSAL
-from noisefit.inputs.tables import read_records, text_cell
+from noisefit.inputs.tables import asked_row, read_records, text_cell
 
 UNPARSABLE = "unparsable"  # a reply that is none of the three, twice
 COLUMN = "judge_outcome"
@@ -102,21 +102,24 @@ def read_cases(path: str) -> list[Answer]:
     for row, record in read_records(path, NEEDED):
         if COLUMN in record:
             raise InputError(f"{path}: it has a column {COLUMN!r} already: it is judged; rename that column")
-        prompt, response, answer, truth, question = (
-            text_cell(path, row, name, record.get(name)) for name in (*NEEDED, "answer", "question")
+        asked = asked_row(path, row, record)
+        response = reference_of(path, row, record, asked)
+        answer, truth, question = (
+            text_cell(path, row, name, record.get(name)) for name in ("generated_response", "answer", "question")
         )
         listed = [text for name in ALIASES for text in texts_cell(path, row, name, record.get(name))]
         true_answers = tuple(dict.fromkeys(text for text in (response, truth, *listed) if text))
-        if not prompt or not true_answers:
+        if asked is None or not true_answers:
             raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
         empty = is_unanswerable(record, truth, listed)
-        asked = Prompt(
-            question or prompt, true_answers[0], (), truth or None, aliases=tuple(listed), unanswerable=empty
-        )
-        if calls_for_refusal(asked):
+        prompt = Prompt(
+            question or asked.asked, true_answers[0], (), truth or None, question=question or asked.prompt,
+            aliases=tuple(listed), unanswerable=empty,
+        )  # fmt: skip
+        if calls_for_refusal(prompt):
             true_answers = tuple(filter(is_refusal, true_answers)) or (REFUSAL,)
-        case = Case(asked.prompt, true_answers, answer)
-        found.append(Answer(row, record, prompt, case, outcome(asked, answer)))
+        case = Case(prompt.prompt, true_answers, answer)
+        found.append(Answer(row, record, asked.asked, case, outcome(prompt, answer)))
     if not found:
         raise InputError(f"{path}: it has no rows")
     return found

@@ -13,10 +13,11 @@ from typing import Any
 from noisefit.answers.scoring import Prompt
 from noisefit.base.errors import InputError
 from noisefit.base.files import read_text
-from noisefit.inputs.tables import BEFORE_ABSTAINING, name_rows, read_records, text_cell
+from noisefit.inputs.readers import Needed
+from noisefit.inputs.tables import ANY_ROWS, BEFORE_ABSTAINING, Row, asked_row, name_rows, read_records, text_cell
 from noisefit.method.decisive import words
 
-NEEDED = ("prompt", "response", "generated_response")
+NEEDED: tuple[Needed, ...] = (*ANY_ROWS, "generated_response")
 LOGPROB = "logprob"
 ALIASES = ("answers", "aliases")
 
@@ -38,9 +39,11 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
     rounds: Counter[str] = Counter()
     without: list[int] = []
     for row, record in read_records(path, (*NEEDED, by) if by else NEEDED):
-        prompt, reference = (text_cell(path, row, column, record.get(column)) for column in NEEDED[:2])
-        if not prompt or not reference:
+        asked = asked_row(path, row, record)
+        reference = reference_of(path, row, record, asked)
+        if asked is None or not reference:
             raise InputError(f"{path}: row {row}: prompt or response is empty: nothing to compare with")
+        prompt = asked.asked
         facts = {
             "response": reference,
             **{column: text_cell(path, row, column, record.get(column)) for column in ("answer", "question")},
@@ -48,12 +51,13 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
         }
         if by and by not in ALIASES:
             facts[by] = text_cell(path, row, by, record.get(by))
+        facts["question"] = facts["question"] or (asked.prompt if asked.history else "")
         entry = found.setdefault(prompt, {"facts": facts, "answers": [], "logprobs": [], "row": row, "empty": False})
         for column, value in facts.items():
             if entry["facts"][column] != value:
                 raise InputError(f"{path}: rows {entry['row']} and {row} give one prompt two values of {column!r}")
         entry["empty"] |= is_unanswerable(record, facts["answer"], facts["answers"] or facts["aliases"])
-        answer = BEFORE_ABSTAINING if before_abstaining and BEFORE_ABSTAINING in record else NEEDED[2]
+        answer = BEFORE_ABSTAINING if before_abstaining and BEFORE_ABSTAINING in record else "generated_response"
         entry["answers"].append(text_cell(path, row, answer, record.get(answer)))
         logprob = _logprob(path, row, record.get(LOGPROB))
         entry["logprobs"].append(logprob)
@@ -79,6 +83,11 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
         for prompt, entry in found.items()
         for facts in [entry["facts"]]
     ]  # fmt: skip
+
+
+def reference_of(path: str, row: int, record: Mapping[str, Any], asked: Row | None) -> str:
+    """The true answer that stands in a record: its `response`, else the last turn of its conversation."""
+    return text_cell(path, row, "response", record.get("response")) or (asked.response if asked else "")
 
 
 def is_unanswerable(record: Mapping[str, Any], answer: Collection[str], listed: Collection[str]) -> bool:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy import stats
 
 from noisefit.method.decisive import decisive_parts, holds, named_part, symbols, words
 
@@ -118,6 +117,8 @@ def compare(first: Sequence[Prompt], second: Sequence[Prompt], seed: int = 0) ->
     if len(values) == 1:
         return {"difference": float(values[0]), "difference_ci": interval, "p_value": 1.0}
     units = np.rint(values * 1e9)  # whole numbers add up exactly, so ties are ties
+    from scipy import stats  # here, as it takes a second
+
     test = stats.permutation_test(
         (units,), np.sum, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES - 1,
         batch=BATCH // len(units) + 1, rng=np.random.default_rng(seed),
@@ -129,6 +130,8 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float]:
     """The 95% percentile bootstrap interval of a mean; of a single value, that value."""
     if len(values) == 1:
         return [float(values[0])] * 2
+    from scipy import stats  # here, as it takes a second
+
     found = stats.bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, method="percentile", batch=BATCH // len(values) + 1,
         rng=np.random.default_rng(seed),

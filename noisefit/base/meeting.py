@@ -9,10 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-import torch.distributed as dist
-from accelerate import PartialState
-from torch.distributed.distributed_c10d import _get_default_store
-
 from noisefit.base.errors import InputError
 
 PATIENCE = timedelta(hours=24)  # for another process's disk: a download, a checkpoint of hundreds of GB
@@ -40,10 +36,15 @@ def apart(what: str) -> Iterator[bool]:
     Raises:
         InputError: another process had an error, holds the store and is gone, or takes longer than `PATIENCE`.
     """
+    from accelerate import PartialState  # here, as it imports torch: seconds, also where only files are looked at
+
     state = PartialState()
     if state.num_processes == 1:
         yield True
         return
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
     # Named by its number, which is the same on all: they enter the same ones in the same order.
     store, name = _get_default_store(), f"noisefit/{next(_meetings)}"
     over = f"{name}/over"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import types
@@ -133,7 +134,7 @@ class Field:
 def fields_of(settings: Any) -> Iterator[Field]:
     """The settings of a class of settings, or of one of its instances, in the order of their declaration."""
     cls = settings if isinstance(settings, type) else type(settings)
-    hints = typing.get_type_hints(cls)
+    hints = _hints_of(cls)
     for field in dataclasses.fields(cls):
         if RULE not in field.metadata:
             continue
@@ -147,6 +148,11 @@ def fields_of(settings: Any) -> Iterator[Field]:
             default = field.default_factory()
         kind = typing.get_args(whole)[0] if is_list else whole
         yield Field(field.name, kind, is_list, len(kinds) > 1, default is None, default, field.metadata[RULE])
+
+
+@functools.cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def names_of(cls: type) -> list[str]:

@@ -41,6 +41,8 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"no decoder layers found in {type(decoder).__name__}: NoiseFiT needs a decoder-only language model "
             "whose blocks are one nn.ModuleList"
         )
+    if len(candidates) == 1:
+        return candidates[0]
     # Other lists can happen to be as long (one rotary table a layer, say); the blocks hold the weights.
     return max(candidates, key=lambda layers: sum(p.numel() for p in layers.parameters()))
 

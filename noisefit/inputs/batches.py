@@ -137,8 +137,9 @@ def collate(
         ids, end = torch.tensor(example.input_ids), len(example.input_ids)
         input_ids[i, :end] = ids
         attention_mask[i, :end] = 1
-        positions.append(i * length + torch.arange(example.target_start - 1, end - 1))
-        tokens.append(ids[example.target_start :])
+        for first, last in example.spans:
+            positions.append(i * length + torch.arange(first - 1, last - 1))
+            tokens.append(ids[first:last])
     batch: Batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -152,8 +153,9 @@ def collate(
         noise_mask = torch.zeros_like(attention_mask)
         noise_mask[:, 0] = not rows  # as above
         for i, example in enumerate(rows):
-            border, end = example.target_start, len(example.input_ids)
-            noise_mask[i, slice(border) if noise_tokens == PROMPT else slice(border, end)] = 1
+            noise_mask[i, : len(example.input_ids)] = noise_tokens == PROMPT
+            for first, last in example.spans:
+                noise_mask[i, first:last] = noise_tokens != PROMPT
         batch["noise_mask"] = noise_mask
     if taught := [example.teacher for example in rows if example.teacher is not None]:
         batch["teacher"] = TopK.joined(taught)

@@ -11,7 +11,14 @@ from noisefit.base.errors import InputError
 Needed = str | tuple[tuple[str, ...], ...]
 """A column that a file must have, or several ways, each some columns, of which it must have those of one."""
 
-KNOWN = ("prompt", "response", "messages", "question", "answer")  # by these names the trainer and its probe look
+KNOWN = (
+    "prompt",
+    "response",
+    "messages",
+    "conversations",
+    "question",
+    "answer",
+)  # by these names the trainer and its probe look
 # Where a column lies in data sets that were not made for this program.
 LIKELY = {
     "prompt": ("question", "instruction", "query", "problem", "input", "user", "text"),

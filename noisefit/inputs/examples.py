@@ -25,7 +25,7 @@ class Examples(Sequence[Example], ABC):
     Attributes:
         lengths: tokens of each row, `[rows]` int32.
         targets: supervised tokens of each row, `[rows]` int32.
-        is_cut: whether the end of its answer had no place, `[rows]` bool.
+        is_cut: whether the end of an answer had no place, in this or another example of the same row, `[rows]` bool.
         prompts: by which rows with the same prompt are known, `[rows]` int64, see `prompt_key`.
         digest: of all rows, in their order: by which they are known as the same, however they are kept.
     """
@@ -69,11 +69,11 @@ class Examples(Sequence[Example], ABC):
 class Listed(Examples):
     """Rows in a list."""
 
-    def __init__(self, examples: Sequence[Example], prompts: Iterable[int]):
-        self._examples, self._prompts = examples, np.array([*prompts], dtype=np.int64)
+    def __init__(self, examples: Sequence[Example], is_cut: Sequence[bool], prompts: Sequence[int]):
+        self._examples, self._prompts = examples, np.array(prompts, dtype=np.int64)
         self.lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int32)
         self.targets = np.array([example.num_targets for example in examples], dtype=np.int32)
-        self.is_cut = np.array([example.is_cut for example in examples], dtype=bool)
+        self.is_cut = np.array(is_cut, dtype=bool)
 
     @property
     def prompts(self) -> NDArray[np.int64]:
@@ -122,6 +122,8 @@ def rows_digest(examples: Iterable[Example]) -> str:
     content = hashlib.sha256()
     for example in examples:
         content.update(array("q", [example.target_start, len(example.input_ids), *example.input_ids]).tobytes())
+        if example.gaps:
+            content.update(array("q", [-1, *(border for gap in example.gaps for border in gap)]).tobytes())
         if example.weight != 1:
             content.update(array("d", [example.weight]).tobytes())
     return content.hexdigest()
@@ -130,15 +132,16 @@ def rows_digest(examples: Iterable[Example]) -> str:
 def choose(parts: Sequence[Examples], numbers: NDArray[np.int64]) -> Examples:
     """The rows with these numbers of all parts together; of one part whole, that part itself."""
     if not parts:
-        return Listed([], [])
+        return Listed([], [], [])
     if len(parts) == 1 and np.array_equal(numbers, np.arange(len(parts[0]))):
         return parts[0]
     return Chosen(parts, numbers)
 
 
 def prompt_key(row: Row) -> int:
-    """63 bits of a digest of what a row asks, whatever its case and its white space."""
-    text = " ".join(row.prompt.split()).casefold()
+    """63 bits of a digest of what a row asks first, whatever its case and its white space."""
+    asked = next((turn.content for turn in row.history if turn.role == "user"), row.prompt)
+    text = " ".join(asked.split()).casefold()
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 

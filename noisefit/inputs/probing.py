@@ -11,9 +11,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError
+from noisefit.inputs.conversations import Message
 from noisefit.inputs.prompts import prompt_ids, token_ids
 from noisefit.inputs.sources import Table
-from noisefit.inputs.tables import COLUMNS, read_records, text_cell
+from noisefit.inputs.tables import ANY_ROWS, read_records, text_cell, trained_row
 from noisefit.inputs.templates import answer_text, end_of_turn
 from noisefit.method.decisive import Span, decisive_spans
 from noisefit.method.knowledge import Item
@@ -33,6 +34,7 @@ class ProbedRow:
         prompt, response: as for training.
         question: what the prompt asks, where a column `question` has it.
         answer: the decisive part, where a column `answer` names it.
+        history: the turns before; of a conversation the last answer alone is probed.
     """
 
     number: int
@@ -40,11 +42,13 @@ class ProbedRow:
     response: str
     question: str = ""
     answer: str = ""
+    history: tuple[Message, ...] = ()
 
     @property
     def digest(self) -> str:
         """By which a row that was edited since its probe is known."""
-        cells = [self.prompt, self.response, self.question, self.answer]
+        cells: list[object] = [self.prompt, self.response, self.question, self.answer]
+        cells += [list(map(tuple, self.history))] if self.history else []
         return hashlib.sha256(repr(cells).encode()).hexdigest()[:16]
 
     @property
@@ -60,12 +64,12 @@ def read_probe_rows(path: Table) -> tuple[list[dict[str, Any]], list[ProbedRow],
         InputError: as `read_records`; or no row is complete.
     """
     records, rows, skipped = [], [], []
-    for number, record in read_records(path, COLUMNS):
-        names = (*COLUMNS, "question", "answer")
-        row = ProbedRow(number, *(text_cell(path, number, name, record.get(name)) for name in names))
-        if row.prompt and row.response:
+    for number, record in read_records(path, ANY_ROWS):
+        row = trained_row(path, number, record)
+        question, answer = (text_cell(path, number, name, record.get(name)) for name in ("question", "answer"))
+        if row is not None:
             records.append(record)
-            rows.append(row)
+            rows.append(ProbedRow(number, row.prompt, row.response, question, answer, row.history))
         else:
             skipped.append(number)
     if not rows:
@@ -76,8 +80,8 @@ def read_probe_rows(path: Table) -> tuple[list[dict[str, Any]], list[ProbedRow],
 def chat_item(tokenizer: PreTrainedTokenizerBase, row: ProbedRow, max_length: int) -> Item | None:
     """The row as training has it: prompt in the chat format, then the answer. `None` where `max_length` leaves nothing
     decisive."""
-    prompt = prompt_ids(tokenizer, row.prompt)
-    text = answer_text(tokenizer, row.prompt, row.response)
+    prompt = prompt_ids(tokenizer, row.prompt, row.history)
+    text = answer_text(tokenizer, row.prompt, row.response, history=row.history)
     # From the end: a template may put text of its own before the answer, an empty <think> say, that holds its letters.
     offset = text.removesuffix(end_of_turn(tokenizer)).rindex(row.response)
     ids, whole, decisive = _located(tokenizer, text, offset, row, add_special_tokens=False)

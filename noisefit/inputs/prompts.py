@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError, notice
 from noisefit.base.settings import setting
+from noisefit.inputs.conversations import Message
 from noisefit.inputs.tables import Row, SomeRows, describe_skipped, name_rows
-from noisefit.inputs.templates import BOS, PLAIN, answer_text, prompt_text
+from noisefit.inputs.templates import BOS, PLAIN, answer_text, end_of_turn, prompt_text, why_turns_are_apart
+from noisefit.inputs.turns import Span, cut_texts, gaps_between, join_turns
 from noisefit.method.top_k import TopK
 
 TOGETHER = 100  # rows whose texts are tokenized in one call, which takes two thirds of the time of one by one
@@ -27,8 +29,11 @@ class PromptSettings:
         None, "prompt format: chatml, alpaca, plain or a Jinja file; default: the tokenizer's own, else chatml",
         metavar="NAME|FILE", is_path=True,
     )  # fmt: skip
-    max_length: int = setting(1024, "tokens a row; the rest of a longer one is cut", low=2)
-    loss_on: str = setting("response", "supervise the answer, or the prompt too", choices=("response", "all"))
+    max_length: int = setting(1024, "tokens a row; what becomes of a longer one says --long_rows", low=2)
+    loss_on: str = setting(
+        "response", "supervise every answer of a conversation, the last one alone, or the prompts too",
+        choices=("response", "last", "all"),
+    )  # fmt: skip
     prompt_date: str | None = setting(
         None, "date and time for a chat template that asks for today's, as 2026-01-31T12:00:00; default: now"
     )
@@ -36,10 +41,11 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as token ids; from `target_start` on they are supervised. `target_start` is at least 1.
+    """A row as token ids, of which those from `target_start` on are supervised but for the `gaps`: what stands between
+    the answers of a conversation, each `(start, end)`. `target_start` is at least 1, and the last token is supervised.
 
-    `is_cut` says that the end of its answer had no place. `weight` is that of its cross-entropy. `teacher` has what is
-    known of another model's predictions of the supervised tokens.
+    `is_cut` says that the end of its answer, or an answer behind it, had no place. `weight` is that of its
+    cross-entropy. `teacher` has what is known of another model's predictions of the supervised tokens.
     """
 
     input_ids: list[int]
@@ -47,24 +53,31 @@ class Example:
     is_cut: bool = False
     weight: float = 1.0
     teacher: TopK | None = field(default=None, compare=False, repr=False)
+    gaps: tuple[Span, ...] = ()
 
     @property
     def num_targets(self) -> int:
-        return len(self.input_ids) - self.target_start
+        return len(self.input_ids) - self.target_start - sum(end - start for start, end in self.gaps)
+
+    @property
+    def spans(self) -> list[Span]:
+        """The supervised tokens, as stretches `(start, end)`."""
+        borders = [self.target_start, *(border for gap in self.gaps for border in gap), len(self.input_ids)]
+        return list(zip(borders[::2], borders[1::2], strict=True))
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[Message] = ()) -> list[int]:
     """Token ids of `prompt_text`: what generation starts from, and what training puts before the answer."""
-    start, text = _prompt(tokenizer, prompt)
+    start, text = _prompt(tokenizer, prompt, history)
     return start + token_ids(tokenizer, text)
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], str]:
+def _prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[Message]) -> tuple[list[int], str]:
     """The prompt as a text, and the tokens that stand before those of the text."""
     if tokenizer.chat_template == BOS + PLAIN:
         # A tokenizer may begin a text with a space, but not what stands behind a start token in the text.
-        return [tokenizer.bos_token_id], prompt
-    return [], prompt_text(tokenizer, prompt)
+        return [tokenizer.bos_token_id], "".join([*(turn.content for turn in history), prompt])
+    return [], prompt_text(tokenizer, prompt, history)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -90,11 +103,14 @@ def make_examples(
     generation never sees. An answer ends with the template's end-of-turn text, and with the end-of-text token unless
     a model stops at that text's last token anyway: so the end is learnt, and every tool stops there.
 
+    A conversation is one example as far as each answer then stands behind the very tokens that generation would start
+    from, and several where it does not, see `noisefit.inputs.turns`.
+
     Args:
         tokenizer: with the chat template that `set_chat_template` gave it.
         rows: questions and answers.
         max_length: tokens; what exceeds it is cut from the end.
-        loss_on: `response` (the answer alone is supervised) or `all`.
+        loss_on: `response` (the answers alone are supervised), `last` (the last of them) or `all`.
         stop_ids: tokens at which the model's own generation settings stop.
 
     Returns:
@@ -103,39 +119,53 @@ def make_examples(
     Raises:
         InputError: the template cannot be rendered for a row.
     """
-    stops = {tokenizer.eos_token_id, *stop_ids}
     examples, dropped = [], []
-    left = iter(rows)
-    while some := list(islice(left, TOGETHER)):
-        for row, (prompt, answer) in zip(some, _tokenized(tokenizer, some), strict=True):
-            if tokenizer.eos_token_id is not None and (not answer or answer[-1] not in stops):
-                answer = [*answer, tokenizer.eos_token_id]
-            if len(prompt) >= max_length:
-                dropped.append(row.number)
-                continue
-            target_start = len(prompt) if loss_on == "response" else 1
-            ids = prompt + answer
-            examples.append(Example(ids[:max_length], max(target_start, 1), len(ids) > max_length, row.weight))
+    for row, made in examples_by_row(tokenizer, rows, max_length, loss_on, stop_ids):
+        examples += made
+        dropped += [] if made else [row.number]
     return examples, dropped
 
 
-def _tokenized(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each row's prompt and of its answer."""
+def examples_by_row(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], max_length: int, loss_on: str, stop_ids: Iterable[int]
+) -> Iterator[tuple[Row, list[Example]]]:
+    """Each row with its examples, none where it is dropped; as `make_examples`."""
+    end, stops = tokenizer.eos_token_id, {tokenizer.eos_token_id, *stop_ids}
+    turns_end = bool(end_of_turn(tokenizer))
+    left = iter(rows)
+    while some := list(islice(left, TOGETHER)):
+        for row, turns in zip(some, _tokenized(tokenizer, some, loss_on == "last"), strict=True):
+            texts = join_turns(turns, turns_end)
+            for text in texts:
+                text.end_with(end, stops)
+            parts = cut_texts(texts, max_length, everything=loss_on == "all")
+            yield row, [Example(ids, spans[0][0], is_cut, row.weight, gaps=gaps_between(spans))
+                        for ids, spans, is_cut in parts]  # fmt: skip
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], last_alone: bool
+) -> list[list[tuple[list[int], list[int]]]]:
+    """The tokens of each row's answers, or of its last one, each with those of its prompt: `(prompt, answer)`."""
+    of_rows = [row.answers[-1:] if last_alone else row.answers for row in rows]
+    turns = [turn for of_row in of_rows for turn in of_row]
     try:
-        starts, prompts = zip(*(_prompt(tokenizer, row.prompt) for row in rows), strict=True)
-        answers = [answer_text(tokenizer, row.prompt, row.response, None if start else prompt)
-                   for row, start, prompt in zip(rows, starts, prompts, strict=True)]  # fmt: skip
+        starts, prompts = zip(*(_prompt(tokenizer, prompt, history) for history, prompt, _ in turns), strict=True)
+        answers = [answer_text(tokenizer, turn[1], turn[2], None if start else prompt, turn[0])
+                   for turn, start, prompt in zip(turns, starts, prompts, strict=True)]  # fmt: skip
         how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         ids = tokenizer([*prompts, *answers], **how)["input_ids"]
-        both = zip(starts, ids[: len(rows)], ids[len(rows) :], strict=True)
-        return [(start + prompt, answer) for start, prompt, answer in both]
+        both = zip(starts, ids[: len(turns)], ids[len(turns) :], strict=True)
+        pairs = [(start + prompt, answer) for start, prompt, answer in both]
     except Exception:  # one by one it is told of which row, and a tokenizer of somebody else's may want it so
         pairs = []
-        for row in rows:
+        for row, of_row in zip(rows, of_rows, strict=True):
             with naming_row(row):
-                prompt = prompt_ids(tokenizer, row.prompt)
-                pairs.append((prompt, token_ids(tokenizer, answer_text(tokenizer, row.prompt, row.response))))
-        return pairs
+                for history, prompt, response in of_row:
+                    text = answer_text(tokenizer, prompt, response, history=history)
+                    pairs.append((prompt_ids(tokenizer, prompt, history), token_ids(tokenizer, text)))
+    left = iter(pairs)
+    return [list(islice(left, len(of_row))) for of_row in of_rows]
 
 
 @contextmanager
@@ -157,8 +187,9 @@ def tokenize_rows(
         InputError: as `usable_examples`; or no row is left.
     """
     examples, numbers, dropped = usable_examples(tokenizer, rows, path, settings, vocabulary, stop_ids)
-    cut = [number for number, example in zip(numbers, examples, strict=True) if example.is_cut]
-    tell_of_length(path, settings.max_length, dropped, cut, any_left=bool(examples or not rows))
+    cut = dict.fromkeys(number for number, example in zip(numbers, examples, strict=True) if example.is_cut)
+    tell_of_turns(path, tokenizer, repeated(numbers))
+    tell_of_length(path, settings.max_length, dropped, list(cut), any_left=bool(examples or not rows))
     return examples
 
 
@@ -177,20 +208,35 @@ def usable_examples(
         stop_ids: as for `make_examples`.
 
     Returns:
-        The examples, the numbers of their rows, and those of the rows dropped.
+        The examples, the number of each one's row, and the numbers of the rows dropped.
 
     Raises:
         InputError: as `make_examples`; or a row has a token that the model does not know.
     """
+    examples, numbers, dropped = list[Example](), list[int](), list[int]()
     try:
-        examples, dropped = make_examples(tokenizer, rows, settings.max_length, settings.loss_on, stop_ids)
+        for row, made in examples_by_row(tokenizer, rows, settings.max_length, settings.loss_on, stop_ids):
+            examples += made
+            numbers += [row.number] * len(made)
+            dropped += [] if made else [row.number]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    unused = set(dropped)
-    numbers = [row.number for row in rows if row.number not in unused]
     for number, example in zip(numbers, examples, strict=True):
         check_tokens(example.input_ids, vocabulary, f"{path}: row {number}")
     return examples, numbers, dropped
+
+
+def tell_of_turns(path: object, tokenizer: PreTrainedTokenizerBase, apart: Sequence[int] | SomeRows) -> None:
+    """A line about conversations that became several examples, if any."""
+    if number := SomeRows.of(apart).number:
+        notice(f"{path}: {number} conversation{'s are' if number > 1 else ' is'} trained in several texts, each answer "
+               f"behind what generation would see before it, since {why_turns_are_apart(tokenizer)} "
+               f"({name_rows(apart)})")  # fmt: skip
+
+
+def repeated(numbers: Sequence[int]) -> list[int]:
+    """The rows that have several examples; `numbers` has that of each example's row, in the order of the rows."""
+    return list(dict.fromkeys(a for a, b in pairwise(numbers) if a == b))
 
 
 def tell_of_length(

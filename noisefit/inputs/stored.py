@@ -44,7 +44,8 @@ class StoredExamples(Examples):
     files; the tokens, int32, are the files' own pages.
 
     Attributes:
-        skipped, dropped, cut: rows of the file with an empty cell, without room for an answer, and with its end cut.
+        skipped, dropped, cut, apart: rows of the file with an empty cell, without room for an answer, with its end cut,
+            and conversations in several examples.
     """
 
     def __init__(self, folder: Path):
@@ -55,7 +56,8 @@ class StoredExamples(Examples):
         if about is None:
             raise InputError(wrong)
         self._digest: str = about["digest"]
-        self.skipped, self.dropped, self.cut = (SomeRows(*about[name]) for name in ("skipped", "dropped", "cut"))
+        told = (SomeRows(*about[name]) for name in ("skipped", "dropped", "cut", "apart"))
+        self.skipped, self.dropped, self.cut, self.apart = told
         parts = []
         for name in about["files"]:
             try:
@@ -65,10 +67,16 @@ class StoredExamples(Examples):
                 raise InputError(f"{wrong} ({error})") from None
         self._parts = [(part["input_ids"].offsets.to_numpy(), part["input_ids"].values.to_numpy()) for part in parts]
         self._first = [0, *accumulate(len(part) for part in parts)]
+        # Of each row where a gap starts and ends, gap by gap.
+        self._gaps = [(part["gaps"].offsets.to_numpy(), part["gaps"].values.to_numpy()) for part in parts]
         self._target_starts = np.concatenate([part["target_start"].to_numpy() for part in parts])
         self.is_cut = np.concatenate([part["is_cut"].to_numpy(zero_copy_only=False) for part in parts])
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._parts])
-        self.targets = self.lengths - self._target_starts
+        self.targets = self.lengths - self._target_starts - np.concatenate([_widths(*gaps) for gaps in self._gaps])
+        self._cut_examples = self.is_cut
+        if self.is_cut.any():
+            numbers = np.concatenate([part["number"].to_numpy() for part in parts])
+            self.is_cut = np.isin(numbers, numbers[self.is_cut])
         self._prompts = [part["prompt_key"].to_numpy() for part in parts]
 
     @property
@@ -84,7 +92,10 @@ class StoredExamples(Examples):
         offsets, tokens = self._parts[number]
         place = index - self._first[number]
         ids = tokens[offsets[place] : offsets[place + 1]].tolist()
-        return Example(ids, int(self._target_starts[index]), bool(self.is_cut[index]))
+        offsets, borders = self._gaps[number]
+        border = iter(borders[offsets[place] : offsets[place + 1]].tolist())
+        gaps = tuple(zip(border, border, strict=True))
+        return Example(ids, int(self._target_starts[index]), bool(self._cut_examples[index]), gaps=gaps)
 
 
 def read_about(folder: Path) -> dict | None:
@@ -95,3 +106,10 @@ def read_about(folder: Path) -> dict | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return about if whole else None
+
+
+def _widths(offsets: NDArray[np.int32], borders: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Tokens in the gaps of each row, `[rows]`, of where they start and end, gap by gap."""
+    ends = borders[offsets[0] : offsets[-1]]
+    up_to = np.concatenate([[0], np.cumsum(ends[1::2] - ends[::2])])
+    return np.diff(up_to[(offsets - offsets[0]) // 2]).astype(np.int32)

@@ -24,7 +24,19 @@ from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError, notice
 from noisefit.base.files import free_lock, sync_folder, writing
-from noisefit.inputs import columns, examples, prompts, readers, sources, stored, tables, templates
+from noisefit.inputs import (
+    columns,
+    conversations,
+    examples,
+    prompts,
+    readers,
+    sources,
+    stored,
+    tables,
+    templates,
+    turns,
+)
+from noisefit.inputs.conversations import Message
 from noisefit.inputs.examples import prompt_key, rows_digest
 from noisefit.inputs.prompts import PromptSettings, usable_examples
 from noisefit.inputs.sources import Source, Table, as_source, file_digest, quiet_datasets
@@ -105,29 +117,32 @@ def _write(staged: Path, source: Source, tokenizer: PreTrainedTokenizerBase, how
 
     def cells() -> Iterator[dict[str, Any]]:
         for row in stream_rows(source, skipped):
-            yield {"number": row.number, "prompt": row.prompt, "response": row.response}
+            history = json.dumps(row.history) if row.history else ""
+            yield {"number": row.number, "prompt": row.prompt, "response": row.response, "history": history}
 
-    as_text = Features(number=Value("int64"), prompt=Value("string"), response=Value("string"))
+    text = Value("string")
+    as_text = Features(number=Value("int64"), prompt=text, response=text, history=text)
     as_tokens = Features(number=Value("int64"), input_ids=List(Value("int32")), target_start=Value("int32"),
-                         is_cut=Value("bool"), prompt_key=Value("int64"))  # fmt: skip
+                         gaps=List(Value("int32")), is_cut=Value("bool"), prompt_key=Value("int64"))  # fmt: skip
     with _errors_of_ours(), quiet_datasets():
         rows = Dataset.from_generator(cells, features=as_text, cache_dir=str(staged / "rows"))
         examples = rows.map(
             _columns, batched=True, batch_size=BATCH, num_proc=min(_cores(), len(rows)),
-            remove_columns=["prompt", "response"],
+            remove_columns=["prompt", "response", "history"],
             features=as_tokens, fn_kwargs={"path": str(source), "tokenizer": tokenizer, **how}, desc="Tokenizing",
             cache_file_name=str(staged / "tokens.arrow"), new_fingerprint=staged.name.partition(".")[0][:32],
         )  # fmt: skip
     numbers = examples.data.column("number").to_numpy()
-    cut = numbers[examples.data.column("is_cut").to_numpy()]
-    dropped = np.setdiff1d(rows.data.column("number").to_numpy(), numbers, assume_unique=True)
+    cut = np.unique(numbers[examples.data.column("is_cut").to_numpy()])
+    dropped = np.setdiff1d(rows.data.column("number").to_numpy(), numbers)
     del rows, examples
     if not len(numbers):
         tables.tell_of_skipped(source, skipped)
         prompts.tell_of_length(str(source), how["settings"].max_length, dropped.tolist(), [], any_left=False)
     shutil.rmtree(staged / "rows")
     files = {file.name: (file.stat().st_size, file_digest(file)) for file in sorted(staged.glob("*.arrow"))}
-    counted = {"skipped": skipped, "dropped": dropped.tolist(), "cut": cut.tolist()}
+    counted = {"skipped": skipped, "dropped": dropped.tolist(), "cut": cut.tolist(),
+               "apart": prompts.repeated(numbers.tolist())}  # fmt: skip
     about = {"files": files, "digest": "", **{name: SomeRows.of(counted[name]) for name in counted}}
     (staged / ABOUT).write_text(json.dumps(about), encoding="utf-8")
     about["digest"] = rows_digest(StoredExamples(staged))
@@ -138,13 +153,19 @@ def _columns(
     cells: Mapping[str, list[Any]], path: str, tokenizer: PreTrainedTokenizerBase, **how: Any
 ) -> dict[str, list[Any]]:
     """A batch of rows as `datasets` has them, tokenized as those of a list are."""
-    rows = [Row(*row) for row in zip(cells["number"], cells["prompt"], cells["response"], strict=True)]
+    rows = [
+        Row(number, prompt, response, history=tuple(Message(*turn) for turn in json.loads(history or "[]")))
+        for number, prompt, response, history in zip(
+            cells["number"], cells["prompt"], cells["response"], cells["history"], strict=True
+        )
+    ]
     examples, numbers, _ = usable_examples(tokenizer, rows, path, **how)
     keys = {row.number: prompt_key(row) for row in rows}
     return {
         "number": numbers,
         "input_ids": [example.input_ids for example in examples],
         "target_start": [example.target_start for example in examples],
+        "gaps": [[border for gap in example.gaps for border in gap] for example in examples],
         "is_cut": [example.is_cut for example in examples],
         "prompt_key": [keys[number] for number in numbers],
     }
@@ -156,10 +177,8 @@ def _key(content: Any, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         saved = {str(file.relative_to(folder)): file_digest(file) for file in Path(folder).rglob("*") if file.is_file()}
-    code = [
-        inspect.getfile(module)
-        for module in (readers, columns, sources, tables, templates, prompts, examples, stored, kind)
-    ]
+    ours = (readers, columns, conversations, sources, tables, templates, prompts, turns, examples, stored)
+    code = [inspect.getfile(module) for module in (*ours, kind)]
     facts = {
         "source": content,
         "tokenizer": [f"{kind.__module__}.{kind.__qualname__}", sorted(saved.items())],

@@ -1,4 +1,4 @@
-"""Reading question-answer files: CSV, JSON Lines or Parquet, columns `prompt` and `response`."""
+"""Reading files of questions and answers, and of conversations: CSV, JSON Lines or Parquet."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from noisefit.base.errors import InputError, notice
+from noisefit.inputs.columns import Needed
+from noisefit.inputs.conversations import CHATS, Message, is_whole, read_chat, transcript, up_to_last
 from noisefit.inputs.sources import stream_records
 
 COLUMNS = ("prompt", "response")
+ANY_ROWS: tuple[Needed, ...] = ((COLUMNS, *((chat,) for chat in CHATS)),)  # what a file to train on has
+ANY_PROMPTS: tuple[Needed, ...] = ((COLUMNS[:1], *((chat,) for chat in CHATS)),)  # and one to be answered
 BEFORE_ABSTAINING = "answer_before_abstaining"  # where `--abstain_below` may have replaced an answer
 ANSWER_COLUMNS = ("generated_response", "round", "logprob", "tokens", "noise_logprob_mean", "noise_logprob_spread",
                   BEFORE_ABSTAINING)  # fmt: skip
@@ -22,29 +27,48 @@ ROWS_NAMED = 5  # of the rows that are skipped
 
 @dataclass(frozen=True)
 class Row:
-    """One question and its answer; `number` counts a file's rows from 1, the header of a CSV not counted.
+    """A question and its answer, with the turns before them where they end a conversation.
 
-    `weight` is that of its cross-entropy in training.
+    Attributes:
+        number: counts a file's rows from 1, the header of a CSV not counted.
+        prompt, response: the last turn of the user, and of the assistant.
+        weight: of its cross-entropy in training.
+        history: the turns before these two.
     """
 
     number: int
     prompt: str
     response: str
     weight: float = 1.0
+    history: tuple[Message, ...] = ()
+
+    @property
+    def answers(self) -> list[tuple[tuple[Message, ...], str, str]]:
+        """Each answer of the conversation, in its order, behind what it answers: `(history, prompt, response)`."""
+        turns = self.history
+        earlier = [(turns[: i - 1], turns[i - 1].content, turn.content)
+                   for i, turn in enumerate(turns) if turn.role == "assistant"]  # fmt: skip
+        return [*earlier, (turns, self.prompt, self.response)]
+
+    @property
+    def asked(self) -> str:
+        """What is asked, as one text by which it is known: the prompt, or the conversation up to it."""
+        return transcript([*self.history, Message("user", self.prompt)]) if self.history else self.prompt
 
 
 def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) -> tuple[list[Row], list[int]]:
-    """Read a file of questions and answers.
+    """Read a file of questions and answers, or of conversations.
 
     Args:
         path: see `read_records`.
-        columns: those that are needed; cells are stripped of white space at both ends.
+        columns: those that are needed, where the file has no conversations; cells are stripped of white space at both
+            ends.
 
     Returns:
         The complete rows, in order, and the numbers of those skipped for an empty or missing cell.
 
     Raises:
-        InputError: as `read_records`; a cell that is not text; or no complete row is left.
+        InputError: as `read_records` and `trained_row`; or no complete row is left.
     """
     skipped: list[int] = []
     return list(stream_rows(path, skipped, columns)), skipped
@@ -52,23 +76,69 @@ def read_rows(path: str | os.PathLike[str], columns: tuple[str, ...] = COLUMNS) 
 
 def stream_rows(path: str | os.PathLike[str], skipped: list[int], columns: tuple[str, ...] = COLUMNS) -> Iterator[Row]:
     """`read_rows`, each row read when it is asked for; the numbers of those that are skipped are added to `skipped`."""
-    return _complete_rows(path, stream_records(path, columns, others=False), columns, skipped)
+    asking = "response" not in columns
+    records = stream_records(path, ANY_PROMPTS if asking else ANY_ROWS, others=asking)
+    return _complete_rows(path, records, asked_row if asking else trained_row, skipped)
+
+
+def trained_row(path: str | os.PathLike[str], number: int, record: Mapping[str, Any]) -> Row | None:
+    """A record as it is trained on: up to its last answer, as behind that nothing is supervised. `None` where a turn or
+    a cell is empty.
+
+    Raises:
+        InputError: a cell that is not text, a conversation without an answer, or as `read_chat`.
+    """
+    chat = read_chat(f"{path}: row {number}", record)
+    if chat is None:
+        prompt, response = (text_cell(path, number, column, record.get(column)) for column in COLUMNS)
+        return Row(number, prompt, response) if prompt and response else None
+    messages = up_to_last("assistant", chat)
+    if not messages:
+        raise InputError(f"{path}: row {number}: no turn of the conversation is the assistant's, so nothing is "
+                         "to be learnt; remove the row")  # fmt: skip
+    if not is_whole(messages):
+        return None
+    return Row(number, messages[-2].content, messages[-1].content, history=messages[:-2])
+
+
+def asked_row(
+    path: str | os.PathLike[str], number: int, record: Mapping[str, Any], strip: bool = True
+) -> Row | None:  # fmt: skip
+    """A record as it is asked: up to the last turn of the user, behind which `response` is that of the conversation, if
+    it has one. `None` where a turn or the prompt is empty.
+
+    Raises:
+        InputError: a prompt that is not text, a conversation without a turn of the user, or as `read_chat`.
+    """
+    chat = read_chat(f"{path}: row {number}", record)
+    if chat is None:
+        prompt = text_cell(path, number, "prompt", record.get("prompt"))
+        return Row(number, prompt if strip else record["prompt"], "") if prompt else None
+    messages = up_to_last("user", chat)
+    if not messages:
+        raise InputError(f"{path}: row {number}: no turn of the conversation is the user's, so nothing is asked; "
+                         "remove the row")  # fmt: skip
+    behind = chat[len(messages) :]
+    if not is_whole(messages):
+        return None
+    return Row(number, messages[-1].content, behind[0].content if behind else "", history=messages[:-1])
 
 
 def _complete_rows(
-    path: str | os.PathLike[str], records: Iterable[tuple[int, dict[str, Any]]], columns: tuple[str, ...],
-    skipped: list[int], strip: bool = True,
+    path: str | os.PathLike[str], records: Iterable[tuple[int, dict[str, Any]]],
+    as_row: Callable[[str | os.PathLike[str], int, dict[str, Any]], Row | None], skipped: list[int],
 ) -> Iterator[Row]:  # fmt: skip
     empty = True
     for number, record in records:
-        cells = {column: text_cell(path, number, column, record.get(column)) for column in columns}
-        if all(cells.values()):
-            yield Row(number, cells["prompt"] if strip else record["prompt"], cells.get("response", ""))
+        row = as_row(path, number, record)
+        if row is not None:
+            yield row
             empty = False
         else:
             skipped.append(number)
     if empty:
         why = f"all {len(skipped)} rows have an empty or missing cell" if skipped else "it has no rows"
+        columns = COLUMNS if as_row is trained_row else COLUMNS[:1]
         raise InputError(f"{path}: no question to use: {why}; expected text in columns {' and '.join(columns)}")
 
 
@@ -77,17 +147,18 @@ def read_prompts(path: str | os.PathLike[str], strip: bool = True) -> tuple[list
 
     Args:
         path: see `read_records`.
-        strip: whether the rows' prompts are without the white space at both ends; the records keep it.
+        strip: whether the rows' prompts are without the white space at both ends; the records keep it. The turns of a
+            conversation always are.
 
     Returns:
-        The records with a prompt, the same as rows, and the numbers of those skipped for want of one.
+        The records with a prompt, the same as rows, see `asked_row`, and the numbers of those skipped for want of one.
 
     Raises:
         InputError: as `read_rows`; or a column is already called as one of the answers'.
     """
-    records = dict(read_records(path, ("prompt",)))
+    records = dict(read_records(path, ANY_PROMPTS))
     skipped: list[int] = []
-    rows = list(_complete_rows(path, records.items(), ("prompt",), skipped, strip))
+    rows = list(_complete_rows(path, records.items(), partial(asked_row, strip=strip), skipped))
     taken = [name for name in ANSWER_COLUMNS if any(name in record for record in records.values())]
     if taken:
         raise InputError(f"{path}: it has a column {taken[0]!r} already, which is one of the answers'; rename it")
@@ -95,14 +166,14 @@ def read_prompts(path: str | os.PathLike[str], strip: bool = True) -> tuple[list
 
 
 def read_records(
-    path: str | os.PathLike[str], columns: Iterable[str], others: bool = True
+    path: str | os.PathLike[str], columns: Iterable[Needed], others: bool = True
 ) -> list[tuple[int, dict[str, Any]]]:
     """Read a table whole.
 
     Args:
         path: `.csv` (or `.tsv`, with tabs for its commas), `.jsonl` (or `.json` with one object a line) or `.parquet`.
             Text is UTF-8, with or without a byte-order mark. The cells of a CSV are text, whatever they look like.
-        columns: the columns that the file must have.
+        columns: the columns that the file must have; of several ways to name some, those of one.
         others: whether its other columns are wanted too. Those of a Parquet file that hold bytes are left out.
 
     Returns:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError
 from noisefit.base.files import read_text
+from noisefit.inputs.conversations import Message
 
 CHATML = (
     "{%- for message in messages -%}"
@@ -104,24 +107,28 @@ def _with_date(template: str, today: str | None) -> str:
     return dated
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The text that stands before an answer, ending where the answer begins."""
-    return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[Message] = ()) -> str:
+    """The text that stands before an answer, ending where the answer begins; `history` has the turns before."""
+    return _render(tokenizer, [*history, Message("user", prompt)], add_generation_prompt=True)
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, before: str | None = None) -> str:
+def answer_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, before: str | None = None,
+    history: Sequence[Message] = (),
+) -> str:  # fmt: skip
     """The text that the template puts after `prompt_text`: the answer and its end-of-turn text, if it has one.
 
     Args:
         tokenizer: with its chat template.
         prompt, response: the question and its answer.
         before: `prompt_text` of the prompt, where it is known already.
+        history: the turns before.
 
     Raises:
         InputError: the template renders an answered question with another beginning than the question alone.
     """
-    before = prompt_text(tokenizer, prompt) if before is None else before
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    before = prompt_text(tokenizer, prompt, history) if before is None else before
+    messages = [*history, Message("user", prompt), Message("assistant", response)]
     whole = _render(tokenizer, messages, add_generation_prompt=False)
     if not whole.startswith(before) or response not in whole[len(before) :]:
         raise InputError(
@@ -136,9 +143,24 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     return answer_text(tokenizer, "Question?", "Answer.").rpartition("Answer.")[2].strip()
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def why_turns_are_apart(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why the answers of a conversation are likely not to stand in one text as generation would see each."""
+    if not end_of_turn(tokenizer):
+        return "the chat template has no end of a turn, so a model learns to stop only where the text ends"
+    question, history = "Question?", (Message("user", "Question?"),)
+    for answer in ("Answer.", "<think>\nThought.\n</think>\n\nAnswer."):  # thoughts are what templates leave out
+        with suppress(InputError):
+            so_far = prompt_text(tokenizer, question) + answer_text(tokenizer, question, answer)
+            then = prompt_text(tokenizer, "Another?", (*history, Message("assistant", answer)))
+            if not then.startswith(so_far):
+                return "the chat template writes an earlier turn otherwise once the next one stands behind it"
+    return "the tokenizer joins the end of an answer with what stands behind it"
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
         str(text).encode()
     except Exception as error:  # a template is a program: it may do anything, recurse, or print half a surrogate
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from noisefit.base.errors import InputError, notice
 from noisefit.base.meeting import apart
+from noisefit.inputs.conversations import Message
 from noisefit.inputs.models import frozen_dtype, load_base
 from noisefit.inputs.probing import (
     CHAT,
@@ -112,8 +114,11 @@ def by_what_is_known(
 
 
 def _row_cells(row: ProbedRow) -> dict[str, str]:
-    cells = {"prompt": row.prompt, "response": row.response, "question": row.question, "answer": row.answer}
-    return {name: cell for name, cell in cells.items() if cell or name in ("prompt", "response")}
+    more = {name: cell for name, cell in (("question", row.question), ("answer", row.answer)) if cell}
+    if row.history:
+        turns = [*row.history, Message("user", row.prompt), Message("assistant", row.response)]
+        return {"messages": json.dumps([turn._asdict() for turn in turns], ensure_ascii=False)} | more
+    return {"prompt": row.prompt, "response": row.response} | more
 
 
 def _treated(settings: Settings, row: Row, unknown: bool) -> Row | None:

@@ -17,11 +17,11 @@ from noisefit.base.meeting import apart
 from noisefit.base.settings import words_of
 from noisefit.inputs.columns import parse_columns
 from noisefit.inputs.examples import Examples, Listed, choose, held_out, prompt_key, weighted
-from noisefit.inputs.prompts import PromptSettings, tell_of_length, usable_examples
+from noisefit.inputs.prompts import PromptSettings, repeated, tell_of_length, tell_of_turns, usable_examples
 from noisefit.inputs.sources import EVALUATION, Source, find_source, is_file_name
 from noisefit.inputs.stored import StoredExamples, cache_folder, is_large
 from noisefit.inputs.storing import store
-from noisefit.inputs.tables import COLUMNS, Row, SomeRows, load_rows, stream_rows, tell_of_skipped
+from noisefit.inputs.tables import ANY_ROWS, Row, SomeRows, load_rows, stream_rows, tell_of_skipped
 from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.settings import Settings
 
@@ -70,7 +70,7 @@ def read_data(settings: Settings) -> Data:
                     for word in words_of(settings.eval_data)]  # fmt: skip
     always = settings.unknown_rows != "keep"  # what decides on rows needs them in a list, and their other columns
     if always:
-        sources = [source.holding(COLUMNS) for source in sources]
+        sources = [source.holding(ANY_ROWS) for source in sources]
     return Data(sources, eval_sources, [list_rows(source, always) for source in sources],
                 [list_rows(source) for source in eval_sources])  # fmt: skip
 
@@ -173,16 +173,17 @@ def make_rows(
     how = tokenizer, settings, vocabulary, stop_ids
     made: Examples
     if rows is not None:
-        made, dropped, cut = _tokenized(source, rows, *how)
+        made, dropped, cut, several = _tokenized(source, rows, *how)
     else:
         with apart(f"reading the tokenized rows of {source}"):
             made = StoredExamples(cache_folder() / names.pop())
-        dropped, cut = made.dropped, made.cut
+        dropped, cut, several = made.dropped, made.cut, made.apart
         tell_of_skipped(source, made.skipped)
     if long_rows == "error" and (too_long := sorted([*dropped.first, *cut.first])):
         _refuse(source, too_long[0], rows, *how)
     if long_rows == "drop":
         made = choose([made], np.flatnonzero(~made.is_cut))
+    tell_of_turns(source, tokenizer, several)
     any_left = len(made) > 0 or rows == []
     tell_of_length(source, settings.max_length, dropped, cut, any_left, is_cut=long_rows == "cut")
     return made
@@ -191,12 +192,13 @@ def make_rows(
 def _tokenized(
     source: str | os.PathLike[str], rows: list[Row], tokenizer: PreTrainedTokenizerBase, settings: PromptSettings,
     vocabulary: int, stop_ids: Iterable[int],
-) -> tuple[Examples, SomeRows, SomeRows]:  # fmt: skip
-    """Listed rows tokenized, and which of them have no room for an answer, and not for all of it."""
+) -> tuple[Examples, SomeRows, SomeRows, SomeRows]:  # fmt: skip
+    """Listed rows tokenized, and which of them have no room for an answer, not for all of it, and several examples."""
     examples, numbers, dropped = usable_examples(tokenizer, rows, str(source), settings, vocabulary, stop_ids)
     prompts = {row.number: prompt_key(row) for row in rows}
     cut = dict.fromkeys(number for number, example in zip(numbers, examples, strict=True) if example.is_cut)
-    return Listed(examples, [prompts[number] for number in numbers]), SomeRows.of(dropped), SomeRows.of([*cut])
+    made = Listed(examples, [number in cut for number in numbers], [prompts[number] for number in numbers])
+    return made, SomeRows.of(dropped), SomeRows.of([*cut]), SomeRows.of(repeated(numbers))
 
 
 def _refuse(

@@ -135,4 +135,5 @@ def _part(number: int) -> str:
 
 
 def _digest(example: Example) -> bytes:
-    return hashlib.sha256(array("q", [example.target_start, *example.input_ids]).tobytes()).digest()
+    gaps = [-1, *(border for gap in example.gaps for border in gap)] if example.gaps else []
+    return hashlib.sha256(array("q", [example.target_start, *example.input_ids, *gaps]).tobytes()).digest()

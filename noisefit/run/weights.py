@@ -62,8 +62,11 @@ def write_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer:
     state = {name: tensor.contiguous() for name, tensor in weights.items()}
     # Embeddings are never resized. Left to itself, PEFT asks the hub at each save whether they were.
     how = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    folder.mkdir(exist_ok=True)
+    # PEFT adds to a card that is there, and makes one of a template otherwise, which takes longer than a small adapter.
+    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n", encoding="utf-8")
     model.save_pretrained(folder, state_dict=state, **how)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, of headings with nothing under them
+    (folder / "README.md").unlink(missing_ok=True)  # ours is written by `save_model`
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         give_usual_mode(path)

@@ -1,0 +1,95 @@
+"""Conversations as they stand in files: `messages`, ShareGPT's `conversations`, and what they must be to be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from noisefit.base.errors import InputError
+
+CHATS = ("messages", "conversations")  # the columns, the first of those that a row has
+ROLES = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
+    ("assistant", "gpt", "chatgpt", "model"), "assistant"
+)
+EXPECTED = "a list of {role, content}, or of ShareGPT's {from, value}, in a CSV as JSON"
+
+
+class Message(NamedTuple):
+    """A turn of a conversation; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+def read_chat(where: str, record: Mapping[str, Any]) -> tuple[Message, ...] | None:
+    """The conversation of a record; `None` where it has none, or prompt and response, which go before it.
+
+    Contents are stripped of white space at both ends, as the cells of a prompt and a response are; those that are
+    missing are empty.
+
+    Args:
+        where: file and row, for the line.
+        record: its cells by column.
+
+    Raises:
+        InputError: the cell is no list of turns; a turn has a role that is not known, or a content that is no text; an
+            assistant's turn does not stand behind a user's; or the last one is a system prompt.
+    """
+    if all(record.get(column) not in (None, "") for column in ("prompt", "response")):
+        return None
+    column = next((name for name in CHATS if record.get(name) not in (None, "")), None)
+    if column is None:
+        return None
+    turns, where = record[column], f"{where}: {column}"
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where} is {turns[:40]!r}, expected {EXPECTED}") from None
+    if not isinstance(turns, list):
+        raise InputError(f"{where} is {type(turns).__name__}, expected {EXPECTED}")
+    if not turns:
+        raise InputError(f"{where} is an empty list, expected {EXPECTED}")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        message = _message(f"{where}: turn {number}", turn)
+        if message.role == "assistant" and (not messages or messages[-1].role != "user"):
+            before = f"after a turn of {messages[-1].role}" if messages else "at the beginning"
+            raise InputError(f"{where}: turn {number} is the assistant's, {before}; expected one of the user before it")
+        messages.append(message)
+    if messages[-1].role == "system":
+        raise InputError(f"{where}: its last turn is a system prompt; expected one of the user or the assistant")
+    return tuple(messages)
+
+
+def _message(where: str, turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise InputError(f"{where} is {type(turn).__name__}, expected {{role, content}}")
+    names = ("role", "content") if turn.get("role") is not None or turn.get("from") is None else ("from", "value")
+    role, content = (turn.get(name) for name in names)
+    if not isinstance(role, str) or role not in ROLES:
+        known = ", ".join(ROLES)
+        raise InputError(f"{where}: its {names[0]} is {str(role)[:40]!r}, expected one of {known}")
+    if turn.get("tool_calls"):
+        raise InputError(f"{where} has tool_calls, which are not supported; leave such conversations out")
+    if content is not None and not isinstance(content, str):
+        raise InputError(f"{where}: its {names[1]} is {type(content).__name__}, expected text")
+    return Message(ROLES[role], (content or "").strip())
+
+
+def up_to_last(role: str, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """A conversation without what stands behind the last turn of a role; none where there is no such turn."""
+    last = max((i for i, message in enumerate(messages) if message.role == role), default=-1)
+    return tuple(messages[: last + 1])
+
+
+def is_whole(messages: Sequence[Message]) -> bool:
+    """Whether each turn says something; a system prompt need not."""
+    return all(message.content or message.role == "system" for message in messages)
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as one text, from which it can be told: lines of a turn but its first are indented."""
+    indented = [f"{role}: {content}".replace("\n", "\n  ") for role, content in messages]
+    return "\n".join(indented)
