@@ -243,16 +243,8 @@ def tell_of_length(
     path: object, max_length: int, dropped: Sequence[int] | SomeRows, cut: Sequence[int] | SomeRows, any_left: bool,
     is_cut: bool = True,
 ) -> None:  # fmt: skip
-    """Lines about rows that were dropped or cut for their length. Raises `InputError` where none is left.
-
-    Args:
-        path: their file, for the line.
-        max_length: of the run.
-        dropped: those whose prompt leaves no room for an answer.
-        cut: those that leave room for the beginning of one.
-        any_left: whether there are others.
-        is_cut: whether the latter are cut, or dropped too.
-    """
+    """Lines about rows too long: `dropped` leave no room for an answer, `cut` for the beginning of one, which is cut or
+    the row dropped too. Raises `InputError` where none is left."""
     if SomeRows.of(dropped).number:
         notice(describe_skipped(path, dropped, f"whose prompt leaves no answer within {max_length} tokens"))
     number = SomeRows.of(cut).number

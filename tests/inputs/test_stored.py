@@ -17,9 +17,9 @@ from tiny_folder import byte_tokenizer
 from noisefit.base.errors import InputError, one_line_errors
 from noisefit.inputs import prompts, stored, storing
 from noisefit.inputs.batches import count_targets, cut_step, epoch_steps
+from noisefit.inputs.examples import Listed, rows_digest
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.sources import Source
-from noisefit.inputs.examples import Chosen, Listed, rows_digest
 from noisefit.inputs.stored import StoredExamples, cache_folder, is_large
 from noisefit.inputs.templates import set_chat_template
 from noisefit.run.rows import list_rows, make_rows
@@ -158,7 +158,7 @@ def test_the_key_is_of_all_that_decides_on_the_tokens(tmp_path, monkeypatch, tok
     monkeypatch.undo()
     bos_only = dict(bos_token="<s>", eos_token="<s>")
     keys = [
-        key(), key("a.jsonl"), key(text="d"), key(renames={"prompt": "question"}), key(vocabulary=301), key(stop_ids=[]),
+        key(), key("a.jsonl"), key(text="d"), key(renames={"prompt": "q"}), key(vocabulary=301), key(stop_ids=[]),
         key(settings=PromptSettings(max_length=151)), key(settings=PromptSettings(max_length=150, loss_on="all")),
         key(tokenizer=with_tokens("é")), key(tokenizer=with_tokens(template="alpaca")),
         key(tokenizer=with_tokens(**bos_only)), another_code, another_library,
