@@ -1,18 +1,20 @@
 """A run's rows: several files with weights, rows held out, rows that are too long; listed and stored, and resumed."""
 
+import gzip
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from running import MEASURED, call, metrics_of, run, words
+from running import MEASURED, ROOT, call, metrics_of, run, words
 
 import train_loop
 from noisefit.base.errors import InputError
 from noisefit.inputs import stored
 from noisefit.inputs.examples import held_out, prompt_key
-from noisefit.inputs.tables import read_rows
+from noisefit.inputs.tables import as_csv, read_rows
 from noisefit.run.settings import Settings, parse_arguments
 
 
@@ -234,3 +236,28 @@ def test_one_word_stays_a_word_and_several_are_a_list(tmp_path):
     (tmp_path / "c.yaml").write_text("model: m\ntrain_data: [a.csv, b.csv]\ndata_weights: [1, 0.5]\n")
     found = parse_arguments(["--config", str(tmp_path / "c.yaml")])
     assert found.train_data == ["a.csv", "b.csv"] and found.data_weights == [1, 0.5]
+
+
+def test_the_commands_of_the_page_about_data_run(llama_folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    records = [{"question": f"q{i}", "answer": "a"} for i in range(40)]
+    chats = [
+        {"messages": [{"role": "user", "content": f"c{i}"}, {"role": "assistant", "content": "b"}]} for i in range(4)
+    ]
+    (tmp_path / "questions.csv").write_bytes(as_csv({"prompt": r["question"], "response": "a"} for r in records[:20]))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (tmp_path / "more.csv.gz").write_bytes(gzip.compress(as_csv(records[20:])))
+    folder = tmp_path / "my-org" / "questions"  # a folder stands where the page has a name on the hub
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_bytes(as_csv({"question": f"q{i}", "completion": "a"} for i in range(4)))
+    page = (ROOT / "docs" / "data.md").read_text()
+    commands = re.findall(r"^accelerate launch train_loop.py ((?:.*\\\n)*.*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        done = call(main, *shlex.split(command.replace("\\\n", " ")), "--model", llama_folder, "--max_steps", 1)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my_adapter" / "eval_metrics.jsonl").read_text().count("\n") == 1
+    assert "chats.jsonl: 2 rows an epoch" in done.stderr and "2 of 44 rows are held out" in done.stderr
