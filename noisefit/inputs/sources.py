@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -225,18 +226,20 @@ def _errors_of_datasets(flag: str, word: str, datasets: Any) -> Iterator[None]:
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
     """No lines of the library; its bars on the main process, where there is somebody to see them."""
-    import sys
-
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
-    shown, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    shown = not datasets.are_progress_bars_disabled()
+    before = [(logs, logs.get_verbosity()) for logs in (datasets.logging, hub_logging)]
     if not (on_main_process() and sys.stderr.isatty()):
         datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    for logs, _ in before:
+        logs.set_verbosity(logs.CRITICAL)
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        for logs, verbosity in before:
+            logs.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
 
