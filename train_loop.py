@@ -41,9 +41,9 @@ from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.compiling import compile_blocks
 from noisefit.run.evaluation import evaluate
 from noisefit.run.memory_needed import memory_needed
-from noisefit.run.metrics import Metrics, start_trackers
+from noisefit.run.metrics import Metrics
 from noisefit.run.noise_policy import choose_policy, describe
-from noisefit.run.output import open_output, save_model, start_output, where_things_are, write_policy
+from noisefit.run.output import open_output, push_output, save_model, start_output, where_things_are, write_policy
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.preparation import prepare
 from noisefit.run.processes import finish, on_any_process, progress_bar, reduction
@@ -52,6 +52,7 @@ from noisefit.run.sharding import load_model, prepare_model
 from noisefit.run.signals import StopSignals, end_with_launcher
 from noisefit.run.steps import make_optimizer, naming_out_of_memory, take_step
 from noisefit.run.teacher_cache import with_predictions
+from noisefit.run.trackers import start_trackers
 from noisefit.run.weights import unsharded
 
 
@@ -168,7 +169,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     model.train()
     with StopSignals() as stop, progress_bar(accelerator, total_steps, "training", "step", step) as progress:
         start_output(accelerator, settings, output, policy, checkpoint, prepared.scores)
-        start_trackers(accelerator, settings)
+        start_trackers(accelerator, settings, resumed=checkpoint is not None)
         with metrics.pausing():
             examples = with_predictions(prepared, output, teacher, strategy)
         for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):
@@ -235,6 +236,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         save_model(accelerator, model, tokenizer, settings, output, seen_targets)
     finish(accelerator)
     notice(*where_things_are(settings))
+    push_output(settings, output)
 
 
 def main() -> None:

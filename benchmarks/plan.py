@@ -30,6 +30,7 @@ from noisefit.inputs.models import load_config
 from noisefit.method.teacher import SELF
 from noisefit.run.footprint import Amount, Way
 from noisefit.run.noise_policy import first_eligible
+from noisefit.run.optimizers import bytes_kept
 from noisefit.run.settings import Settings, parse_arguments
 
 GIB, GB = 2**30, 1e9
@@ -105,7 +106,7 @@ def _memory(
     yield "gradients", trained / share
     if mesh.count > 1 and not mesh.sharded:
         yield "DDP's buckets", trained
-    yield "optimizer", 2 * trained / share
+    yield "optimizer", bytes_kept(settings) * trained / share
     if mesh.sharded:
         # A block that is computed with, the next one on its way, and what is in no block; of one of them the gradients,
         # and the float32 that they are reduced in.

@@ -15,6 +15,7 @@ from noisefit.answers.probe_settings import GROUPS as PROBE_GROUPS
 from noisefit.answers.settings import GROUPS as ANSWER_GROUPS
 from noisefit.base.command_line import ALIASES, SWITCHES
 from noisefit.base.settings import default_text, fields_of
+from noisefit.merge import GROUPS as MERGE_GROUPS
 from noisefit.run.settings import GROUPS
 
 HEAD = """# Every flag
@@ -28,7 +29,12 @@ the same names and check the same rules.
 """
 
 
-PROGRAMS = (("train_loop.py", GROUPS), ("generate.py", ANSWER_GROUPS), ("python -m noisefit.probe", PROBE_GROUPS))
+PROGRAMS = (
+    ("train_loop.py", GROUPS),
+    ("generate.py", ANSWER_GROUPS),
+    ("python -m noisefit.probe", PROBE_GROUPS),
+    ("python -m noisefit.merge", MERGE_GROUPS),
+)
 
 
 def page() -> Iterator[str]:

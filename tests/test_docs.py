@@ -10,6 +10,8 @@ from noisefit.answers.probe_settings import build_parser as build_probe_parser
 from noisefit.answers.settings import build_parser as build_answer_parser
 from noisefit.benchmarks import build_parser as build_benchmark_parser
 from noisefit.judge import build_parser as build_judge_parser
+from noisefit.merge import build_parser as build_merge_parser
+from noisefit.push import build_parser as build_push_parser
 from noisefit.run.settings import build_parser
 from noisefit.score import build_parser as build_score_parser
 from noisefit.threshold import build_parser as build_threshold_parser
@@ -37,6 +39,9 @@ def test_each_flag_that_the_documents_give_to_a_program_exists():
         "noisefit.score": build_score_parser()._option_string_actions,
         "noisefit.threshold": build_threshold_parser()._option_string_actions,
         "noisefit.judge": build_judge_parser()._option_string_actions,
+        "noisefit-merge": build_merge_parser()._option_string_actions,
+        "noisefit.merge": build_merge_parser()._option_string_actions,
+        "noisefit.push": build_push_parser()._option_string_actions,
         "noisefit.benchmarks": flags_of_commands(build_benchmark_parser()),
     }
     found = 0

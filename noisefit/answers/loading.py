@@ -25,17 +25,20 @@ from transformers import (
 from noisefit.answers.jobs import Job
 from noisefit.answers.probability import input_device
 from noisefit.answers.settings import AnswerSettings
+from noisefit.answers.vocabulary import fit_vocabulary
 from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.inputs.adapters import check_adapter_names
 from noisefit.inputs.model_checks import (
     check_model_name,
     check_no_adapter_in,
     check_quantization,
+    check_revision,
     check_weights,
     checked_config,
     loading,
     try_out,
 )
-from noisefit.inputs.models import check_adapter_names, quantization_options
+from noisefit.inputs.models import quantization_options
 from noisefit.inputs.prompts import check_tokens, stop_token_ids
 
 SAMPLES, SAMPLE_BYTES = 512, 2**14  # of a file of weights: 8 MiB
@@ -74,15 +77,31 @@ def find_base(settings: AnswerSettings) -> str:
     flag = settings.base_flag if settings.model_id else f"--model_path {settings.model_path}: its base model"
     check_model_name(flag, base)
     check_no_adapter_in(flag, base)
+    check_revision(base, settings.model_revision)
     return base
+
+
+def base_revision(settings: AnswerSettings, base: str) -> str | None:
+    """The base model's branch, tag or commit on the hub: `--model_revision`, else what the adapter records of this
+    model; `None` for its main branch, and for a folder."""
+    if Path(base).is_dir():
+        return None
+    folder = Path(settings.model_path) if settings.model_path else None
+    if settings.model_revision is not None or folder is None or recorded_base(folder) != base:
+        return settings.model_revision
+    return _recorded(folder, "revision")
 
 
 def recorded_base(folder: Path) -> str | None:
     """The base model that an adapter records, if any. Raises `InputError` where its configuration is no JSON."""
+    return _recorded(folder, "base_model_name_or_path")
+
+
+def _recorded(folder: Path, key: str) -> str | None:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path")
-        return base if isinstance(base, str) else None
+        text = config.get(key)
+        return text if isinstance(text, str) else None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder}/adapter_config.json: not readable as a JSON object: {error}") from None
 
@@ -91,14 +110,18 @@ def load_answer_tokenizer(settings: AnswerSettings, base: str) -> PreTrainedToke
     """The tokenizer saved with the adapter, with the prompt format of its training; else the base model's."""
     folder = Path(settings.model_path) if settings.model_path else None
     source = str(folder) if folder and (folder / "tokenizer_config.json").is_file() else base
-    with loading("--model_path" if folder else settings.base_flag, source, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    revision = base_revision(settings, base) if source == base else None
+    with loading("--model_path" if folder else settings.base_flag, source, "a tokenizer", revision):
+        how: Any = {"trust_remote_code": settings.trust_remote_code, "revision": revision or "main"}
+        return AutoTokenizer.from_pretrained(source, **how)
 
 
 def base_config(settings: AnswerSettings, base: str) -> PretrainedConfig:
     """The configuration of the base model's decoder."""
-    with loading(settings.base_flag, base, "a model"):
-        config = checked_config(AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code))
+    revision = base_revision(settings, base)
+    with loading(settings.base_flag, base, "a model", revision):
+        how: Any = {"trust_remote_code": settings.trust_remote_code, "revision": revision or "main"}
+        config = checked_config(AutoConfig.from_pretrained(base, **how))
     decoder: PretrainedConfig = config.get_text_config(decoder=True)
     return decoder
 
@@ -121,7 +144,7 @@ def model_fingerprint(settings: AnswerSettings, base: str, device: torch.device)
         paths = [Path(settings.model_path) / name for name in (*ADAPTER, *TOKENIZER)]
         facts += [(path.name, digest(path.read_bytes())) for path in paths if path.is_file()]
     if not Path(base).is_dir():
-        facts.append(base)
+        facts += [base, *filter(None, [base_revision(settings, base)])]
     for path in sorted(Path(base).glob("*")) if Path(base).is_dir() else ():
         if path.suffix in (".json", ".safetensors"):
             facts.append((path.name, sampled_digest(path)))
@@ -185,14 +208,17 @@ def load_answer_model(settings: AnswerSettings, base: str, device: torch.device)
     """
     check_quantization(settings.quantization, training=False)
     tensors = _adapter_tensors(settings.model_path) if settings.model_path else set()
-    stop_token_ids(base)  # an error where they cannot be read, which transformers passes over
+    revision = base_revision(settings, base)
+    stop_token_ids(base, revision)  # an error where they cannot be read, which transformers passes over
     dtype = answer_dtype(settings, device)
     options: dict[str, Any] = {"dtype": dtype} | quantization_options(settings.quantization, dtype, device)
     if settings.device_map is not None:
         options["device_map"] = settings.device_map
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
-    with loading(settings.base_flag, base, "a causal language model in safetensors"):
+    if revision is not None:
+        options["revision"] = revision
+    with loading(settings.base_flag, base, "a causal language model in safetensors", revision):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
             use_safetensors=True,
@@ -230,6 +256,7 @@ def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of weights that have no place; they are an error below
+            fit_vocabulary(model, Path(folder))
             adapted = PeftModel.from_pretrained(model, folder)
         check_adapter_names(adapted, tensors)
     except Exception as error:  # whatever PEFT makes of files that anybody may have written

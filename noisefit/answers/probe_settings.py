@@ -24,6 +24,9 @@ class ProbeFileSettings:
     output: str = setting(help="CSV for the rows with their scores (required)", is_path=True)
     overwrite_output: bool = setting(False, "replace a file that is already there")
     picture: str | None = setting(None, "PNG for the histogram; default: beside --output", is_path=True)
+    model_revision: str | None = setting(
+        None, "branch, tag or commit of a model on the hub; default: main", metavar="REV"
+    )
     trust_remote_code: bool = setting(False, "run code that comes with the model")
 
 
@@ -113,7 +116,7 @@ class ProbeSettings(ProbeModelSettings, ProbeSampleSettings, ProbeNoiseSettings,
         return _AsAnswers(
             model_id=self.model, input_csv=self.train_data, dtype=self.dtype, quantization=self.quantization,
             attn_implementation=self.attn_implementation, trust_remote_code=self.trust_remote_code,
-            chat_template=self.chat_template,
+            chat_template=self.chat_template, model_revision=self.model_revision,
         )  # fmt: skip
 
 

@@ -25,6 +25,10 @@ class AnswerFileSettings:
     model_id: str | None = setting(
         None, "the base model: a folder, or a name on the hub; default: the one that the adapter records", is_path=True
     )
+    model_revision: str | None = setting(
+        None, "branch, tag or commit of a base model on the hub; default: the one that the adapter records, else main",
+        metavar="REV",
+    )  # fmt: skip
     input_csv: str = setting(help="CSV, JSON Lines or Parquet with a column prompt (required)", is_path=True)
     output_csv: str | None = setting(
         None, "where the answers go; default: the adapter's folder name and _answers.csv", is_path=True

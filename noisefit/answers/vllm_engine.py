@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from noisefit.answers.ending import Ending, asked_for
 from noisefit.answers.gumbel import answer_key
 from noisefit.answers.jobs import Answer, Answered, Job
-from noisefit.answers.loading import answer_dtype, base_config
+from noisefit.answers.loading import answer_dtype, base_config, base_revision
 from noisefit.answers.probability import round_log_p
 from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, LocalError
@@ -70,16 +70,17 @@ class VllmAnswerer:
         device: torch.device,
     ):  # fmt: skip
         self.sampling, self.device, self.base_flag, self.base = settings, torch.device("cpu"), settings.base_flag, base
-        stop_token_ids(base)  # an error where they cannot be read
+        revision = base_revision(settings, base)
+        stop_token_ids(base, revision)  # an error where they cannot be read
         config = base_config(settings, base)
         for job in jobs:
             check_tokens(job.input_ids, config.vocab_size, f"prompt {job.index + 1}")
         try:
-            of_model = GenerationConfig.from_pretrained(base)
+            of_model = GenerationConfig.from_pretrained(base, revision=revision or "main")
         except OSError:
             of_model = GenerationConfig.from_model_config(config)
         self.ending, self.not_applied = Ending(tokenizer, of_model), asked_for(of_model)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {} if revision is None else {"revision": revision, "tokenizer_revision": revision}
         folder = settings.model_path
         if folder:
             options |= dict(enable_lora=True, max_loras=1, max_lora_rank=rank_of(Path(folder)))

@@ -30,6 +30,7 @@ ALIASES = {
     "train_file": "train_data",
     "dataset_name": "train_data",
     "dataset_config_name": "dataset_config",
+    "dataset_revision": "revision",
     "dataset_train_split": "split",
     "dataset_test_split": "eval_data_split",
 }

@@ -32,6 +32,7 @@ class Rule:
         choices: of a text.
         metavar: stands for the value in `--help`.
         is_path: a file, a folder or a model's name: `~` is a home wherever it is written.
+        whole_words: of a list: a word is one value, whatever commas it has.
     """
 
     help: str
@@ -42,6 +43,7 @@ class Rule:
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     is_path: bool = False
+    whole_words: bool = False
 
     def number(self, kind: type, value: object) -> Any:
         """The value as a number of this kind. Raises `ValueError`, with what was expected, where it is none."""
@@ -103,7 +105,8 @@ class Field:
             return found if len(found) > 1 else found[0]
         if self.is_list:
             if isinstance(value, str) or not isinstance(value, Sequence):
-                value = [part for part in str(value).split(",") if part]
+                whole = self.rule.whole_words
+                value = [part for part in ([str(value)] if whole else str(value).split(",")) if part]
             if not value:
                 raise ValueError("expected at least one value")
             return [self._one(part) for part in value]

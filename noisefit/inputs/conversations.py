@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from noisefit.base.errors import InputError
+from noisefit.inputs.readers import is_unicode
 
 CHATS = ("messages", "conversations")  # the columns, the first of those that a row has
 ROLES = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
@@ -47,6 +48,8 @@ def read_chat(where: str, record: Mapping[str, Any]) -> tuple[Message, ...] | No
             turns = json.loads(turns)
         except (ValueError, RecursionError):
             raise InputError(f"{where} is {turns[:40]!r}, expected {EXPECTED}") from None
+        if not is_unicode(turns):
+            raise InputError(f"{where} holds half of a surrogate pair (\\ud800 or so), which is no text")
     if not isinstance(turns, list):
         raise InputError(f"{where} is {type(turns).__name__}, expected {EXPECTED}")
     if not turns:

@@ -46,6 +46,12 @@ def check_model_name(flag: str, name: str) -> None:
             check_regular(file, f"{flag}: ")
 
 
+def check_revision(name: str, revision: str | None, flag: str = "--model_revision") -> None:
+    """Raise `InputError` where a revision is given and the model is a folder, which has none."""
+    if revision is not None and Path(name).is_dir():
+        raise InputError(f"{flag} {revision} is of a model on the hub, and {name} is a folder; leave it out")
+
+
 def check_no_adapter_in(flag: str, name: str) -> None:
     """Raise `InputError` where a model's folder holds an adapter, too, which transformers would apply."""
     if (Path(name) / "adapter_config.json").exists():
@@ -126,7 +132,7 @@ def try_out(model: nn.Module, batch: Mapping[str, Tensor], flag: str, name: str)
 
 
 @contextmanager
-def loading(flag: str, name: str, what: str) -> Iterator[None]:
+def loading(flag: str, name: str, what: str, revision: str | None = None) -> Iterator[None]:
     """Turn what a library raises while it loads `name` as `what` into an `InputError` that names the flag."""
     if not on_main_process():
         disable_progress_bar()  # the main process shows one for all
@@ -140,6 +146,7 @@ def loading(flag: str, name: str, what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{flag} {name}: not to be loaded as {what}: {reason}") from None
+        at = "" if revision is None else f" at --model_revision {revision}"
+        raise InputError(f"{flag} {name}: not to be loaded as {what}{at}: {reason}") from None
     finally:
         transformers.logging.set_verbosity(verbosity)

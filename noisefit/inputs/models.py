@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import (
-    LoraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,14 +18,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
-from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.base.settings import setting
 from noisefit.fork.decoder import find_decoder_layers
+from noisefit.inputs.adapters import add_adapter, restore_adapter
 from noisefit.inputs.model_checks import (
     check_model_name,
     check_no_adapter_in,
     check_quantization,
+    check_revision,
     check_weights,
     checked_config,
     loading,
@@ -56,6 +48,11 @@ class ModelSettings:
         None, "modules that get an adapter, or all-linear; default: PEFT's own choice for the architecture",
         metavar="NAME",
     )  # fmt: skip
+    lora: list[str] | None = setting(
+        None, "any other options of PEFT's LoraConfig, such as use_dora=true modules_to_save=lm_head "
+        "init_lora_weights=pissa; DoRA costs about a third of a step, modules_to_save a float32 copy of each",
+        metavar="KEY=VALUE", whole_words=True,
+    )  # fmt: skip
     full_finetune: bool = setting(False, "train all weights, without an adapter")
     gradient_checkpointing: bool = setting(False, "less memory, about a third more computing")
     attn_implementation: str | None = setting(
@@ -65,20 +62,39 @@ class ModelSettings:
         "none", "load the frozen base model in 8 or 4 bits (needs: pip install bitsandbytes)",
         choices=("none", "8bit", "4bit"),
     )  # fmt: skip
+    model_revision: str | None = setting(
+        None, "branch, tag or commit of a model on the hub; default: main. The run's record has the commit either way",
+        metavar="REV",
+    )  # fmt: skip
 
 
-def load_config(model: str, trust_remote_code: bool) -> PreTrainedConfig:
+def load_config(model: str, trust_remote_code: bool, revision: str | None = None) -> PreTrainedConfig:
     """The base model's configuration. Raises `InputError` as `check_model_name`, or if it is none."""
     check_model_name("--model", model)
+    check_revision(model, revision)
     check_no_adapter_in("--model", model)
-    with loading("--model", model, "a model"):
-        return checked_config(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
+    with loading("--model", model, "a model", revision):
+        how: Any = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+        return checked_config(AutoConfig.from_pretrained(model, **how))
 
 
-def load_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def commit_of(model: str, revision: str | None) -> str | None:
+    """The commit that a branch, tag or commit of a model on the hub stands for; `None` for a folder, and where the
+    hub's client does not know. Raises `InputError` as `load_config`."""
+    check_model_name("--model", model)
+    check_revision(model, revision)
+    if Path(model).is_dir():
+        return None
+    with loading("--model", model, "a model", revision):
+        # Where its files lie in the cache: newer transformers keep it nowhere else.
+        return extract_commit_hash(cached_file(model, "config.json", revision=revision or "main"), None)
+
+
+def load_tokenizer(model: str, trust_remote_code: bool, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The base model's tokenizer. Raises `InputError` where there is none."""
-    with loading("--model", model, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with loading("--model", model, "a tokenizer", revision):
+        how: Any = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+        return AutoTokenizer.from_pretrained(model, **how)
 
 
 def check_model(
@@ -94,15 +110,20 @@ def check_model(
             that this machine cannot do.
     """
     check_quantization(settings.quantization, training=True)
-    empty = build_empty(model, config, trust_remote_code)
+    empty = build_empty(settings, model, config, trust_remote_code)
     num_layers, embeddings = len(find_decoder_layers(empty)), empty.get_input_embeddings()
     if not settings.full_finetune:
-        add_adapter(settings, empty, model)
+        add_adapter(settings, empty, model, resumed=True, told=True)
     return num_layers, len(embeddings.weight)
 
 
-def build_empty(name: str, config: PreTrainedConfig, trust_remote_code: bool, **options: Any) -> Any:
+def build_empty(
+    settings: ModelSettings, name: str, config: PreTrainedConfig, trust_remote_code: bool, **options: Any
+) -> Any:
     """The model on the `meta` device, without weights. Raises `InputError` where it is no causal language model."""
+    code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if settings.model_revision and trust_remote_code and str(code).partition("--")[0] == name:
+        options["code_revision"] = settings.model_revision  # else the code would be that of the main branch
     with loading("--model", name, "a causal language model"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
@@ -156,6 +177,8 @@ def load_base(
     """
     options = {"dtype": dtype} | attention_options(settings)
     options |= quantization_options(settings.quantization, frozen_dtype(accelerator), accelerator.device)
+    if settings.model_revision is not None and not Path(name).is_dir():  # a folder: a checkpoint of --full_finetune
+        options["revision"] = settings.model_revision
     with loading("--model", name, "weights as safetensors"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **options
@@ -194,74 +217,16 @@ def load_model(
     whole = checkpoint if settings.full_finetune else None
     dtype = torch.float32 if settings.full_finetune else frozen_dtype(accelerator)
     model = load_base(settings, str(whole or name), accelerator, dtype, trust_remote_code, finite=whole is not None)
-    adapted = make_trainable(settings, model, name)
+    adapted = make_trainable(settings, model, name, resumed=checkpoint is not None)
     if checkpoint is not None and not settings.full_finetune:
-        _restore_adapter(adapted, checkpoint)
+        restore_adapter(adapted, checkpoint)
     return adapted
 
 
-def make_trainable(settings: ModelSettings, model: PreTrainedModel, name: str) -> nn.Module:
-    """The base model with a new adapter, or as it is under `--full_finetune`. Raises `InputError` as `add_adapter`."""
+def make_trainable(settings: ModelSettings, model: PreTrainedModel, name: str, resumed: bool = False) -> nn.Module:
+    """The base model with a new adapter, or as it is under `--full_finetune`. Arguments and errors of `add_adapter`."""
     if settings.gradient_checkpointing:
         # Newer transformers have another name for it, and warn of this one.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    return model if settings.full_finetune else add_adapter(settings, model, name)
-
-
-def _restore_adapter(model: nn.Module, checkpoint: Path) -> None:
-    with loading("--resume_from_checkpoint", str(checkpoint), "this model's adapter"):
-        weights = load_file(checkpoint / "adapter_model.safetensors")
-        check_adapter_names(model, weights.keys())
-        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{bad[0]} is not finite")
-        set_peft_model_state_dict(model, weights)
-
-
-def check_adapter_names(model: nn.Module, names: Set[str]) -> None:
-    """Raise `ValueError` where these names of an adapter's tensors are not those of the adapter on the model."""
-    # Other programs save embeddings with an adapter. Left to itself, PEFT asks the hub whether they were resized.
-    for with_embeddings in (False, True):
-        own = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings).keys()
-        if names <= own:
-            break
-    if unmatched := names ^ own:  # of layers that only one of the two has
-        raise ValueError(f"{len(unmatched)} tensors are in one of the two only, {min(unmatched)} for one")
-
-
-def add_adapter(settings: ModelSettings, model: PreTrainedModel, name: str) -> nn.Module:
-    """Put a LoRA adapter on the model, which is found again under `name` from whatever folder the adapter is loaded.
-
-    Raises:
-        InputError: `--target_modules` matches nothing, or none is given and PEFT knows none for the architecture.
-    """
-    wanted = settings.target_modules
-    alpha: Any = settings.lora_alpha
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # as most configurations have it
-        lora_dropout=settings.lora_dropout,
-        target_modules="all-linear" if wanted == ["all-linear"] else wanted,
-    )
-    names = [module for module, _ in model.named_modules()]
-    try:
-        for target in wanted if wanted and wanted != ["all-linear"] else ():
-            # Of several, PEFT passes over those that match nothing.
-            if not any(module == target or module.endswith(f".{target}") for module in names):
-                raise ValueError(f"no module is called {target}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, nothing to do with the user
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it by itself
-            adapted = get_peft_model(model, lora)
-    except (ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise InputError(f"--lora_r {settings.lora_r}: no memory for an adapter of that rank") from None
-        linear = sorted({module.rpartition(".")[2] for module, m in model.named_modules() if isinstance(m, nn.Linear)})
-        what = f"--target_modules {' '.join(wanted)}" if wanted else "no adapter can be put on the model"
-        if "specify `target_modules`" in str(error):
-            what = f"PEFT has no default target modules for {model.config.model_type}, give --target_modules"
-        raise InputError(f"{what}: {error}; linear modules found: {', '.join(linear)}") from None
-    if os.path.isdir(name):
-        adapted.peft_config["default"].base_model_name_or_path = os.path.abspath(name)
-    return adapted
+    return model if settings.full_finetune else add_adapter(settings, model, name, resumed)

@@ -268,14 +268,15 @@ def check_tokens(input_ids: Iterable[int], vocabulary: int, where: str) -> None:
         )
 
 
-def stop_token_ids(model: str) -> list[int]:
-    """Tokens at which the base model's own generation settings stop; empty where it has none.
+def stop_token_ids(model: str, revision: str | None = None) -> list[int]:
+    """Tokens at which the base model's own generation settings stop; empty where it has none. On the hub they are
+    those of its `revision`.
 
     Raises:
         InputError: there are such settings, and they cannot be read.
     """
     try:
-        return end_token_ids(GenerationConfig.from_pretrained(model))
+        return end_token_ids(GenerationConfig.from_pretrained(model, revision=revision or "main"))
     except OSError as error:
         if (Path(model) / "generation_config.json").exists():
             raise InputError(f"{model}/generation_config.json: not to be read: {error}") from None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -68,7 +69,7 @@ class OtherTeacher(Teacher):
         super().__init__(model)
         head = find_causal_lm(model).get_output_embeddings()
         if any(weight.requires_grad for weight in head.parameters()):
-            raise InputError("--target_modules puts an adapter on the model's head, which forms a teacher's logits as "
+            raise InputError("--target_modules or --lora trains the model's head, which forms a teacher's logits as "
                              "well; leave it out, or --teacher")  # fmt: skip
 
     @contextmanager
@@ -104,7 +105,8 @@ class BaseModel(OtherTeacher):
     def __init__(self, model: nn.Module, cached: int = 0):
         super().__init__(model)
         self.cached = cached
-        self.adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the latter of modules that are trained whole
+        self.adapters = [module for module in model.modules() if isinstance(module, kinds)]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
 
 from noisefit.base.errors import InputError, notice
 from noisefit.base.files import ends_of
@@ -39,7 +38,7 @@ STATE_SHAPE = {"saved_at": INTEGER, "run": OBJECT, "loop": LOOP_SHAPE, "metrics"
 # Settings that a resumed run may change: how long it runs, what it records, how its work is cut and where files are.
 # What the files hold is compared instead of their names, and the number of rows a step instead of the cut.
 FREE = {
-    "model", "train_data", "eval_data", "output_model", "overwrite_output", "trust_remote_code",
+    "model", "model_revision", "train_data", "eval_data", "output_model", "overwrite_output", "trust_remote_code",
     "max_steps", "epochs", "max_bad_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "logging_steps", "eval_steps", "report_to", "run_name", "batch_size", "gradient_accumulation_steps",
     "loss_chunk_size", "gradient_checkpointing", "attn_implementation", "eval_data_split", "revision",
@@ -235,14 +234,13 @@ def checked_state(state: Any, where: str) -> dict[str, Any]:
 
 
 def identify_run(
-    settings: Settings, config: PreTrainedConfig, examples: Sequence[Example], eval_examples: Sequence[Example],
+    settings: Settings, examples: Sequence[Example], eval_examples: Sequence[Example],
     rows_per_step: int, accelerator: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that another run with the same numbers must share, as plain values.
 
     Args:
         settings: of the run.
-        config: the base model's.
         examples, eval_examples: the tokenized rows.
         rows_per_step: rows an optimizer step, over all micro-batches and processes.
         accelerator: of the run.
@@ -256,7 +254,7 @@ def identify_run(
     return identity | {
         ROWS: _digest_of_rows(examples),
         EVALUATION: _digest_of_rows(eval_examples),
-        FILES: _model_digest(settings.model, config),
+        FILES: _model_digest(settings.model, settings.model_revision),
         "rows an optimizer step": rows_per_step,
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
@@ -271,6 +269,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = before.get(name), now.get(name)
         if name not in before:
             found.append(f"{name} is not known of it, as an older version wrote it")
+        elif old != new and name == FILES and " at " in f"{old}" and " at " in f"{new}":  # both are of the hub
+            found.append(f"--model is {new} and was {old}: --model_revision takes a commit")
         elif old != new and name not in same:
             found.append(f"the {name} have changed" if name in (ROWS, FILES) else f"{name} was {old} and is {new}")
     return found
@@ -280,11 +280,12 @@ def _digest_of_rows(examples: Sequence[Example]) -> str:
     return examples.digest if isinstance(examples, Examples) else rows_digest(examples)
 
 
-def _model_digest(name: str, config: PreTrainedConfig) -> str:
-    """Of a folder config.json, and each weight file's size, beginning and end: a copy elsewhere is the same model."""
+def _model_digest(name: str, revision: str | None) -> str:
+    """Of a model on the hub its name and commit; of a folder config.json, and each weight file's size, beginning and
+    end: a copy elsewhere is the same model."""
     folder, content = Path(name), hashlib.sha256()
     if not folder.is_dir():
-        return f"{name} at {getattr(config, '_commit_hash', None)}"
+        return f"{name} at {revision}"
     for path in sorted(folder.glob("*.safetensors")):
         content.update(f"{path.name} {path.stat().st_size}".encode() + ends_of(path))
     content.update((folder / "config.json").read_bytes())

@@ -1,8 +1,10 @@
-"""Settings of the objective that contradict each other, and those that have no effect beside the others."""
+"""Settings that contradict each other, and those of the objective that have no effect beside the others."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from noisefit.base.errors import InputError
 from noisefit.base.settings import fields_of, not_default
@@ -11,9 +13,26 @@ from noisefit.method.objectives import OBJECTIVES
 from noisefit.method.policy import ALL
 from noisefit.method.teacher import BASE, EMA, SELF
 from noisefit.run.method_settings import POLICIES, CalibrationSettings
+from noisefit.run.run_settings import HubSettings
 
 if TYPE_CHECKING:
     from noisefit.run.settings import Settings
+
+
+def check_hub(settings: HubSettings) -> None:
+    """Refuse a repository's name that the hub would not take.
+
+    Raises:
+        InputError: as said.
+    """
+    if settings.push_to_hub is None:
+        if settings.hub_private:
+            raise InputError("--hub_private says how --push_to_hub makes a repository; give it one, or leave it out")
+        return
+    try:
+        validate_repo_id(settings.push_to_hub)
+    except HFValidationError as error:
+        raise InputError(f"--push_to_hub: no name of a repository: {error}") from None
 
 
 def check_objective(settings: Settings) -> None:

@@ -20,6 +20,7 @@ from noisefit.run.footprint import Footprint, Way, measure
 from noisefit.run.memory import free_memory
 from noisefit.run.method_settings import POLICIES
 from noisefit.run.noise_policy import first_eligible
+from noisefit.run.optimizers import bytes_kept
 from noisefit.run.preparation import Prepared
 from noisefit.run.settings import Settings
 
@@ -53,7 +54,7 @@ def memory_needed(
         footprint = measure(model, ids, len(ids), noise, settings.objective.branches, packing)
     restore_random_state(state, accelerator.device)
     trained = [getattr(p, "_local_tensor", p) for p in model.parameters() if p.requires_grad]
-    update = 3 * sum(part.nbytes for part in trained)  # AdamW keeps two numbers a weight
+    update = int((1 + bytes_kept(settings)) * sum(part.nbytes for part in trained))
 
     def largest(batch_size: int) -> tuple[int, int]:
         if not packing:

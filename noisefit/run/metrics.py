@@ -1,8 +1,7 @@
-"""Metrics: a line a logged step in `metrics.jsonl`, and the same numbers to wandb or TensorBoard where asked."""
+"""Metrics: a line a logged step in `metrics.jsonl`, and the same numbers to the trackers where asked."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import statistics
 import time
@@ -15,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from noisefit.base.errors import InputError, notice
+from noisefit.base.errors import notice
 from noisefit.base.files import append_json_line
 from noisefit.fork.hooks import EMBEDDING
 from noisefit.method.losses import add_losses
@@ -25,25 +24,6 @@ from noisefit.run.runaway import describe_runaway
 from noisefit.run.settings import Settings
 
 LINES = ("metrics.jsonl", "eval_metrics.jsonl")  # the files, in the output folder
-
-
-def check_tracker(report_to: str) -> None:
-    """Raise `InputError` where `--report_to` names a tracker that is not installed."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise InputError(f"--report_to {report_to}: not installed; pip install {report_to}")
-
-
-def start_trackers(accelerator: Accelerator, settings: Settings) -> None:
-    """Start what `--report_to` asks for. A tracker that fails costs a warning and not the run."""
-    if settings.report_to == "none":
-        return
-    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.record().items()}
-    name = settings.run_name or Path(settings.output_model).resolve().name
-    try:
-        accelerator.init_trackers("noisefit", config=plain, init_kwargs={"wandb": {"name": name}})
-    except Exception as error:  # whatever a tracker's client raises: no network, no key, a full disk
-        accelerator.trackers = []
-        notice(f"--report_to {settings.report_to} failed, training goes on without it: {' '.join(str(error).split())}")
 
 
 class Metrics:
@@ -195,12 +175,7 @@ class Metrics:
         self._track(line)
 
     def _track(self, line: dict[str, Any]) -> None:
-        try:
-            self.accelerator.log(line, step=line["step"])
-        except Exception as error:  # as in start_trackers
-            self.accelerator.trackers = []
-            reason = " ".join(str(error).split())
-            notice(f"the tracker failed at step {line['step']}, training goes on without it: {reason}")
+        self.accelerator.log(line, step=line["step"])
 
 
 def _finite(value: float) -> float | None:

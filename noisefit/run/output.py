@@ -19,8 +19,9 @@ from noisefit.base.files import alone_in, sync_folder, writing
 from noisefit.base.meeting import apart
 from noisefit.base.settings import words_of
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
-from noisefit.run.card import model_card
+from noisefit.run.card import evaluation_of, model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints
+from noisefit.run.hub import push
 from noisefit.run.metrics import LINES
 from noisefit.run.noise_policy import as_file
 from noisefit.run.output_folder import PREVIOUS, SCRATCH, OutputFolder
@@ -229,7 +230,8 @@ def save_model(
             go_on = f"; free some space, and --resume_from_checkpoint latest goes on from {before and before.name}"
             with writing(output.path, go_on if before else ""), output.staging("model") as staged:
                 write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
-                (staged / "README.md").write_text(model_card(settings, tokens), encoding="utf-8")
+                card = model_card(settings, tokens, evaluation=evaluation_of(output.path / "eval_metrics.jsonl"))
+                (staged / "README.md").write_text(card, encoding="utf-8")
                 sync_folder(staged)
                 output.move_in(staged)
                 output.drop_previous()
@@ -245,3 +247,14 @@ def where_things_are(settings: Settings) -> list[str]:
         f"pictures of it: python -m noisefit.report {output}",
         f"next, let it answer: accelerate launch generate.py {flag} {output} --input_csv {data}",
     ]
+
+
+def push_output(settings: Settings, output: OutputFolder) -> None:
+    """Under `--push_to_hub`, push what the run left: it is whole by now, and stays so whatever comes of the push. The
+    main process does it; the others may end meanwhile.
+
+    Raises:
+        LocalError: it is not pushed; the line says why, and how to push it again.
+    """
+    if settings.push_to_hub is not None and on_main_process():
+        push(settings, output, RECORDS)

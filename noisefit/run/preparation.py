@@ -15,19 +15,21 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from noisefit.base.errors import notice
 from noisefit.inputs.batches import steps_per_epoch
 from noisefit.inputs.model_checks import check_checkpointing
-from noisefit.inputs.models import check_model, length_limit, load_config, load_tokenizer
+from noisefit.inputs.models import check_model, commit_of, length_limit, load_config, load_tokenizer
 from noisefit.inputs.prompts import Example, stop_token_ids
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.compiling import check_compiling
 from noisefit.run.contradictions import without_effect
-from noisefit.run.metrics import check_tracker
+from noisefit.run.hub import check_repository, make_repository
 from noisefit.run.noise_policy import check_policy
+from noisefit.run.optimizers import try_optimizer
 from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
 from noisefit.run.rows import make_data, read_data, with_commits
 from noisefit.run.settings import Settings
+from noisefit.run.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -73,37 +75,51 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     model, trusted = settings.model, settings.trust_remote_code
     notice(without_effect(settings))
     check_output(settings, output)
-    check_tracker(settings.report_to)
+    check_trackers(settings.report_to)
     check_chat_template(settings.chat_template)
     data = read_data(settings)
-    settings = with_commits(settings, data)
-    config, tokenizer = load_config(model, trusted), load_tokenizer(model, trusted)
+    settings = _at_its_commit(with_commits(settings, data))
+    where = model, trusted, settings.model_revision
+    config, tokenizer = load_config(*where), load_tokenizer(*where)
     num_layers, vocabulary = check_model(settings, model, config, trusted)
     check_policy(settings, num_layers)
     settings = _within_positions(settings, config)
 
-    tracker = None if settings.report_to == "none" else settings.report_to
-    accelerator = start_accelerator(log_with=tracker, project_dir=settings.output_model)
+    accelerator = start_accelerator(project_dir=settings.output_model)
     check_processes(accelerator, settings.quantization)
     check_compiling(accelerator, settings.gradient_checkpointing)
     check_checkpointing(settings.gradient_checkpointing, accelerator.device)
+    try_optimizer(settings, accelerator.device, sharded=accelerator.is_fsdp2)
+    check_repository(settings, base=None if settings.full_finetune else model)
 
     settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer))
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
     check_tokenizer_names(tokenizer, output)
-    stops = stop_token_ids(model)
+    stops = stop_token_ids(model, settings.model_revision)
     examples, eval_examples, scores = make_data(settings, data, tokenizer, vocabulary, stops, accelerator)
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     total_steps = settings.epochs * steps_per_epoch(len(examples), rows_per_step)
     if settings.max_steps != -1:
         total_steps = min(total_steps, settings.max_steps)
-    run = identify_run(settings, config, examples, eval_examples, rows_per_step, accelerator)
+    run = identify_run(settings, examples, eval_examples, rows_per_step, accelerator)
     wanted, overwrite = settings.resume_from_checkpoint, settings.overwrite_output
     checkpoint = find_checkpoint(wanted, output.path, run, total_steps, starts_afresh=overwrite)
     check_checkpoint_names(settings, output, total_steps)
+    make_repository(settings)
     return Prepared(settings, config, tokenizer, examples, eval_examples, scores, num_layers, accelerator,
                     rows_per_step, total_steps, run, checkpoint)  # fmt: skip
+
+
+def _at_its_commit(settings: Settings) -> Settings:
+    """`--model_revision` as the commit that it stands for: a branch may move before the weights are read, and the run's
+    record repeats the run. A folder has none."""
+    given = settings.model_revision
+    commit = commit_of(settings.model, given)
+    if commit is None or commit == given:
+        return settings
+    notice(f"--model {settings.model} is read at commit {commit}" + (f" (--model_revision {given})" if given else ""))
+    return replace(settings, model_revision=commit)
 
 
 def _within_positions(settings: Settings, config: PreTrainedConfig) -> Settings:

@@ -1,4 +1,4 @@
-"""The settings of a run: what goes in and what comes out, its steps, its kills and its records."""
+"""The settings of a run: what goes in and what comes out, its steps, its kills, its records, and the hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from noisefit.base.settings import setting
 from noisefit.run.method_settings import ABOVE_ZERO, COUNT, NON_NEGATIVE, POSITIVE, SHARE
+from noisefit.run.optimizers import OPTIMIZERS
 
 # Schedules that need no further numbers.
 SCHEDULES = (
@@ -17,6 +18,19 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+NO_TRACKER = "none"
+# Accelerate's names, which are those of the modules, and what installs each.
+TRACKERS = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "comet_ml": "comet-ml",
+    "aim": "aim",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +72,16 @@ class StepSettings:
     learning_rate: float = setting(5e-5, "highest learning rate of the schedule", **ABOVE_ZERO)
     lr_scheduler_type: str = setting("cosine", "how the learning rate falls", choices=SCHEDULES)
     warmup_ratio: float = setting(0.0, "share of the steps in which the learning rate rises", **SHARE)
-    weight_decay: float = setting(0.0, "weight decay of AdamW", **NON_NEGATIVE)
+    weight_decay: float = setting(0.0, "weight decay of the optimizer", **NON_NEGATIVE)
+    optim: str = setting(
+        "adamw_torch", "the optimizer, as transformers names it: adafactor keeps next to nothing, 8-bit ones a quarter "
+        "of AdamW's memory, paged ones share it with the CPU (both need: pip install bitsandbytes); with an adapter "
+        "there is little to save", choices=tuple(OPTIMIZERS),
+    )  # fmt: skip
+    optim_args: list[str] | None = setting(
+        None, "further arguments of the optimizer's class, such as betas=0.9,0.95 momentum=0.9", metavar="KEY=VALUE",
+        whole_words=True,
+    )  # fmt: skip
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: never", **NON_NEGATIVE)
     max_bad_steps: int = setting(
         10, "a step whose loss or gradient is not finite is skipped; so many in a row end the run", **POSITIVE
@@ -84,5 +107,19 @@ class RecordSettings:
 
     logging_steps: int = setting(5, "a line of metrics every so many steps", **POSITIVE)
     eval_steps: int = setting(0, "evaluate every so many steps; 0: after each epoch", **COUNT)
-    report_to: str = setting("none", "where metrics go besides metrics.jsonl", choices=("none", "wandb", "tensorboard"))
+    report_to: list[str] = setting(
+        [NO_TRACKER], "where metrics go besides metrics.jsonl, one or several of accelerate's trackers; trackio needs "
+        "no account and no network", choices=(NO_TRACKER, *TRACKERS),
+    )  # fmt: skip
     run_name: str | None = setting(None, "name of the run there; default: the output folder's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """The hub."""
+
+    push_to_hub: str | None = setting(
+        None, "push what is left, once it is whole, to this repository: NAME, or ORGANIZATION/NAME; that it can be is "
+        "checked first, and needs a token that may write", metavar="REPO",
+    )  # fmt: skip
+    hub_private: bool = setting(False, "a repository that --push_to_hub makes is private")

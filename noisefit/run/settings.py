@@ -23,13 +23,15 @@ from noisefit.base.command_line import (
 from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
 from noisefit.base.settings import add_flags, check_fields, fields_of, words_of
+from noisefit.inputs.lora import check_lora
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
-from noisefit.run.contradictions import check_objective
+from noisefit.run.contradictions import check_hub, check_objective
 from noisefit.run.data_settings import DataSettings, check_data
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
-from noisefit.run.run_settings import FileSettings, KillSettings, RecordSettings, StepSettings
+from noisefit.run.optimizers import optimizer_words
+from noisefit.run.run_settings import FileSettings, HubSettings, KillSettings, RecordSettings, StepSettings
 
 GROUPS: dict[str, type] = {
     "what goes in and what comes out": FileSettings,
@@ -43,18 +45,19 @@ GROUPS: dict[str, type] = {
     "the prompts": PromptSettings,
     "kills": KillSettings,
     "records": RecordSettings,
+    "the hub": HubSettings,
 }
 # The ten that `--help` shows with what they do; the others it names.
 FIRST = ("model", "train_data", "eval_data", "output_model", "loss_mode", "unknown_rows", "noise_std", "epochs",
          "learning_rate", "batch_size")  # fmt: skip
 # Of one run alone: a repetition of it has its own.
-NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output")
+NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output", "push_to_hub", "hub_private")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(
-    RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings, CalibrationSettings,
-    NoiseSettings, LossSettings, DataSettings, FileSettings,
+    HubSettings, RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings,
+    CalibrationSettings, NoiseSettings, LossSettings, DataSettings, FileSettings,
 ):  # fmt: skip
     """All settings of a training, checked: each value, and those that contradict each other.
 
@@ -78,6 +81,9 @@ class Settings(
             check_date(self.prompt_date)
         check_data(self)
         check_objective(self)
+        check_hub(self)
+        object.__setattr__(self, "lora", check_lora(self))
+        object.__setattr__(self, "optim_args", optimizer_words(self.optim_args))
 
     def record(self) -> dict[str, Any]:
         """What defines the run, by name, in the order of `--help`: it repeats the run when given as `--config`."""

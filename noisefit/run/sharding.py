@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from noisefit.base.meeting import apart
 from noisefit.fork.decoder import find_causal_lm
@@ -67,11 +68,16 @@ def load_model(
         with apart("building the model"):
             if model is None:
                 folder = str(checkpoint) if checkpoint is not None and settings.full_finetune else name
-                config, how = models.load_config(folder, trust_remote_code), models.attention_options(settings)
-                empty = models.build_empty(folder, config, trust_remote_code, **how)
-                model = _without_weights(models.make_trainable(settings, empty, name), outline)
+                config, how = _config(settings, folder, trust_remote_code), models.attention_options(settings)
+                empty = models.build_empty(settings, folder, config, trust_remote_code, **how)
+                model = _without_weights(models.make_trainable(settings, empty, name, resumed=True), outline)
     assert model is not None
     return model
+
+
+def _config(settings: ModelSettings, folder: str, trust_remote_code: bool) -> PreTrainedConfig:
+    revision = None if Path(folder).is_dir() else settings.model_revision
+    return models.load_config(folder, trust_remote_code, revision)
 
 
 def _without_weights(model: nn.Module, outline: Outline) -> nn.Module:

@@ -14,27 +14,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
 from noisefit.run.checkpoint_files import list_checkpoints
 from noisefit.run.memory_needed import smaller_batch
+from noisefit.run.optimizers import build_optimizer
 from noisefit.run.settings import Settings
 
 
-def make_optimizer(settings: Settings, model: nn.Module, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over what of the model is trained; on CUDA in one kernel for many weights, which leaves the same state.
+def make_optimizer(settings: Settings, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of `--optim` over what of the model is trained.
 
     Args:
         settings: of the run.
         model: before it is prepared.
         device: that the run computes on.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate, decay, fused = settings.learning_rate, settings.weight_decay, True if device.type == "cuda" else None
-    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=fused)
+    return build_optimizer(settings, [parameter for parameter in model.parameters() if parameter.requires_grad], device)
 
 
 def take_step(optimizer: Any, schedule: LRScheduler, step: int, bad: bool, bad_steps: int, most: int) -> int:
     """Take the optimizer's step and the schedule's, or neither where the step's loss or gradient is not finite.
 
-    A bad step touches no weight: without gradients AdamW changes nothing, not even by weight decay. Its `step` is still
-    called, as fp16's scaler lowers its scale there. The learning rate waits, and a line says so.
+    A bad step touches no weight: without gradients no optimizer of `--optim` changes anything, not even by weight
+    decay. Its `step` is still called, as fp16's scaler lowers its scale there. The learning rate waits, and a line says
+    so.
 
     Args:
         optimizer: as `Accelerator.prepare` gave it.

@@ -10,11 +10,14 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiny_folder import byte_tokenizer
 
 from noisefit.base.errors import InputError
 from noisefit.benchmarks import write_questions
 from noisefit.inputs.benchmark_data import BENCHMARKS, read_questions
-from noisefit.inputs.tables import read_prompts, read_records, read_rows
+from noisefit.inputs.prompts import make_examples, prompt_ids
+from noisefit.inputs.tables import as_csv, read_prompts, read_records, read_rows
+from noisefit.inputs.templates import set_chat_template
 
 CELL = st.text(st.sampled_from("a\"',;\r\n\t\0 é€😀\u2028\ufeff+"), max_size=6)
 JSON = st.recursive(
@@ -117,6 +120,47 @@ def test_any_objects_as_a_benchmark(folder, objects, name):
         return
     records, rows, skipped = read_prompts(output, strip=False)
     assert records == questions and [row.prompt for row in rows] == [q["prompt"] for q in questions] and not skipped
+
+
+ROLE = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool"]) | JSON
+TURN = st.fixed_dictionaries({}, optional={"role": ROLE, "content": CELL | JSON, "from": ROLE, "value": CELL | JSON})
+PAIR = st.tuples(CELL, CELL).map(lambda p: [{"from": "human", "value": p[0]}, {"role": "assistant", "content": p[1]}])
+TURNS = st.lists(PAIR, max_size=3).map(lambda pairs: [turn for pair in pairs for turn in pair])
+CHAT = TURNS | st.tuples(TURNS, st.lists(TURN, max_size=2)).map(lambda parts: parts[0] + parts[1]) | JSON
+CHATS = st.fixed_dictionaries(
+    {}, optional={"messages": CHAT | CHAT.map(json.dumps), "conversations": CHAT, "prompt": CELL, "response": CELL}
+)
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    tokenizer = byte_tokenizer()
+    set_chat_template(tokenizer)
+    return tokenizer
+
+
+@given(st.lists(CHATS, min_size=1, max_size=3))
+@example([{"messages": "[" * 100_000}])
+@example([{"messages": '[{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]'}])
+def test_any_conversations(folder, chatml, records):
+    """Rows, the same from a CSV, whose answers stand behind what generation is asked; or a line that names the file."""
+    data = folder / "chats.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    try:
+        asked = read_prompts(data)[1]
+        assert all(row.prompt for row in asked)
+        rows = read_rows(data)[0]
+    except InputError as error:
+        assert str(error).startswith(f"{data}: ") and "\n" not in str(error)
+        return
+    assert all(row.prompt and row.response for row in rows)
+    (folder / "chats.csv").write_bytes(as_csv([{"n": "1"} | record for record in records]))
+    assert read_rows(folder / "chats.csv")[0] == rows
+    for row in rows:
+        [example], _ = make_examples(chatml, [row], 10_000)
+        starts = [len(prompt_ids(chatml, prompt, history)) for history, prompt, _ in row.answers]
+        assert [start for start, _ in example.spans] == starts
+        assert example.input_ids[: starts[-1]] == prompt_ids(chatml, row.prompt, row.history)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"prompt": ' * 50_000, "9" * 5000, "\ufeff{}"])

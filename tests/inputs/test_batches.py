@@ -104,3 +104,33 @@ def test_a_step_is_the_same_cut_into_1_2_or_4_micro_batches_and_2_processes(rows
         torch.testing.assert_close(total, results[0][0], rtol=1e-6, atol=1e-8)
         for name, gradient in results[0][1].items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_conversation_has_the_losses_and_gradients_of_its_answers_one_by_one(packing):
+    """Each as a row of its own, up to its answer: what stands behind it changes nothing."""
+    ids = torch.randint(3, VOCAB, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    conversations = [Example(ids[:19], 4, gaps=((7, 11), (12, 16))), Example(ids[19:34], 1, gaps=((2, 9),))]
+    one_by_one = [Example(c.input_ids[:end], start) for c in conversations for start, end in c.spans]
+    assert [(len(row.input_ids), row.target_start) for row in one_by_one] == [
+        (7, 4), (12, 11), (19, 16), (2, 1), (15, 9)
+    ]  # fmt: skip
+    assert count_targets(conversations) == count_targets(one_by_one) == 3 + 1 + 3 + 1 + 6
+    results = []
+    for rows in (conversations, one_by_one):
+        model = BranchedModel(tiny_model(), loss_chunk_size=4)
+        batch = collate(rows, 0, packing=packing)
+        sums = model(**batch, noise={1: per_token_noise}, chunk_losses=whole_loss)
+        sum(WEIGHTS[name] * value for name, value in sums.items()).backward()
+        targets = sorted(batch["target_tokens"].tolist())
+        results.append((targets, sums, {name: p.grad for name, p in model.named_parameters()}))
+    (targets, sums, gradients), (others, expected, by_answer) = results
+    assert targets == others and len(targets) == 14
+    torch.testing.assert_close(sums, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients, by_answer, rtol=1e-4, atol=1e-6)  # logits are float32
+
+
+def test_collate_of_a_conversation():
+    batch = collate([Example([5, 6, 7, 8, 9], 1, gaps=((2, 4),), weight=0.5), Example([9, 10], 1)], pad_token_id=0)
+    assert batch["target_positions"].tolist() == [0, 3, 5] and batch["target_tokens"].tolist() == [6, 9, 10]
+    assert batch["target_weights"].tolist() == [0.5, 0.5, 1]

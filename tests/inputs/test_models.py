@@ -12,8 +12,9 @@ from tiny_models import supervise, tiny_batch, tiny_model
 
 from noisefit.base.errors import InputError
 from noisefit.fork.branches import CLEAN, BranchedModel
-from noisefit.inputs import model_checks, models
-from noisefit.inputs.models import ModelSettings, add_adapter, check_adapter_names, load_model
+from noisefit.inputs import adapters, model_checks, models
+from noisefit.inputs.adapters import add_adapter, check_adapter_names
+from noisefit.inputs.models import ModelSettings, load_model
 from noisefit.method.losses import cross_entropy
 from noisefit.run.weights import gather_weights, write_model
 
@@ -71,7 +72,7 @@ def test_saving_and_restoring_an_adapter_asks_no_hub(online, tmp_path):
     branched = BranchedModel(model, 7)
     for name in ("checkpoint-1", "checkpoint-2"):
         write_model(tmp_path / name, model, gather_weights(accelerator, branched, adapter_only=True), tokenizer)
-        models._restore_adapter(model, tmp_path / name)
+        adapters.restore_adapter(model, tmp_path / name)
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists() and not online
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,11 @@ SETTINGS = PromptSettings(max_length=150)
 ALONE = SimpleNamespace(is_local_main_process=True)
 BAD_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}\n{% if '40' in m['content'] %}{{ none + 1 }}{% endif %}{% endfor %}"
+)
+SHORTENING = (
+    "{% for m in messages %}[{{ m['role'] }}]{% if loop.last or loop.index0 % 3 or m['role'] != 'assistant' %}"
+    "{{ m['content'] }}{% else %}{{ m['content'].split('#')[-1] }}{% endif %}|{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 
@@ -108,6 +114,28 @@ def test_both_ways_give_the_same_rows_and_say_the_same_of_them(tmp_path, monkeyp
     with pytest.raises(pytest.fail.Exception, match="made again"):
         make_rows(str(renamed), None, tokenizer, SETTINGS, 300, [3, 5], ALONE)
     assert [path.name for path in cache.iterdir()] == [folder.name]  # nothing of it is left
+
+
+def test_conversations_are_the_same_both_ways(tmp_path, monkeypatch, capsys, cache):
+    """Cut ones, unfinished ones, and some in several texts, as the template shortens an earlier answer."""
+    tokenizer, data = byte_tokenizer(), tmp_path / "chats.jsonl"
+    set_chat_template(tokenizer)
+    tokenizer.chat_template = SHORTENING
+    lines = []
+    for i in range(70):
+        turns = [{"from": "system", "value": f"s{i}"}] * (i % 2)
+        for j in range(1 + i % 4):
+            turns += [{"from": "human", "value": f"{i}#{j}"}, {"from": "gpt", "value": f"é#{'a' * (i % 30)}{j}"}]
+        lines.append(
+            json.dumps({"conversations": turns if i % 11 else [{"from": "human", "value": "x" * 200}, *turns]})
+        )
+    data.write_text("\n".join([*lines, json.dumps({"conversations": None})]))
+    (expected, said), (rows, told) = both_ways(monkeypatch, capsys, data, tokenizer)
+    assert isinstance(rows, StoredExamples) and list(rows) == expected
+    assert len(said) == 4 and said == told  # skipped, in several texts, dropped, cut
+    assert {len(row.gaps) for row in expected} >= {0, 1, 2} and len(expected) > 70
+    assert rows.digest == rows_digest(expected) != rows_digest([replace(row, gaps=()) for row in expected])
+    assert rows.num_targets == count_targets(expected) == sum(e - s for row in expected for s, e in row.spans)
 
 
 @pytest.mark.parametrize(

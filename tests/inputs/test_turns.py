@@ -13,6 +13,7 @@ from noisefit.base.errors import InputError
 from noisefit.inputs.prompts import PromptSettings, make_examples, prompt_ids, tokenize_rows
 from noisefit.inputs.tables import read_prompts, read_rows
 from noisefit.inputs.templates import TEMPLATES, set_chat_template
+from noisefit.inputs.turns import Text, cut_texts
 
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
@@ -185,6 +186,15 @@ def test_what_is_cut_supervises_no_end(kind, loss_on, tmp_path):
             assert not examples or any(example.is_cut for example in examples) == (not fits)
             for example in examples:
                 assert len(example.input_ids) <= max_length and example.num_targets > 0
+
+
+def test_a_text_without_room_for_its_answer_is_told_by_another_of_its_conversation():
+    short, long = Text([1, 2, 3, 4, 5], [(3, 5)]), Text([*range(1, 11)], [(8, 10)])
+    for texts in ([long, short], [short, long]):
+        for everything in (False, True):
+            [(ids, spans, is_cut)] = cut_texts(texts, 6, everything)
+            assert ids == short.ids and spans[-1][1] == 5 and is_cut
+    assert not any(is_cut for _, _, is_cut in cut_texts([long, short], 10, False))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,12 @@ from noisefit.method.snr import layer_snr
 from noisefit.run.contradictions import without_effect
 from noisefit.run.settings import Settings
 
-ROWS = [Example(list(range(3, 15)), target_start=5), Example(list(range(20, 28)), target_start=3)]
+ROWS = [Example(list(range(3, 15)), target_start=5), Example(list(range(20, 28)), target_start=3),
+        Example(list(range(30, 40)), target_start=3, gaps=((5, 8),))]  # fmt: skip
 LAYER = 1
-WHERE = {"prompt": [[1] * 5 + [0] * 7, [1] * 3 + [0] * 9],
-         "response": [[0] * 5 + [1] * 7, [0] * 3 + [1] * 5 + [0] * 4]}  # fmt: skip
+WHERE = {"prompt": [[1] * 5 + [0] * 7, [1] * 3 + [0] * 9, [1] * 3 + [0, 0, 1, 1, 1] + [0] * 4],
+         "response": [[0] * 5 + [1] * 7, [0] * 3 + [1] * 5 + [0] * 4,
+                      [0, 0, 0, 1, 1] + [0] * 3 + [1, 1, 0, 0]]}  # fmt: skip
 
 
 def settings(**flags):

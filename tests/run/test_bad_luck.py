@@ -281,5 +281,5 @@ def test_wandb_that_dies_in_the_middle_costs_one_warning(llama_folder, questions
     for child in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split():
         os.kill(int(child), signal.SIGKILL)  # wandb's own process
     assert wait([running]) == [0], log_of(out)
-    assert log_of(out).count("the tracker failed at step") == 1
+    assert log_of(out).count("--report_to wandb failed at step") == 1
     assert [line["step"] for line in metrics_of(out)] == list(range(1, 61))

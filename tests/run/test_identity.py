@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoConfig
 
 from noisefit.inputs.prompts import Example
 from noisefit.run.checkpoint_files import FREE, NOTED, OF_THE_ROWS, ROWS, differences, identify_run
@@ -14,15 +13,13 @@ RECORDED = Settings(model="m", train_data="t").record()
 
 @pytest.fixture
 def identify(llama_folder):
-    config = AutoConfig.from_pretrained(llama_folder)
-
     def identify(rows=((1, 2, 3),), evaluation=(), rows_per_step=4, processes=1, precision="no", **settings):
         run = Settings(model=str(llama_folder), train_data="t")
         for name, value in settings.items():
             object.__setattr__(run, name, value)  # any value, as another one would be seen too
         examples, eval_examples = ([Example(list(row), 1) for row in part] for part in (rows, evaluation))
         launch = SimpleNamespace(num_processes=processes, mixed_precision=precision)
-        return identify_run(run, config, examples, eval_examples, rows_per_step, launch)
+        return identify_run(run, examples, eval_examples, rows_per_step, launch)
 
     return identify
 
@@ -75,9 +72,7 @@ def test_the_order_of_tokens_and_the_border_of_the_prompt_count(identify):
 
 
 def test_the_weights_of_rows_count(llama_folder):
-    config, launch = AutoConfig.from_pretrained(llama_folder), SimpleNamespace(num_processes=1, mixed_precision="no")
+    launch = SimpleNamespace(num_processes=1, mixed_precision="no")
     settings = Settings(model=str(llama_folder), train_data="t")
-    found = [
-        identify_run(settings, config, [Example([1, 2], 1, weight=w)], [], 4, launch)[ROWS] for w in (1, 0.5, 0.25)
-    ]
+    found = [identify_run(settings, [Example([1, 2], 1, weight=w)], [], 4, launch)[ROWS] for w in (1, 0.5, 0.25)]
     assert len(set(found)) == 3
