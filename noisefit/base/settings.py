@@ -241,7 +241,7 @@ def is_several(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def words_of(value: str | list[str] | None) -> list[str]:
+def words_of(value: str | Sequence[str] | None) -> list[str]:
     """A setting that may be one word or several, as a list; empty where it is `None`."""
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 

@@ -141,7 +141,7 @@ def evaluation_results(settings: Settings, line: Mapping[str, Any]) -> list[Eval
 
     The data is named by its file, or its name on the hub, and never by its whole path.
     """
-    data = _words(settings.eval_data or settings.train_data)
+    data = words_of(settings.eval_data or settings.train_data)
     kind = hub_name(data[0]) or LOADERS.get(Path(data[0]).suffix.lower(), "text")
     named = ", ".join(hub_name(word) or Path(word).name for word in data)
     named += "" if settings.eval_data else " (held out)"
@@ -154,10 +154,6 @@ def evaluation_results(settings: Settings, line: Mapping[str, Any]) -> list[Eval
         )
         for name, value in figures.items()
     ]  # fmt: skip
-
-
-def _words(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def evaluation_table(results: Iterable[EvalResult], about: str = "") -> str:
@@ -182,7 +178,7 @@ def hub_name(name: str) -> str | None:
 
 def hub_names(names: str | Sequence[str]) -> list[str] | None:
     """Those of the names that are the hub's; `None` where none is, for a card that then does not have them."""
-    return [found for found in map(hub_name, _words(names)) if found] or None
+    return [found for found in map(hub_name, words_of(names)) if found] or None
 
 
 def code(value: object) -> str:

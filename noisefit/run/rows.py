@@ -109,11 +109,19 @@ def make_data(
     source_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     numbers, eval_numbers = np.arange(len(source_of)), np.arange(sum(map(len, others)))
     if settings.eval_split:
-        prompts = np.concatenate([part.prompts for part in parts])
+        if scores is None:
+            others = parts
+        else:  # held out as they stand in their file, whatever becomes of rows that the model does not know
+            others = [make_rows(source, of_it, *how, told=False)
+                      for source, of_it in zip(data.sources, data.rows, strict=True)]  # fmt: skip
+        prompts = np.concatenate([part.prompts for part in others])
         held = held_out(prompts, settings.eval_split, settings.seed)
-        numbers, eval_numbers, others = np.flatnonzero(~held), np.flatnonzero(held), parts
+        eval_numbers = np.flatnonzero(held)
+        numbers = np.flatnonzero(~np.isin(np.concatenate([part.prompts for part in parts]), prompts[held]))
         notice(f"--eval_split {settings.eval_split:g}: {held.sum():,} of {len(held):,} rows are held out, with "
                f"{len(np.unique(prompts[held])):,} of {len(np.unique(prompts)):,} prompts")  # fmt: skip
+        if not len(numbers):
+            raise InputError(f"--eval_split {settings.eval_split:g} leaves no row to train on; give a smaller share")
     if settings.data_weights is not None:
         numbers = numbers[weighted(source_of[numbers], settings.data_weights, settings.seed)]
     examples = choose(parts, numbers)
@@ -143,7 +151,7 @@ def list_rows(source: str | os.PathLike[str], always: bool = False) -> list[Row]
 def make_rows(
     source: str | os.PathLike[str], rows: list[Row] | None, tokenizer: PreTrainedTokenizerBase,
     settings: PromptSettings, vocabulary: int, stop_ids: Iterable[int], accelerator: Accelerator,
-    long_rows: str = "drop",
+    long_rows: str = "drop", told: bool = True,
 ) -> Examples:  # fmt: skip
     """The tokenized rows of a source, with lines about those that cannot be used. All processes call it.
 
@@ -155,6 +163,7 @@ def make_rows(
         tokenizer, settings, vocabulary, stop_ids: as for `noisefit.inputs.prompts.usable_examples`.
         accelerator: of the run.
         long_rows: what becomes of rows over `max_length`, as `--long_rows` has it.
+        told: whether to say so.
 
     Raises:
         InputError: as `usable_examples`, and as `store`; no row is left; one is too long under `error`; or the
@@ -183,9 +192,10 @@ def make_rows(
         _refuse(source, too_long[0], rows, *how)
     if long_rows == "drop":
         made = choose([made], np.flatnonzero(~made.is_cut))
-    tell_of_turns(source, tokenizer, several)
-    any_left = len(made) > 0 or rows == []
-    tell_of_length(source, settings.max_length, dropped, cut, any_left, is_cut=long_rows == "cut")
+    if told:
+        tell_of_turns(source, tokenizer, several)
+        any_left = len(made) > 0 or rows == []
+        tell_of_length(source, settings.max_length, dropped, cut, any_left, is_cut=long_rows == "cut")
     return made
 
 

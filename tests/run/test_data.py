@@ -175,6 +175,19 @@ def test_the_base_model_is_asked_about_the_rows_of_all_files(llama_folder, files
     assert both[1:31] == scores[1:] and both[31:] == scores[1:21]
 
 
+def test_the_same_rows_are_held_out_whatever_becomes_of_unknown_ones(llama_folder, files, tmp_path):
+    flags = dict(eval_split=0.3, max_steps=1, save_steps=1, unknown_below=-1e-6)
+    held = []
+    for way in ("keep", "drop", "refuse", "weight"):
+        below = dict(unknown_below=-5.03) if way == "drop" else {}  # elsewhere all are unknown
+        done = train(llama_folder, tmp_path / way, *files, *COLUMNS, unknown_rows=way, **flags | below)
+        assert done.returncode == 0, done.stderr
+        state = json.loads((tmp_path / way / "checkpoint-1" / "checkpoint.json").read_text())
+        held.append(state["run"]["rows of --eval_data"])
+        assert (tmp_path / way / "eval_metrics.jsonl").read_text().count("\n") == 1
+    assert len(set(held)) == 1
+
+
 def test_a_folder_and_its_split_train_and_evaluate(llama_folder, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
