@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 MARK = "NOISEFIT_TEST_LAUNCH"
-CUT = {"long_rows": "cut"}  # the tiny models have 128 positions, and a byte is a token: many a row is longer
 MEASURED = ("tokens_per_second", "peak_memory_gib")  # what differs between two runs that are the same
 
 # Its processes are forked from one that has imported everything: a real process of its own in a moment.
@@ -42,7 +41,7 @@ def run(model: Path, data: Path, output: Path, **flags: object) -> list[dict]:
     """Train in this process; returns the lines of metrics.jsonl. `True` is a bare flag."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    train_loop.train(parse_arguments(words(model=model, train_data=data, output_model=output, **CUT | flags)))
+    train_loop.train(parse_arguments(words(model=model, train_data=data, output_model=output, **flags)))
     return metrics_of(output)
 
 
@@ -65,7 +64,7 @@ def start(
 
     `target` runs in its place, with the words of its command line.
     """
-    argv = words(model=model, train_data=data, output_model=output, **CUT | flags)
+    argv = words(model=model, train_data=data, output_model=output, **flags)
     return start_program(target or train, argv, log or Path(f"{output}.log"), processes, environment)
 
 

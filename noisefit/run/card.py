@@ -24,13 +24,16 @@ CARRIED = ("datasets", "language", "license", "license_name", "license_link")  #
 LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    settings: Settings, tokens: int, *, evaluation: Mapping[str, Any] | None = None, best_step: int | None = None
+) -> str:
     """The model card, Markdown with the hub's metadata header.
 
     Args:
         settings: of the run.
         tokens: supervised tokens that it trained on.
         evaluation: the line of `eval_metrics.jsonl` that belongs to these weights.
+        best_step: of which step they are, where they are those of the best evaluation.
     """
     whole, name = settings.full_finetune, settings.model
     base, output = json.dumps(name), json.dumps(settings.output_model)
@@ -42,6 +45,7 @@ def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any]
         load = f"AutoModelForCausalLM.from_pretrained({output})"
     words = words_of(settings.train_data)  # of files and folders the names, as paths say nothing elsewhere
     data = ", ".join(code(Path(word).name if Path(word).exists() else word) for word in words)
+    kept = f" It is that of step {best_step}, whose evaluation was the best." if best_step is not None else ""
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in sorted(settings.record().items()))
     results = evaluation_results(settings, evaluation or {})
     metadata = ModelCardData(
@@ -58,8 +62,8 @@ def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any]
 {"A full model" if whole else "A LoRA adapter"} for {code(name)}{at}, trained on {data} with the NoiseFiT trainer
 ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
 {what_it_learnt(settings)}.
-It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that
-got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
+It saw {tokens:,} supervised tokens.{kept} `layer_snr.json` has the signal-to-noise ratio of every layer and the layers
+that got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
 
 {fence(f"model = {load}")}
 {evaluation_table(results)}

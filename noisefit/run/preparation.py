@@ -21,6 +21,7 @@ from noisefit.inputs.templates import asks_for_date, check_chat_template, set_ch
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.compiling import check_compiling
 from noisefit.run.contradictions import without_effect
+from noisefit.run.evaluation import check_answering
 from noisefit.run.hub import check_repository, make_repository
 from noisefit.run.noise_policy import check_policy
 from noisefit.run.optimizers import try_optimizer
@@ -97,6 +98,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_tokenizer_names(tokenizer, output)
     stops = stop_token_ids(model, settings.model_revision)
     examples, eval_examples, scores = make_data(settings, data, tokenizer, vocabulary, stops, accelerator)
+    check_answering(settings, config, accelerator, eval_examples)
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     total_steps = settings.epochs * steps_per_epoch(len(examples), rows_per_step)

@@ -101,12 +101,45 @@ class KillSettings:
     )  # fmt: skip
 
 
+METRICS = {"ce": "eval_ce_loss", "wrong_rate": "wrong_rate", "hallucination_rate": "hallucination_rate"}
+"""What --eval_metric may be, and what eval_metrics.jsonl calls it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is looked at while it trains, on the rows of `--eval_data`."""
+
+    eval_steps: int = setting(0, "evaluate every so many steps; 0: after each epoch", **COUNT)
+    eval_metric: str = setting(
+        "ce", "what --keep_best and --patience go by, the lower the better: the cross-entropy, or a rate of "
+        "noisefit.score, for which each evaluation answers all prompts: some forward passes a token of each answer",
+        choices=tuple(METRICS),
+    )  # fmt: skip
+    keep_best: bool = setting(
+        False, "the output is the model of the best evaluation, not the last one; it lies in best/ of the output, and "
+        "in each checkpoint"
+    )  # fmt: skip
+    patience: int = setting(
+        0, "end the training after so many evaluations in a row that are no better than the best one; 0: never", **COUNT
+    )
+    sample_steps: int = setting(
+        0, "answer a few prompts of --eval_data every so many steps and after the last, for samples.jsonl; 0: never",
+        **COUNT,
+    )  # fmt: skip
+    sample_prompts: int = setting(4, "so many of them, the first ones", **POSITIVE)
+    sample_tokens: int = setting(50, "tokens an answer at the most, of samples and of --eval_metric", low=1, high=10**6)
+
+    @property
+    def scores_answers(self) -> bool:
+        """Whether each evaluation answers all prompts."""
+        return self.eval_metric != "ce"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecordSettings:
     """Records."""
 
     logging_steps: int = setting(5, "a line of metrics every so many steps", **POSITIVE)
-    eval_steps: int = setting(0, "evaluate every so many steps; 0: after each epoch", **COUNT)
     report_to: list[str] = setting(
         [NO_TRACKER], "where metrics go besides metrics.jsonl, one or several of accelerate's trackers; trackio needs "
         "no account and no network", choices=(NO_TRACKER, *TRACKERS),

@@ -27,11 +27,18 @@ from noisefit.inputs.lora import check_lora
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
-from noisefit.run.contradictions import check_hub, check_objective
+from noisefit.run.contradictions import check_evaluation, check_hub, check_objective
 from noisefit.run.data_settings import DataSettings, check_data
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
 from noisefit.run.optimizers import optimizer_words
-from noisefit.run.run_settings import FileSettings, HubSettings, KillSettings, RecordSettings, StepSettings
+from noisefit.run.run_settings import (
+    EvaluationSettings,
+    FileSettings,
+    HubSettings,
+    KillSettings,
+    RecordSettings,
+    StepSettings,
+)
 
 GROUPS: dict[str, type] = {
     "what goes in and what comes out": FileSettings,
@@ -44,6 +51,7 @@ GROUPS: dict[str, type] = {
     "the model": ModelSettings,
     "the prompts": PromptSettings,
     "kills": KillSettings,
+    "what is looked at while it trains": EvaluationSettings,
     "records": RecordSettings,
     "the hub": HubSettings,
 }
@@ -52,12 +60,13 @@ FIRST = ("model", "train_data", "eval_data", "output_model", "loss_mode", "unkno
          "learning_rate", "batch_size")  # fmt: skip
 # Of one run alone: a repetition of it has its own.
 NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output", "push_to_hub", "hub_private")
+PASSED_OVER = ("noisefit_version", "best")  # what noisefit_config.json says besides
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(
-    HubSettings, RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings,
-    CalibrationSettings, NoiseSettings, LossSettings, DataSettings, FileSettings,
+    HubSettings, RecordSettings, EvaluationSettings, KillSettings, PromptSettings, ModelSettings, StepSettings,
+    KnowledgeSettings, CalibrationSettings, NoiseSettings, LossSettings, DataSettings, FileSettings,
 ):  # fmt: skip
     """All settings of a training, checked: each value, and those that contradict each other.
 
@@ -81,6 +90,7 @@ class Settings(
             check_date(self.prompt_date)
         check_data(self)
         check_objective(self)
+        check_evaluation(self)
         check_hub(self)
         object.__setattr__(self, "lora", check_lora(self))
         object.__setattr__(self, "optim_args", optimizer_words(self.optim_args))
@@ -126,5 +136,5 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
             each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=("noisefit_version",))))
+    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=PASSED_OVER)))
     return Settings(**{"model": "", "train_data": ""} | given)
