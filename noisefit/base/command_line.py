@@ -28,6 +28,11 @@ ALIASES = {
     "max_seq_length": "max_length",
     "eval_dataset": "eval_data",
     "train_file": "train_data",
+    "dataset_name": "train_data",
+    "dataset_config_name": "dataset_config",
+    "dataset_revision": "revision",
+    "dataset_train_split": "split",
+    "dataset_test_split": "eval_data_split",
 }
 SWITCHES = {"load_in_4bit": ("quantization", "4bit"), "load_in_8bit": ("quantization", "8bit")}
 # What has no flag of its own, and what does the same.
@@ -35,7 +40,6 @@ HINTS = {
     "lr": "--learning_rate",
     "bf16": "accelerate launch --mixed_precision bf16",
     "fp16": "accelerate launch --mixed_precision fp16",
-    "dataset_name": "--train_data",
     "dataset": "--train_data",
     "data": "--train_data",
     "warmup_steps": "--warmup_ratio",
