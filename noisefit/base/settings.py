@@ -18,6 +18,7 @@ from typing import Any
 from noisefit.base.errors import InputError
 
 RULE = "rule"  # the key of a field's metadata
+LONG = 70  # letters of choices from which on they stand in a flag's text, not in the place of its value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,14 +203,19 @@ def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type]) -> No
                 options |= {"nargs": "+", "action": _OneOrMore if field.one_or_more else _Extend}
             stands_for = {int: "N", float: "X", str: "PATH" if field.rule.is_path else "TEXT"}
             metavar = field.rule.metavar or stands_for[field.kind]
-            if field.rule.choices:
-                metavar = "{" + ",".join(field.rule.choices) + "}"
+            if choices := _choices(field):
+                metavar = choices if len(choices) <= LONG else "NAME"
             group.add_argument(f"--{field.name}", type=field.parse, metavar=metavar, **options)
 
 
 def _help(field: Field) -> str:
     default = default_text(field)
-    return (field.rule.help + (f" (default: {default})" if default else "")).replace("%", "%%")
+    names = f". One of {', '.join(field.rule.choices)}" if len(_choices(field)) > LONG else ""
+    return (field.rule.help + names + (f" (default: {default})" if default else "")).replace("%", "%%")
+
+
+def _choices(field: Field) -> str:
+    return "{" + ",".join(field.rule.choices) + "}" if field.rule.choices else ""
 
 
 def default_text(field: Field) -> str:

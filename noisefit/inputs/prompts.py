@@ -26,16 +26,20 @@ class PromptSettings:
     """How a row becomes tokens."""
 
     chat_template: str | None = setting(
-        None, "prompt format: chatml, alpaca, plain or a Jinja file; default: the tokenizer's own, else chatml",
+        None, 
+        "prompt format: chatml, alpaca, plain or a Jinja file; default: the tokenizer's own, else chatml. "
+        "It is saved with the adapter, and answers use it",
         metavar="NAME|FILE", is_path=True,
     )  # fmt: skip
-    max_length: int = setting(1024, "tokens a row; what becomes of a longer one says --long_rows", low=2)
+    max_length: int = setting(1024, "tokens a row; memory grows with it as far as rows are that long", low=2)
     loss_on: str = setting(
         "response", "supervise every answer of a conversation, the last one alone, or the prompts too",
         choices=("response", "last", "all"),
     )  # fmt: skip
     prompt_date: str | None = setting(
-        None, "date and time for a chat template that asks for today's, as 2026-01-31T12:00:00; default: now"
+        None,
+        "date and time for a chat template that asks for today's, as 2026-01-31T12:00:00; default: now, "
+        "kept for the whole run",
     )
 
 
