@@ -172,7 +172,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     # --- The loop ---------------------------------------------------------------------------------------------------
     model.train()
     with StopSignals() as stop, progress_bar(accelerator, total_steps, "training", "step", step) as progress:
-        start_output(accelerator, settings, output, policy, checkpoint, prepared.scores)
+        start_output(accelerator, settings, output, policy, checkpoint, prepared.scores, prepared.rows_record)
         start_trackers(accelerator, settings, resumed=checkpoint is not None)
         with metrics.pausing():
             examples = with_predictions(prepared, output, teacher, strategy)

@@ -34,6 +34,7 @@ from noisefit.method.decisive import words
 from noisefit.method.knowledge import Item, Probe, score_all
 from noisefit.method.modes import part
 from noisefit.run.checkpoint_files import SCORES, asked_for
+from noisefit.run.left_out import LeftOut
 from noisefit.run.processes import progress_bar
 from noisefit.run.settings import Settings
 
@@ -45,7 +46,7 @@ Scores = list[dict[str, str]]
 
 def by_what_is_known(
     settings: Settings, sources: Sequence[Table], rows: Sequence[list[Row] | None],
-    tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, left_out: LeftOut,
 ) -> tuple[Sequence[list[Row] | None], str | None]:  # fmt: skip
     """The rows as `--unknown_rows` has them, with their responses and weights. All processes call it.
 
@@ -58,6 +59,7 @@ def by_what_is_known(
         rows: of each source.
         tokenizer: with its chat template.
         accelerator: of the run.
+        left_out: where the unknown rows are noted.
 
     Returns:
         The rows of each source, and the content of `knowledge.csv`; `None` under `keep`.
@@ -101,6 +103,8 @@ def by_what_is_known(
     threshold = _threshold(settings, path, [value for value in values if value is not None])
     below = [value is not None and value < threshold and words(row.response) != words(settings.refusal)
              for row, value in zip(probed, values, strict=True)]  # fmt: skip
+    numbers = [row.number for row, is_below in zip(probed, below, strict=True) if is_below]
+    left_out.note_unknown(settings.unknown_rows, threshold, numbers, sum(value is None for value in values))
     _say(settings, path, threshold, list(zip(probed, scores, below, strict=True)))
     unknown = {where for where, is_below in zip(place, below, strict=True) if is_below}
     left = [[treated for row in of_source or () if (treated := _treated(settings, row, (i, row.number) in unknown))]

@@ -23,6 +23,7 @@ from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run.card import evaluation_of, model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints, read_state
 from noisefit.run.hub import push
+from noisefit.run.left_out import ROWS
 from noisefit.run.metrics import LINES
 from noisefit.run.noise_policy import as_file
 from noisefit.run.output_folder import PREVIOUS, SCRATCH, OutputFolder
@@ -35,7 +36,7 @@ from noisefit.run.weights import gather_weights, write_model
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
 CONFIG = "noisefit_config.json"
-RECORDS = (CONFIG, "layer_snr.json", "noise_policy.json", SCORES, *LINES)
+RECORDS = (CONFIG, "layer_snr.json", "noise_policy.json", SCORES, ROWS, *LINES)
 CARD = ("README.md",)
 CACHE = "teacher_cache"  # of --cache_teacher, a folder
 
@@ -156,7 +157,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def start_output(
     accelerator: Accelerator, settings: Settings, output: OutputFolder, policy: NoisePolicy, checkpoint: Path | None,
-    scores: str | None = None,
+    scores: str | None = None, rows: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Make the folder ready for a run, and write its settings and noise policy there. All processes call it.
 
@@ -168,6 +169,7 @@ def start_output(
         checkpoint: the run goes on from it, and its records with it; `None`: it starts afresh. What another run left
             is set aside as `previous_run`, until this one is saved.
         scores: the content of `knowledge.csv`; `None` where the run goes by no probe.
+        rows: the content of `rows.json`.
 
     Raises:
         LocalError: it cannot be written.
@@ -175,6 +177,8 @@ def start_output(
     with apart("making the output folder ready") as is_main:
         if is_main:
             _start_output(settings, output, checkpoint, scores)
+            if rows is not None:
+                output.write_json(ROWS, rows)
             write_policy(output, policy)
 
 

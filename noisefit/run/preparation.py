@@ -43,6 +43,7 @@ class Prepared:
         tokenizer: with its chat template.
         examples, eval_examples: the tokenized rows.
         scores: the content of `knowledge.csv`, by which the rows were chosen; `None` under --unknown_rows keep.
+        rows_record: the content of `rows.json`, which rows there are and which were left out.
         num_layers: decoder layers of the model.
         accelerator: of the launch.
         rows_per_step: of an optimizer step, over all micro-batches and processes.
@@ -57,6 +58,7 @@ class Prepared:
     examples: Sequence[Example]
     eval_examples: Sequence[Example]
     scores: str | None
+    rows_record: dict[str, Any]
     num_layers: int
     accelerator: Accelerator
     rows_per_step: int
@@ -97,7 +99,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
     check_tokenizer_names(tokenizer, output)
     stops = stop_token_ids(model, settings.model_revision)
-    examples, eval_examples, scores = make_data(settings, data, tokenizer, vocabulary, stops, accelerator)
+    made = make_data(settings, data, tokenizer, vocabulary, stops, accelerator)
+    examples, eval_examples, scores, rows_record = made
     check_answering(settings, config, accelerator, eval_examples)
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -109,8 +112,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     checkpoint = find_checkpoint(wanted, output.path, run, total_steps, starts_afresh=overwrite)
     check_checkpoint_names(settings, output, total_steps)
     make_repository(settings)
-    return Prepared(settings, config, tokenizer, examples, eval_examples, scores, num_layers, accelerator,
-                    rows_per_step, total_steps, run, checkpoint)  # fmt: skip
+    return Prepared(settings, config, tokenizer, examples, eval_examples, scores, rows_record, num_layers,
+                    accelerator, rows_per_step, total_steps, run, checkpoint)  # fmt: skip
 
 
 def _at_its_commit(settings: Settings) -> Settings:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -21,8 +22,9 @@ from noisefit.inputs.prompts import PromptSettings, repeated, tell_of_length, te
 from noisefit.inputs.sources import EVALUATION, Source, find_source, is_file_name
 from noisefit.inputs.stored import StoredExamples, cache_folder, is_large
 from noisefit.inputs.storing import store
-from noisefit.inputs.tables import ANY_ROWS, Row, SomeRows, load_rows, stream_rows, tell_of_skipped
+from noisefit.inputs.tables import ANY_ROWS, Row, SomeRows, read_rows, stream_rows, tell_of_skipped
 from noisefit.run.knowledge import by_what_is_known
+from noisefit.run.left_out import LeftOut
 from noisefit.run.settings import Settings
 
 NO_LIMIT = 2**31  # tokens
@@ -35,12 +37,14 @@ class Data:
     Attributes:
         sources, eval_sources: one for each word.
         rows, eval_rows: of each source; `None` where they are to be stored.
+        left_out: what became of rows so far.
     """
 
     sources: list[Source]
     eval_sources: list[Source]
     rows: list[list[Row] | None]
     eval_rows: list[list[Row] | None]
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def read_data(settings: Settings) -> Data:
@@ -71,8 +75,9 @@ def read_data(settings: Settings) -> Data:
     always = settings.unknown_rows != "keep"  # what decides on rows needs them in a list, and their other columns
     if always:
         sources = [source.holding(ANY_ROWS) for source in sources]
-    return Data(sources, eval_sources, [list_rows(source, always) for source in sources],
-                [list_rows(source) for source in eval_sources])  # fmt: skip
+    left_out = LeftOut()
+    return Data(sources, eval_sources, [list_rows(source, always, left_out) for source in sources],
+                [list_rows(source, left_out=left_out) for source in eval_sources], left_out)  # fmt: skip
 
 
 def with_commits(settings: Settings, data: Data) -> Settings:
@@ -87,7 +92,7 @@ def with_commits(settings: Settings, data: Data) -> Settings:
 def make_data(
     settings: Settings, data: Data, tokenizer: PreTrainedTokenizerBase, vocabulary: int, stop_ids: Iterable[int],
     accelerator: Accelerator,
-) -> tuple[Examples, Examples, str | None]:  # fmt: skip
+) -> tuple[Examples, Examples, str | None, dict[str, Any]]:  # fmt: skip
     """The tokenized rows of a run, with lines about them. All processes call it.
 
     Args:
@@ -96,14 +101,16 @@ def make_data(
         tokenizer, vocabulary, stop_ids, accelerator: as for `make_rows`.
 
     Returns:
-        The rows of an epoch, those that are held out, and the content of `knowledge.csv`, see `by_what_is_known`.
+        The rows of an epoch, those that are held out, the content of `knowledge.csv`, see `by_what_is_known`, and that
+        of `rows.json`.
 
     Raises:
         InputError: as `by_what_is_known`, `make_rows`, `held_out` and `weighted`.
     """
     stop_ids = list(stop_ids)
-    rows, scores = by_what_is_known(settings, data.sources, data.rows, tokenizer, accelerator)
-    how = tokenizer, settings, vocabulary, stop_ids, accelerator, settings.long_rows
+    left_out = data.left_out
+    rows, scores = by_what_is_known(settings, data.sources, data.rows, tokenizer, accelerator, left_out)
+    how = tokenizer, settings, vocabulary, stop_ids, accelerator, settings.long_rows, left_out
     parts = [make_rows(source, of_it, *how) for source, of_it in zip(data.sources, rows, strict=True)]
     others = [make_rows(source, of_it, *how) for source, of_it in zip(data.eval_sources, data.eval_rows, strict=True)]
     source_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
@@ -112,7 +119,7 @@ def make_data(
         if scores is None:
             others = parts
         else:  # held out as they stand in their file, whatever becomes of rows that the model does not know
-            others = [make_rows(source, of_it, *how, told=False)
+            others = [make_rows(source, of_it, *how[:-1], told=False)
                       for source, of_it in zip(data.sources, data.rows, strict=True)]  # fmt: skip
         prompts = np.concatenate([part.prompts for part in others])
         held = held_out(prompts, settings.eval_split, settings.seed)
@@ -122,12 +129,21 @@ def make_data(
                f"{len(np.unique(prompts[held])):,} of {len(np.unique(prompts)):,} prompts")  # fmt: skip
         if not len(numbers):
             raise InputError(f"--eval_split {settings.eval_split:g} leaves no row to train on; give a smaller share")
+    evaluated = {str(source): len(part) for source, part in zip(data.eval_sources, others, strict=False)}
+    if settings.eval_split:
+        of_others = np.repeat(np.arange(len(others)), [len(part) for part in others])
+        counts = np.bincount(of_others[eval_numbers], minlength=len(others)).tolist()
+        for source, count in zip(data.sources, counts, strict=True):
+            left_out.note(source, held_out=SomeRows(count, []))
+            evaluated[f"{source} (--eval_split {settings.eval_split:g})"] = count
+    trained = np.bincount(source_of[numbers], minlength=len(parts)).tolist()
+    record = left_out.record(dict(zip(map(str, data.sources), trained, strict=True)), evaluated)
     if settings.data_weights is not None:
         numbers = numbers[weighted(source_of[numbers], settings.data_weights, settings.seed)]
     examples = choose(parts, numbers)
     if len(parts) > 1 or settings.data_weights is not None:
         _tell_of_shares(data.sources, source_of[numbers], examples.targets)
-    return examples, choose(others, eval_numbers), scores
+    return examples, choose(others, eval_numbers), scores, record
 
 
 def _tell_of_shares(sources: Sequence[Source], source_of: np.ndarray, targets: np.ndarray) -> None:
@@ -139,19 +155,26 @@ def _tell_of_shares(sources: Sequence[Source], source_of: np.ndarray, targets: n
                f"{supervised / max(tokens.sum(), 1):.1%} of the supervised tokens")  # fmt: skip
 
 
-def list_rows(source: str | os.PathLike[str], always: bool = False) -> list[Row] | None:
-    """The rows of a source; `None` where it is large, unless they are needed `always`.
+def list_rows(
+    source: str | os.PathLike[str], always: bool = False, left_out: LeftOut | None = None
+) -> list[Row] | None:  # fmt: skip
+    """The rows of a source; `None` where it is large, unless they are needed `always`. `left_out` notes the others.
 
     Raises:
         InputError: as `read_rows`.
     """
-    return None if is_large(source) and not always else load_rows(source)
+    if is_large(source) and not always:
+        return None
+    rows, skipped = read_rows(source)
+    tell_of_skipped(source, skipped)
+    (left_out or LeftOut()).note(source, skipped=skipped)
+    return rows
 
 
 def make_rows(
     source: str | os.PathLike[str], rows: list[Row] | None, tokenizer: PreTrainedTokenizerBase,
     settings: PromptSettings, vocabulary: int, stop_ids: Iterable[int], accelerator: Accelerator,
-    long_rows: str = "drop", told: bool = True,
+    long_rows: str = "drop", left_out: LeftOut | None = None, told: bool = True,
 ) -> Examples:  # fmt: skip
     """The tokenized rows of a source, with lines about those that cannot be used. All processes call it.
 
@@ -163,6 +186,7 @@ def make_rows(
         tokenizer, settings, vocabulary, stop_ids: as for `noisefit.inputs.prompts.usable_examples`.
         accelerator: of the run.
         long_rows: what becomes of rows over `max_length`, as `--long_rows` has it.
+        left_out: where it is noted which rows are not taken, or not whole.
         told: whether to say so.
 
     Raises:
@@ -179,7 +203,7 @@ def make_rows(
         raise InputError(
             f"{source}: it is not the same for all processes; all machines need the same file and libraries"
         )
-    how = tokenizer, settings, vocabulary, stop_ids
+    how, left_out = (tokenizer, settings, vocabulary, stop_ids), left_out or LeftOut()
     made: Examples
     if rows is not None:
         made, dropped, cut, several = _tokenized(source, rows, *how)
@@ -188,6 +212,8 @@ def make_rows(
             made = StoredExamples(cache_folder() / names.pop())
         dropped, cut, several = made.dropped, made.cut, made.apart
         tell_of_skipped(source, made.skipped)
+        left_out.note(source, skipped=made.skipped)
+    left_out.note(source, dropped=dropped, split=several, **{"cut" if long_rows == "cut" else "too_long": cut})
     if long_rows == "error" and (too_long := sorted([*dropped.first, *cut.first])):
         _refuse(source, too_long[0], rows, *how)
     if long_rows == "drop":
