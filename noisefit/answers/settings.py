@@ -5,14 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, add_token, without_token
+from noisefit.base.command_line import (
+    HelpFormatter,
+    OneLineParser,
+    a_path,
+    add_switches,
+    add_token,
+    parse_flags,
+    without_token,
+)
 from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
 from noisefit.base.refusal import REFUSAL
-from noisefit.base.settings import add_flags, check_fields, not_default, setting
+from noisefit.base.settings import add_flags, check_fields, fields_of, not_default, setting
+
+# In the settings that are recorded beside answers, and no flags.
+VERSION, ABOUT = "noisefit_version", "about"
+NOT_REPEATED = ("overwrite_output",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +43,7 @@ class AnswerFileSettings:
     )  # fmt: skip
     input_csv: str = setting(help="CSV, JSON Lines or Parquet with a column prompt (required)", is_path=True)
     output_csv: str | None = setting(
-        None, "where the answers go; default: the adapter's folder name and _answers.csv", is_path=True
+        None, "where the answers go, .csv or .jsonl; default: the adapter's folder name and _answers.csv", is_path=True
     )
     overwrite_output: bool = setting(False, "replace answers that are already there")
     trust_remote_code: bool = setting(False, "run code that comes with the base model")
@@ -101,6 +113,9 @@ class AnswerModelSettings:
         None, "prompt format: chatml, alpaca, plain or a Jinja file; default: the one saved with the adapter",
         metavar="NAME|FILE", is_path=True,
     )  # fmt: skip
+    prompt_date: str | None = setting(
+        None, "date and time for a chat template that asks for today's, as 2026-01-31T12:00:00; default: now"
+    )
 
 
 GROUPS: dict[str, type] = {
@@ -143,6 +158,16 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
             raise InputError("--refusal: it is empty; expected the text of an answer")
         if self.abstain_below is None and "refusal" in not_default(self):
             raise InputError("--refusal says what --abstain_below answers; give a threshold there, or leave it out")
+        if self.prompt_date is not None:
+            from noisefit.inputs.templates import check_date  # here, as it takes a second to import
+
+            check_date(self.prompt_date)
+
+    def record(self) -> dict[str, Any]:
+        """All flags by name, in the order of `--help`: they repeat the answers when given as `--config`."""
+        found = asdict(self)
+        names = [field.name for cls in GROUPS.values() for field in fields_of(cls)]
+        return {name: found[name] for name in names if name not in NOT_REPEATED}
 
     def _check_engine(self) -> None:
         if self.engine != "vllm":
@@ -175,16 +200,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, GROUPS)
     add_switches(parser)
-    add_token(parser.add_argument_group("the hub"))
+    where_from = parser.add_argument_group("where flags come from")
+    where_from.add_argument(
+        "--config", type=a_path, metavar="FILE",
+        help="any of these flags from a YAML file, or the .settings.json beside answers; the command line wins",
+    )  # fmt: skip
+    add_token(where_from)
     add_help(parser, FIRST)
     return parser
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> AnswerSettings:
-    """The command line's flags.
+    """Flags of the command line over those of `--config` over the defaults.
 
     Raises:
         InputError: an unknown flag, a value out of range, or neither adapter nor base model.
     """
-    given = without_token(vars(build_parser().parse_args(sys.argv[1:] if argv is None else argv)))
-    return AnswerSettings(**{"input_csv": ""} | given)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = parse_flags(build_parser(), argv, (VERSION, ABOUT), {"train_data": "a training, for train_loop.py"})
+    return AnswerSettings(**{"input_csv": ""} | without_token(dict(given)))

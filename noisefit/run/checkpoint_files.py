@@ -19,8 +19,8 @@ from noisefit.base.errors import InputError, notice
 from noisefit.base.files import ends_of
 from noisefit.base.schema import AMOUNT, ANY, COUNT, EACH, INTEGER, OBJECT, TEXT, Maybe, checked, require
 from noisefit.fork.branches import STRATEGIES
+from noisefit.inputs.examples import Examples, rows_digest
 from noisefit.inputs.prompts import Example
-from noisefit.inputs.stored import StoredExamples, rows_digest
 from noisefit.run.method_settings import POLICIES
 from noisefit.run.noise_policy import POLICY_SHAPE, policy_from, read_policy
 from noisefit.run.settings import Settings
@@ -43,9 +43,11 @@ FREE = {
     "max_steps", "epochs", "max_bad_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "logging_steps", "eval_steps", "patience", "sample_steps", "sample_prompts", "report_to", "run_name",
     "batch_size", "gradient_accumulation_steps", "loss_chunk_size", "gradient_checkpointing", "attn_implementation",
+    "eval_data_split", "revision",
 }  # fmt: skip
 # They count where the rows differ, and explain it.
-OF_THE_ROWS = {"max_length", "chat_template", "loss_on"}
+OF_THE_ROWS = {"max_length", "chat_template", "loss_on", "long_rows", "columns", "data_weights", "eval_split", "split",
+               "dataset_config"}  # fmt: skip
 ROWS, FILES, EVALUATION = "rows of --train_data", "files of --model", "rows of --eval_data"
 NOTED = (EVALUATION,)  # changes that are said and no reason to refuse, but where the best is kept
 
@@ -280,7 +282,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _digest_of_rows(examples: Sequence[Example]) -> str:
-    return examples.digest if isinstance(examples, StoredExamples) else rows_digest(examples)
+    return examples.digest if isinstance(examples, Examples) else rows_digest(examples)
 
 
 def _model_digest(name: str, revision: str | None) -> str:

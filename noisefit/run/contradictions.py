@@ -72,8 +72,8 @@ def check_evaluation(settings: Settings) -> None:
     """
     wanted = [name for name in ("sample_steps", "keep_best", "patience") if getattr(settings, name)]
     wanted += ["eval_metric"] if settings.scores_answers else []
-    if wanted and not settings.eval_data:
-        raise InputError(f"--{wanted[0]} goes by evaluation rows, and there are none; give --eval_data")
+    if wanted and not settings.eval_data and not settings.eval_split:
+        raise InputError(f"--{wanted[0]} goes by evaluation rows, and there are none; give --eval_data or --eval_split")
     if settings.loss_on == "all" and (settings.sample_steps or settings.scores_answers):
         flag = "sample_steps" if settings.sample_steps else f"eval_metric {settings.eval_metric}"
         raise InputError(f"--{flag} answers prompts, and under --loss_on all a row is one text, without a prompt and a "

@@ -18,6 +18,7 @@ import noisefit
 from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, write_json, writing
 from noisefit.base.meeting import apart
+from noisefit.base.settings import words_of
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run.card import evaluation_of, model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints, read_state
@@ -262,7 +263,8 @@ def _told(settings: Settings, best: Best) -> dict[str, Any]:
 
 def where_things_are(settings: Settings, best: Best | None = None) -> list[str]:
     """What the run left and the next command, for the user's eyes."""
-    output, data = shlex.quote(settings.output_model), shlex.quote(settings.eval_data or settings.train_data)
+    files = [word for word in words_of(settings.eval_data) + words_of(settings.train_data) if Path(word).is_file()]
+    output, data = shlex.quote(settings.output_model), shlex.quote(files[0]) if files else "QUESTIONS.csv"
     what, flag = ("the model", "--model_id") if settings.full_finetune else ("the adapter", "--model_path")
     metric = METRICS[settings.eval_metric]
     kept = [f"{what} is that of step {best.step}, with the lowest {metric}: {best.value:.6g}"] if best else []

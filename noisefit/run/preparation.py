@@ -23,13 +23,12 @@ from noisefit.run.compiling import check_compiling
 from noisefit.run.contradictions import without_effect
 from noisefit.run.evaluation import check_answering
 from noisefit.run.hub import check_repository, make_repository
-from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.noise_policy import check_policy
 from noisefit.run.optimizers import try_optimizer
 from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
-from noisefit.run.rows import list_rows, make_rows
+from noisefit.run.rows import make_data, read_data, with_commits
 from noisefit.run.settings import Settings
 from noisefit.run.trackers import check_trackers
 
@@ -79,10 +78,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_output(settings, output)
     check_trackers(settings.report_to)
     check_chat_template(settings.chat_template)
-    # What decides on rows needs them in a list; other large files are tokenized into one that lies on the disk.
-    rows = list_rows(settings.train_data, always=settings.unknown_rows != "keep")
-    eval_rows = list_rows(settings.eval_data)
-    settings = _at_its_commit(settings)
+    data = read_data(settings)
+    settings = _at_its_commit(with_commits(settings, data))
     where = model, trusted, settings.model_revision
     config, tokenizer = load_config(*where), load_tokenizer(*where)
     num_layers, vocabulary = check_model(settings, model, config, trusted)
@@ -100,12 +97,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
     check_tokenizer_names(tokenizer, output)
     stops = stop_token_ids(model, settings.model_revision)
-    scores = None
-    if rows is not None:
-        rows, scores = by_what_is_known(settings, rows, tokenizer, accelerator)
-    how = tokenizer, settings, vocabulary, stops, accelerator
-    examples = make_rows(settings.train_data, rows, *how)
-    eval_examples = make_rows(settings.eval_data, eval_rows, *how)
+    examples, eval_examples, scores = make_data(settings, data, tokenizer, vocabulary, stops, accelerator)
     check_answering(settings, config, accelerator, eval_examples)
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -137,7 +129,7 @@ def _within_positions(settings: Settings, config: PreTrainedConfig) -> Settings:
     limit, wanted = length_limit(config), settings.max_length
     if limit is None or wanted <= limit:
         return settings
-    notice(f"rows are cut at {limit} tokens, as {settings.model} has no more positions (--max_length {wanted})")
+    notice(f"rows have up to {limit} tokens, as {settings.model} has no more positions (--max_length {wanted})")
     return replace(settings, max_length=limit)
 
 

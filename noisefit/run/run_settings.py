@@ -40,16 +40,18 @@ class FileSettings:
     model: str = setting(
         help="the base model: a folder in the Hugging Face format, or a name on the hub (required)", is_path=True
     )
-    train_data: str = setting(
-        help="CSV, JSON Lines or Parquet with columns prompt and response (required)", is_path=True
+    train_data: str | list[str] = setting(
+        help="files, folders or names on the hub, with columns prompt and response (required); see docs/data.md",
+        is_path=True,
     )
     output_model: str = setting(
         "output_model", "folder for the adapter, its tokenizer and the run's records", is_path=True
     )
     overwrite_output: bool = setting(False, "replace an adapter that is already there")
-    eval_data: str | None = setting(
-        None, "a file like --train_data; its cross-entropy, without noise, is measured in training", is_path=True
-    )
+    eval_data: str | list[str] | None = setting(
+        None, "held-out rows, as --train_data; their cross-entropy, without noise, is measured in training",
+        is_path=True,
+    )  # fmt: skip
     trust_remote_code: bool = setting(False, "run code that comes with the base model")
 
 

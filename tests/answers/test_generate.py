@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 import generate
 from noisefit.answers.jobs import Abstention, Answer
-from noisefit.answers.journal import Journal, write_answers
+from noisefit.answers.journal import Journal
+from noisefit.answers.output import write_answers
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.base.errors import InputError
 from noisefit.score import score
@@ -59,7 +60,7 @@ def test_the_csv_has_the_inputs_columns_and_every_round_in_order(adapter, asked,
     assert all(float(row["logprob"]) < 0 and 1 <= int(row["tokens"]) <= 10 for row in rows)
     assert [(row["id"], row["round"]) for row in rows] == [(str(i), str(r)) for i in range(13) for r in (1, 2, 3)]
     assert rows[4]["response"] == "It is, so 1" and len({row["generated_response"] for row in rows}) > 13
-    assert {path.name for path in tmp_path.iterdir()} == {"asked.csv", "out.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"asked.csv", "out.csv", "out.csv.settings.json"}
 
 
 @pytest.mark.slow

@@ -174,9 +174,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(llama_folder, qu
 def test_answers_that_are_cut_are_counted_and_told(llama_folder, tmp_path, capsys):
     data = tmp_path / "q.csv"
     data.write_text("prompt,response\nWhy?,No.\nWho?,Everybody that was there and then some more.\nHow?,So.\n")
-    run(llama_folder, data, tmp_path / "out", **FAST, max_length=85)
+    run(llama_folder, data, tmp_path / "out", **FAST, max_length=85, long_rows="cut")
     said = capsys.readouterr().err
-    assert "of 1 row the answer's end is cut off at --max_length 85, which teaches not to stop (row 2)" in said
+    assert "of 1 row the answer's end is cut off at --max_length 85, so it is not learnt (row 2)" in said
 
 
 def test_a_template_that_fails_on_one_row_says_which(llama_folder, tmp_path):
