@@ -4,7 +4,7 @@
 
 Every answer is a function of the seed, its prompt and its round, so the CSV is the same for any number of processes and
 any batch size (in float32, on one kind of device). Finished answers go to disk as they come: after a kill, the same
-command goes on where it stopped.
+command goes on where it stopped. The settings are recorded beside them: given as --config, they repeat the answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from accelerate.utils import DynamoBackend
 from noisefit.answers.disks import agreed, gathered
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Abstention, Job
-from noisefit.answers.journal import Answers, Journal, alone_with, check_answers_output, default_output, write_answers
+from noisefit.answers.journal import Answers, Journal, alone_with
 from noisefit.answers.loading import (
     base_config,
     check_device_map,
@@ -37,6 +37,14 @@ from noisefit.answers.loading import (
     why_answers_differ,
 )
 from noisefit.answers.noisy_passes import NoisyPasses
+from noisefit.answers.output import (
+    SUFFIXES,
+    check_answers_output,
+    check_settings_output,
+    default_output,
+    settings_record,
+    write_answers,
+)
 from noisefit.answers.refusals import is_refusal
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.answers.vllm_engine import AT_ONCE, VllmAnswerer, check_vllm
@@ -45,7 +53,7 @@ from noisefit.base.meeting import apart
 from noisefit.base.settings import names_of
 from noisefit.inputs.noise_records import read_noise
 from noisefit.inputs.prompts import naming_row, prompt_ids
-from noisefit.inputs.tables import BEFORE_ABSTAINING, describe_skipped, read_prompts
+from noisefit.inputs.tables import BEFORE_ABSTAINING, SomeRows, describe_skipped, read_prompts
 from noisefit.inputs.templates import asks_for_date, check_chat_template, set_chat_template
 from noisefit.run.processes import check_processes, finish, progress_bar, start_accelerator
 
@@ -68,7 +76,8 @@ def generate(settings: AnswerSettings) -> None:
 def check_output(settings: AnswerSettings, output: Path, accelerator: Accelerator) -> None:
     # The main process writes it. What stands under that name on the disk of another is nobody's business.
     if accelerator.is_main_process:
-        check_answers_output(output, Path(settings.input_csv), settings.overwrite_output)
+        check_answers_output(output, Path(settings.input_csv), settings.overwrite_output, "--output_csv", *SUFFIXES)
+        check_settings_output(output, settings.overwrite_output)
 
 
 def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator, journal: Journal) -> None:
@@ -85,11 +94,12 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
         if skipped:
             notice(describe_skipped(settings.input_csv, skipped, "with an empty or missing prompt"))
         tokenizer = load_answer_tokenizer(settings, base)
-    date = journal.prompt_date()
+    now = journal.prompt_date()  # all processes call it
 
     # --- What is to be answered --------------------------------------------------------------------------------------
     with apart("preparing the prompts"):
-        today = date if asks_for_date(tokenizer, settings.chat_template) else None
+        asks = asks_for_date(tokenizer, settings.chat_template)
+        today = (settings.prompt_date or now) if asks else None
         set_chat_template(tokenizer, settings.chat_template, today)
         # Greedy rounds are all the same, so one of them is computed.
         rounds = (1,) if settings.greedy else tuple(range(1, settings.rounds + 1))
@@ -113,6 +123,7 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
             "prompt_date": today,
             "noise": digest(repr((settings.noise_passes, noise.identity)).encode()) if noise else None,
         }
+        commit = None if Path(base).is_dir() else getattr(base_config(settings, base), "_commit_hash", None)
     record = agreed(record)
     with apart("reading unfinished answers"):
         journal.check(record)
@@ -153,7 +164,12 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
     progress.close()
     with apart("writing the answers"):
         if accelerator.is_main_process:
-            write_all(settings, output, records, done | {k: answer for part in fresh for k, answer in part.items()})
+            answers = done | {key: answer for part in fresh for key, answer in part.items()}
+            about = {"answers": output.name, "prompts": len(jobs), "base_model": base, "base_model_commit": commit,
+                     "model_fingerprint": record["model"], "input_sha256": record["input"], "prompt_date": today,
+                     "device": accelerator.device.type, "processes": accelerator.num_processes,
+                     "skipped": SomeRows.of(skipped)._asdict()}  # fmt: skip
+            write_all(settings, output, records, answers, about)
     journal.remove()
     notice(f"the answers are in {output}")
     if "response" in records[0] or prompts[0].response:
@@ -162,12 +178,17 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
     finish(accelerator)
 
 
-def write_all(settings: AnswerSettings, output: Path, records: list[dict[str, Any]], answers: Answers) -> None:
+def write_all(
+    settings: AnswerSettings, output: Path, records: list[dict[str, Any]], answers: Answers, about: dict[str, Any]
+) -> None:  # fmt: skip
     if settings.greedy:
         answers = {(i, r): answers[i, 1] for i, _ in answers for r in range(1, settings.rounds + 1)}
     below = settings.abstain_below
     abstention = None if below is None else Abstention(below, settings.refusal)
-    write_answers(output, records, answers, settings.rounds, abstention)
+    # What these had been left to is known now: a repetition has the same.
+    known = {"prompt_date": about["prompt_date"], "model_revision": about["base_model_commit"]}
+    repeated = replace(settings, **{name: value for name, value in known.items() if value is not None})
+    write_answers(output, records, answers, settings.rounds, abstention, settings_record(repeated, about))
     if abstention:
         replaced = sum(map(abstention.replaces, answers.values()))
         notice(f"{replaced} of {len(answers)} answers have a confidence under {below:g} and are now "

@@ -23,6 +23,7 @@ from noisefit.base.precision import keeping_tf32, set_precision
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.exactness import can_pack, choose_strategy
 from noisefit.fork.hooks import Noise, NoiseFunction, pop_noise_sizes
+from noisefit.fork.tally import TokenTally
 from noisefit.inputs.batches import Batch, collate, count_targets, count_tokens, cut_step, epoch_steps, steps_per_epoch
 from noisefit.inputs.model_checks import try_out
 from noisefit.inputs.prompts import Example
@@ -39,7 +40,7 @@ from noisefit.method.policy import NoisePolicy, make_noise
 from noisefit.method.teacher import make_teacher
 from noisefit.run.checkpoints import Checkpoints
 from noisefit.run.compiling import compile_blocks
-from noisefit.run.evaluation import evaluate
+from noisefit.run.evaluation import Watch
 from noisefit.run.memory_needed import memory_needed
 from noisefit.run.metrics import Metrics
 from noisefit.run.noise_policy import choose_policy, describe
@@ -54,6 +55,7 @@ from noisefit.run.steps import make_optimizer, naming_out_of_memory, take_step
 from noisefit.run.teacher_cache import with_predictions
 from noisefit.run.trackers import start_trackers
 from noisefit.run.weights import unsharded
+from noisefit.samples import make_sampler
 
 
 def train(settings: Settings) -> None:
@@ -72,7 +74,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     # --- Everything that can be checked without the model's weights, before anything is written ----------------------
     prepared = prepare(settings, output)
     settings, accelerator, tokenizer = prepared.settings, prepared.accelerator, prepared.tokenizer
-    examples, eval_examples, num_layers = prepared.examples, prepared.eval_examples, prepared.num_layers
+    examples, num_layers = prepared.examples, prepared.num_layers
     rows_per_step, total_steps, checkpoint = prepared.rows_per_step, prepared.total_steps, prepared.checkpoint
 
     # --- Model, optimizer, schedule ---------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         output, settings.save_total_limit, not settings.full_finetune, prepared.run, accelerator, model, optimizer,
         schedule, metrics, tokenizer, teacher,
     )  # fmt: skip
+    watch = Watch(prepared, output, model, metrics, make_sampler(prepared, model))  # evaluations, and what they decide
     if checkpoint is None:
         step = seen_targets = bad_steps = 0
         policy, strategy = choose_noise()
@@ -158,6 +161,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         step, seen_targets, bad_steps = state["step"], state["seen_targets"], state["bad_steps"]
         policy, strategy = NoisePolicy(**state["policy"]), state["strategy"]
         notice(f"going on from {checkpoint}, after step {step}")
+        watch.load_state_dict(state)
         if state["total_steps"] != total_steps:
             notice(f"the learning rate now follows a schedule of {total_steps} steps instead of {state['total_steps']}")
     noise = noise_of(policy)
@@ -168,13 +172,13 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     # --- The loop ---------------------------------------------------------------------------------------------------
     model.train()
     with StopSignals() as stop, progress_bar(accelerator, total_steps, "training", "step", step) as progress:
-        start_output(accelerator, settings, output, policy, checkpoint, prepared.scores)
+        start_output(accelerator, settings, output, policy, checkpoint, prepared.scores, prepared.rows_record)
         start_trackers(accelerator, settings, resumed=checkpoint is not None)
         with metrics.pausing():
             examples = with_predictions(prepared, output, teacher, strategy)
         for epoch in range(step // epoch_length, math.ceil(total_steps / epoch_length)):
             for rows in epoch_steps(examples, rows_per_step, settings.seed, epoch, step - epoch * epoch_length):
-                if step == total_steps:
+                if watch.is_over(step):
                     break
                 if settings.snr_every and step and step % settings.snr_every == 0:
                     policy, strategy = choose_noise(before=policy)
@@ -187,11 +191,13 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                 target_tokens = count_targets(rows)  # of the whole step: all its micro-batches, all processes
                 step_loss = torch.zeros((), device=accelerator.device)
                 step_losses: Losses = {}
+                logged = step % settings.logging_steps == 0 or step == total_steps
+                tally = TokenTally(accelerator.device) if logged else None  # accuracy and entropy
                 batches = micro_batches(rows, packing)
                 for batch in batches:
                     reducing = reduction(accelerator, model, last=batch is batches[-1])  # over the processes
                     with reducing, naming_out_of_memory(settings, step, batch):
-                        how = {"branches": objective.branches, "noise": noise, "strategy": strategy}
+                        how = {"branches": objective.branches, "noise": noise, "strategy": strategy, "tally": tally}
                         batch |= teacher.predictions(batch, strategy)  # none where the clean branch teaches
                         losses = model(**batch, **how, chunk_losses=chunk_losses)
                         loss = sum(weights[name] * (losses[name] / target_tokens) for name in losses)
@@ -212,30 +218,25 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                     seen_targets += target_tokens
                     teacher.follow()
                 noise_sizes = pop_noise_sizes(model)
-                metrics.add_step(step_loss, step_losses, noise_sizes, target_tokens, count_tokens(rows), bad)
+                metrics.add_step(step_loss, step_losses, noise_sizes, target_tokens, count_tokens(rows), bad, tally)
 
                 progress.update()
-                passes, last = step / epoch_length, step == total_steps
-                if step % settings.logging_steps == 0 or last:
-                    line = metrics.log(step, passes, learning_rate, grad_norm)
+                last = watch.look(step, strategy, seen_targets)
+                if logged or last:
+                    line = metrics.log(step, step / epoch_length, learning_rate, grad_norm)
                     progress.set_postfix({name: line[name] for name in ("loss", "ce_loss")}, refresh=False)
-                due = step % settings.eval_steps == 0 if settings.eval_steps else step % epoch_length == 0
-                if eval_examples and (due or last):
-                    held_out = (eval_examples, settings.batch_size, tokenizer.pad_token_id)
-                    with metrics.pausing():
-                        eval_ce = evaluate(accelerator, model, strategy, *held_out)
-                    metrics.log_evaluation(step, passes, eval_ce, count_targets(eval_examples))
                 if stopping or (settings.save_steps and (step % settings.save_steps == 0 or last)):
-                    variables = {"seen_targets": seen_targets, "bad_steps": bad_steps, "total_steps": total_steps}
-                    checkpoint = checkpoints.save(step, **variables, policy=asdict(policy), strategy=strategy)
+                    counts = {"seen_targets": seen_targets, "bad_steps": bad_steps, "total_steps": total_steps}
+                    variables = counts | watch.state_dict() | {"policy": asdict(policy), "strategy": strategy}
+                    checkpoint = checkpoints.save(step, **variables)
                 if stopping and not last:
                     finish(accelerator)
                     raise Stopped(f"stopped after step {step} of {total_steps}; the same command with "
                                   f"--resume_from_checkpoint latest goes on from {checkpoint}")  # fmt: skip
 
-        save_model(accelerator, model, tokenizer, settings, output, seen_targets)
+        save_model(accelerator, model, tokenizer, settings, output, seen_targets, watch.kept)
     finish(accelerator)
-    notice(*where_things_are(settings))
+    notice(*where_things_are(settings, watch.kept))
     push_output(settings, output)
 
 

@@ -34,7 +34,7 @@ from noisefit.base.errors import InputError, one_line_errors
 from noisefit.inputs import stored
 from noisefit.inputs.batches import collate, count_tokens, epoch_steps
 from noisefit.inputs.prompts import PromptSettings
-from noisefit.inputs.stored import StoredExamples, cache_folder, rows_digest
+from noisefit.inputs.stored import StoredExamples, cache_folder
 from noisefit.inputs.templates import set_chat_template
 from noisefit.run.rows import list_rows, make_rows
 
@@ -106,7 +106,7 @@ def measure(way: str, path: Path) -> dict[str, float]:
             rows = list_rows(str(path))
             examples = make_rows(str(path), rows, tokenizer, PromptSettings(), len(tokenizer), [], alone)
             del rows
-            _ = examples.digest if isinstance(examples, StoredExamples) else rows_digest(examples)
+            _ = examples.digest
     found = {"seconds": time.monotonic() - start, "peak": peak.most, "left": memory()["RssAnon"], "tokens": 0.0}
     found["of processors"] = sum(os.times()[:4]) - worked  # its children's too, and they have ended
     start, steps, rows = time.monotonic(), 0, 0

@@ -199,6 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     late, kinds = noisy(n - n // 4), other_noise()
     live = forks[late[0]]
     ways |= {name: functools.partial(steps.ours, late, kind=noise) for name, noise in kinds.items()}
+    counting = {PLAIN: "plain, a step that is logged", live: "fork, a step that is logged"}
+    ways |= {name: functools.partial(steps.ours, layers, counting=True)
+             for name, layers in zip(counting.values(), ([], late), strict=True)}  # fmt: skip
     ways |= {
         f"separate passes, layers 0-{NOISY - 1}": functools.partial(steps.ours, noisy(0), "separate"),
         f"published way, layers 0-{NOISY - 1}": functools.partial(steps.published, noisy(0)),
@@ -232,6 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for published, fork in zip((n - NOISY, 0), (live, forks[0]), strict=True):
         name = f"published way, layers {published}-{published + NOISY - 1}"
         print(f"{name}, over {fork}: {costs.ratio(name, fork):.2f}")
+    for way, name in counting.items():
+        more, bytes_more = costs.ratio(name, way) - 1, costs.memory[name] - costs.memory[way]
+        print(f"accuracy and entropy in a step that is logged, over {way}: {more:+.1%}, {bytes_more / 2**20:+.1f} MB")
     snr = costs.ratio("SNR of all layers", "plain forward pass")
     print(f"measuring the SNR of all layers, in plain forward passes: {snr:.2f}")
     calibrated = costs.ratio("calibration", "plain forward pass")

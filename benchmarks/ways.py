@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from noisefit.fork.branches import CLEAN, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.fork.hooks import pop_noise_sizes
+from noisefit.fork.tally import TokenTally
 from noisefit.inputs.batches import Batch, collate, count_targets
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss
@@ -99,12 +100,15 @@ class Steps:
         return collate(self.rows, 0, self.device)
 
     def ours(
-        self, layers: Sequence[int] = (), strategy: str = "fork", kind: TokenScaledNoise | None = None
+        self, layers: Sequence[int] = (), strategy: str = "fork", kind: TokenScaledNoise | None = None,
+        counting: bool = False,
     ) -> Tensor:  # fmt: skip
-        """A step as in `train_loop.py`; without noisy layers, plain fine-tuning. `kind` is the noise, if not live."""
+        """A step as in `train_loop.py`; without noisy layers, plain fine-tuning. `kind` is the noise, if not live;
+        `counting` accuracy and entropy, as a step does whose metrics are logged."""
         noise = {layer: kind or TokenScaledNoise(NOISE_STD) for layer in layers}
         losses = noisefit_losses if noise else plain_losses
-        sums = self.branched(**self.batch(), noise=noise, strategy=strategy, chunk_losses=losses)
+        tally = TokenTally(self.device) if counting else None
+        sums = self.branched(**self.batch(), noise=noise, strategy=strategy, chunk_losses=losses, tally=tally)
         pop_noise_sizes(self.model)
         return self._update(sum(sums.values()) / self.target_tokens)
 

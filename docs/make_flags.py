@@ -22,10 +22,10 @@ HEAD = """# Every flag
 
 Made from the programs by `python docs/make_flags.py > docs/flags.md`; a test holds it to them.
 
-`--config FILE` reads any flag of `train_loop.py` from YAML (`learning_rate: 1e-4`), or from the `noisefit_config.json`
-of a run, which repeats it. A flag on the command line wins. A switch is off by default: `--FLAG` or `--FLAG true` turns
-it on, `--no_FLAG` off. Hyphens do for underscores. In a program, `noisefit.Settings` and `noisefit.AnswerSettings` take
-the same names and check the same rules.
+`--config FILE` reads any flag of `train_loop.py` or `generate.py` from YAML (`learning_rate: 1e-4`), or from the
+`noisefit_config.json` of a run or the `.settings.json` beside answers, which repeats them. A flag on the command line
+wins. A switch is off by default: `--FLAG` or `--FLAG true` turns it on, `--no_FLAG` off. Hyphens do for underscores. In
+a program, `noisefit.Settings` and `noisefit.AnswerSettings` take the same names and check the same rules.
 """
 
 

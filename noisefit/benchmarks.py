@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from noisefit.answers.journal import check_answers_output
+from noisefit.answers.output import check_answers_output
+from noisefit.answers.reading import answer_cell
 from noisefit.answers.scoring import bootstrap_interval
 from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import replacing, writing
 from noisefit.inputs.benchmark_data import BENCHMARKS, LETTERS, read_questions
-from noisefit.inputs.tables import as_csv, describe_skipped, read_records, text_cell
+from noisefit.inputs.tables import as_csv, describe_skipped, read_records
 from noisefit.score import FEW, read_answers
 
 
@@ -69,7 +70,7 @@ def score_letters(path: str) -> dict[str, Any]:
     for row, record in read_records(path, ("answer", "choices")):
         if "generated_response" not in record:
             raise InputError(f"{path}: it has the questions and no answers; give them to generate.py first")
-        right, choices = (text_cell(path, row, column, record.get(column)) for column in ("answer", "choices"))
+        right, choices = (answer_cell(path, row, column, record.get(column)) for column in ("answer", "choices"))
         if choices not in map(str, range(2, len(LETTERS) + 1)):
             raise InputError(f"{path}: row {row}: choices is {choices[:40]!r}, expected 2 to {len(LETTERS)}")
         if right not in tuple(LETTERS[: int(choices)]):
@@ -116,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--output", metavar="FILE", type=a_path, required=True, help="CSV for the questions")
         command.add_argument("--overwrite_output", action="store_true", help="replace a file that is already there")
     command = commands.add_parser("letters", help="score the answers to TruthfulQA", **options)
-    command.add_argument("file", metavar="FILE", type=a_path, help="CSV of generate.py")
+    command.add_argument("file", metavar="FILE", type=a_path, help="answers of generate.py")
     command.add_argument("--json", action="store_true", help="one JSON object for machines")
     return parser
 

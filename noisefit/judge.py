@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from noisefit.answers.journal import check_answers_output
 from noisefit.answers.judge_server import KEYS, Server, check_url, import_openai, key_name, read_key
 from noisefit.answers.judging import (
     AGAIN,
@@ -36,6 +35,7 @@ from noisefit.answers.judging import (
 )
 from noisefit.answers.outcomes import NOT_ATTEMPTED, RIGHT, WRONG
 from noisefit.answers.outcomes import OUTCOMES as GRADES
+from noisefit.answers.output import check_answers_output
 from noisefit.answers.scoring import bootstrap_interval
 from noisefit.base.command_line import HelpFormatter, OneLineParser
 from noisefit.base.errors import InputError, notice, one_line_errors
@@ -209,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("answers", nargs="?", metavar="ANSWERS", help="CSV of generate.py, with the column response")
+    parser.add_argument("answers", nargs="?", metavar="ANSWERS", help="answers of generate.py, with column response")
     parser.add_argument("--show_prompt", action="store_true", help="print what the judge is asked, and end")
     parser.add_argument("--json", action="store_true", help="one JSON object for machines")
     parser.add_argument("--api_key", "--apikey", "--key", "--token", "--openai_api_key", nargs="?", action=_NoKey,
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{PROMPT}\n\nAfter a reply that is no grade, once:\n\n{AGAIN}")
             return
         if path is None:
-            raise InputError("ANSWERS is required: a CSV of generate.py; see --help")
+            raise InputError("ANSWERS is required: a file of generate.py; see --help")
         report = judge(os.path.expanduser(path), JudgeSettings(**{"base_url": "", "model": ""} | given))
         print(json.dumps(report, indent=2) if as_json else table(report))
 

@@ -21,9 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from noisefit.answers.loading import DTYPES, context_length, find_base, load_answer_model, load_answer_tokenizer
+from noisefit.answers.loading import (
+    base_revision,
+    context_length,
+    find_base,
+    load_answer_model,
+    load_answer_tokenizer,
+)
 from noisefit.answers.merging import (
     ROUNDING,
     SHARE,
@@ -35,6 +41,7 @@ from noisefit.answers.merging import (
     merge_adapter,
     probes,
     round_weights,
+    saved_dtype,
     size_of,
     write_merged,
 )
@@ -43,7 +50,6 @@ from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path, add
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import alone_in, sync_folder, writing
 from noisefit.base.settings import add_flags, check_fields, setting
-from noisefit.inputs.model_checks import checked_config, loading
 from noisefit.run.card import merged_card
 from noisefit.run.contradictions import check_hub
 from noisefit.run.file_record import RECORD
@@ -63,6 +69,9 @@ class MergeFileSettings:
     output: str = setting(help="a new or empty folder for the merged model (required)", is_path=True)
     model_id: str | None = setting(
         None, "the base model: a folder, or a name on the hub; default: the one that the adapter records", is_path=True
+    )
+    model_revision: str | None = setting(
+        None, "its branch, tag or commit on the hub; default: the one that the adapter records", metavar="REVISION"
     )
     dtype: str = setting(
         "auto", "of the saved weights; auto: the base model's; float32 loses nothing of a small adapter",
@@ -99,8 +108,8 @@ class MergeSettings(HubSettings, MergeFileSettings):
     def answers(self) -> AnswerSettings:
         """The adapter beside its base model in float32, as `generate.py` has it."""
         return AnswerSettings(
-            model_path=self.adapter, model_id=self.model_id, input_csv="-", dtype="float32", no_merge=True,
-            trust_remote_code=self.trust_remote_code,
+            model_path=self.adapter, model_id=self.model_id, model_revision=self.model_revision, input_csv="-",
+            dtype="float32", no_merge=True, trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 
 
@@ -114,7 +123,7 @@ def merge(settings: MergeSettings) -> None:
     with empty_folder(Path(settings.output)) as output:
         with naming_adapter():
             base = find_base(settings.answers)
-            dtype = saved_dtype(settings, base)
+            dtype = saved_dtype(settings.answers, base, settings.dtype)
             tokenizer = load_answer_tokenizer(settings.answers, base)
         notice(trained_beside(Path(settings.adapter)))
         check_repository(settings)
@@ -166,9 +175,9 @@ def merge_into(
     output.start()
     with writing(output.path), output.staging("model") as staged:
         write_merged(staged, merged, tokenizer, settings.max_shard_size)
-        (staged / "README.md").write_text(
-            merged_card(output.path.resolve().name, base, Path(settings.adapter), name, lines), encoding="utf-8"
-        )
+        revision = base_revision(settings.answers, base)
+        card = merged_card(output.path.resolve().name, base, revision, Path(settings.adapter), name, lines)
+        (staged / "README.md").write_text(card, encoding="utf-8")
         record = Path(settings.adapter) / "noisefit_config.json"
         if record.is_file():
             shutil.copyfile(record, staged / record.name)
@@ -214,21 +223,6 @@ def trained_beside(folder: Path) -> str | None:
         return None
     return (f"{folder}: trained with --quantization {bits}; it is merged into the weights that those were made from, "
             "beside which it was not trained")  # fmt: skip
-
-
-def saved_dtype(settings: MergeSettings, base: str) -> torch.dtype:
-    """What the weights are saved in. Raises `InputError` where the base model's are quantized."""
-    with loading("--model_id", base, "a model"):
-        config: PretrainedConfig = checked_config(
-            AutoConfig.from_pretrained(base, trust_remote_code=settings.trust_remote_code)
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"the base model {base} is quantized, and nothing can be added to its weights; give the model "
-                         "that it was made from as --model_id")  # fmt: skip
-    own: Any = config.dtype if config.dtype is not None else config.get_text_config(decoder=True).dtype
-    if settings.dtype == "auto" and own not in (None, *DTYPES.values()):
-        raise InputError(f"the base model {base} has weights in {own}; give a --dtype")
-    return DTYPES.get(settings.dtype) or own or torch.float32
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from noisefit.answers.disks import agreed, gathered
 from noisefit.answers.generation import Answerer, answer_all
 from noisefit.answers.jobs import Answer, Job
-from noisefit.answers.journal import Journal, alone_with, check_answers_output
+from noisefit.answers.journal import Journal, alone_with
 from noisefit.answers.loading import (
     base_config,
     check_vocabulary,
@@ -36,6 +36,7 @@ from noisefit.answers.loading import (
     load_answer_tokenizer,
     model_fingerprint,
 )
+from noisefit.answers.output import check_answers_output
 from noisefit.answers.probe_settings import ProbeSettings, parse_arguments
 from noisefit.answers.probe_summary import check_picture, draw_histogram, summary
 from noisefit.answers.reading import ALIASES, texts_cell

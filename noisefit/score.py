@@ -24,8 +24,8 @@ from noisefit.answers.figures import (
     differences,
     with_intervals,
 )
-from noisefit.answers.journal import check_answers_output
 from noisefit.answers.outcomes import OUTCOMES, Assessed, assess, calls_for_refusal
+from noisefit.answers.output import check_answers_output
 from noisefit.answers.per_prompt import row_of
 from noisefit.answers.reading import LOGPROB, read_answers, read_phrases
 from noisefit.answers.reading import NEEDED as NEEDED  # for noisefit.benchmarks
@@ -204,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="CSV of generate.py, with the column response")
+    add("files", nargs="+", metavar="FILE", help="answers of generate.py, with the column response")
     add("--by", metavar="COLUMN", help="also per value of this column")
     add("--refusals", type=a_path, metavar="FILE", help="further phrases that refuse, one a line")
     add("--entailment_model", type=a_path, metavar="MODEL", help="tells the meanings of rounds apart; else words do")

@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("file", metavar="FILE", type=a_path, help="CSV of generate.py, with the columns response and logprob")
+    add("file", metavar="FILE", type=a_path, help="answers of generate.py, with the columns response and logprob")
     add("--target_wrong", type=_target, required=True, metavar="SHARE", help="of prompts that may be answered wrong")
     add("--refusals", type=a_path, metavar="FILE", help="further phrases that refuse, one a line")
     add("--json", action="store_true", help="one JSON object for machines")

@@ -25,12 +25,13 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 
 # The files that take longest, longest first: a long one that starts last leaves one of two cores without work.
 LONGEST = (
-    "run/test_launch", "examples/test_compare", "run/test_kills", "run/test_signals", "examples/test_world",
-    "run/test_fsdp", "answers/test_probe", "answers/test_generate", "run/test_nothing_in_silence", "run/test_bad_luck",
-    "run/test_train_loop", "test_editing", "test_package", "run/test_loop_exact", "benchmarks/test_benchmarks",
-    "run/test_processes", "examples/test_real", "benchmarks/test_plan", "examples/test_summary", "run/test_runaway",
-    "run/test_ownership", "benchmarks/test_noise_benchmarks", "answers/test_disks", "inputs/test_stored",
-    "run/test_unknown_rows", "run/test_published", "benchmarks/test_gpu",
+    "examples/test_compare", "run/test_launch", "answers/test_probe", "run/test_kills", "run/test_fsdp",
+    "run/test_signals", "run/test_train_loop", "answers/test_generate", "examples/test_world", "run/test_bad_luck",
+    "run/test_nothing_in_silence", "test_editing", "run/test_loop_exact", "run/test_processes",
+    "examples/test_world_build", "examples/test_real", "benchmarks/test_plan", "examples/test_summary",
+    "run/test_runaway", "run/test_ownership", "benchmarks/test_noise_benchmarks", "benchmarks/test_benchmarks",
+    "answers/test_disks", "inputs/test_stored", "test_package", "run/test_unknown_rows", "run/test_published",
+    "benchmarks/test_gpu",
 )  # fmt: skip
 
 
@@ -60,10 +61,10 @@ def real_data() -> Path:
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
-    """A small data file: 24 questions of several lengths."""
+    """A small data file: 24 questions of several lengths, all within the 128 positions of the tiny models."""
     lines = ["prompt,response"]
     for i in range(24):
-        lines.append(f'What is {"very " * (i % 5)}{i} plus {i}?,"It is {i + i}{", as is well known" * (i % 3)}."')
+        lines.append(f'What is {"very " * (i % 5)}{i} plus {i}?,"It is {i + i}{", I know" * (i % 3)}."')
     path = tmp_path / "questions.csv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

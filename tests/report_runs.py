@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from noisefit.report.page import draw
+from noisefit.report.drawing import draw
 from noisefit.report.runs import read_runs
 
 LOSSES = ("loss", "ce_loss", "soft_loss", "consistency_loss")

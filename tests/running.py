@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,6 +13,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -32,9 +33,42 @@ LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 MARK = "NOISEFIT_TEST_LAUNCH"
 MEASURED = ("tokens_per_second", "peak_memory_gib")  # what differs between two runs that are the same
 
-# Its processes are forked from one that has imported everything: a real process of its own in a moment.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["running", "tiny_folder", "peft", "transformers.models.llama.modeling_llama"])
+# What the process has imported that the others are forked from; of modules that may be lacking, those that are here.
+PREPARED = ("pytest", "train_loop", "generate", "noisefit.probe", "peft", "transformers.models.llama.modeling_llama",
+            "running", "tiny_folder", "tiny_models")  # fmt: skip
+WHERE_USED = ("compare", "runs", "rows", "measures", "pretrain", "fsdp_program", "plan_program", "sklearn.metrics")
+
+
+class Forked(ForkServerProcess):
+    """A real process in a moment, forked from one that has imported everything."""
+
+    def start(self) -> None:
+        start_forking()
+        super().start()
+
+
+class _Forking(ForkServerContext):
+    Process = Forked
+
+
+PROCESSES = _Forking()
+
+
+def start_forking() -> None:
+    """Start the process that others are forked from, unless it runs; for programs that fork processes themselves."""
+    before = os.environ.get("PYTHONPATH", "")
+    # Without its path it would find none of our modules, say nothing, and each process would import them for itself.
+    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NOISEFIT_TEST_PYTHONPATH": before}
+    try:
+        used = [name for name in WHERE_USED if name in sys.modules]
+        forkserver.set_forkserver_preload([*PREPARED, *used, "prepared"])
+        forkserver.ensure_running()
+    finally:
+        del os.environ["NOISEFIT_TEST_PYTHONPATH"]
+        if before:
+            os.environ["PYTHONPATH"] = before
+        else:
+            del os.environ["PYTHONPATH"]
 
 
 def run(model: Path, data: Path, output: Path, **flags: object) -> list[dict]:

@@ -12,6 +12,7 @@ from noisefit.benchmarks import build_parser as build_benchmark_parser
 from noisefit.judge import build_parser as build_judge_parser
 from noisefit.merge import build_parser as build_merge_parser
 from noisefit.push import build_parser as build_push_parser
+from noisefit.report.__main__ import build_parser as build_report_parser
 from noisefit.run.settings import build_parser
 from noisefit.score import build_parser as build_score_parser
 from noisefit.threshold import build_parser as build_threshold_parser
@@ -39,6 +40,7 @@ def test_each_flag_that_the_documents_give_to_a_program_exists():
         "noisefit.score": build_score_parser()._option_string_actions,
         "noisefit.threshold": build_threshold_parser()._option_string_actions,
         "noisefit.judge": build_judge_parser()._option_string_actions,
+        "noisefit.report": build_report_parser()._option_string_actions,
         "noisefit-merge": build_merge_parser()._option_string_actions,
         "noisefit.merge": build_merge_parser()._option_string_actions,
         "noisefit.push": build_push_parser()._option_string_actions,

@@ -12,7 +12,7 @@ ABOVE = {  # a package, and those that it may import
     "inputs": {"base", "fork", "method"},
     "run": {"base", "fork", "method", "inputs"},
     "answers": {"base", "fork", "method", "inputs"},
-    "report": {"base", "fork", "method", "inputs"},
+    "report": {"base", "fork", "method", "inputs", "answers"},
 }
 
 

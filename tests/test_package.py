@@ -1,6 +1,7 @@
 """`pip install .` gives a package that works: what is in the wheel, its scripts, and what it says that it needs."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,10 @@ NAMES = {
     "sklearn": "scikit_learn",
     "huggingface_hub": "huggingface_hub",
 }  # of modules, where the package's is another
+
+
+# Those that only look at files: they begin in a moment.
+QUICK = ("noisefit-score", "noisefit-report", "noisefit-threshold", "noisefit-judge", "noisefit-benchmarks")
 
 
 def quietly(command: list[object], **options: object) -> subprocess.CompletedProcess[str]:
@@ -56,38 +61,82 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
     assert set(names) == expected | {"train_loop.py", "generate.py", "noisefit/py.typed"}
 
 
-@pytest.mark.parametrize("script", PROJECT["scripts"])
-def test_the_scripts_run_from_it(script, installed, tmp_path):
+def environment_of(installed: Path, **more: str) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(installed / "site"), "ACCELERATE_USE_CPU": "true"}
-    done = quietly([installed / "site" / "bin" / script, "--help"], cwd=tmp_path, env=environment)
+    return environment | {"PYTHONPATH": str(installed / "site"), "ACCELERATE_USE_CPU": "true"} | more
+
+
+@pytest.mark.parametrize("script", QUICK)
+def test_the_scripts_that_only_look_at_files_run_from_it_and_import_nothing_that_takes_seconds(
+    script, installed, tmp_path
+):
+    script = installed / "site" / "bin" / script
+    done = quietly([script, "--help"], cwd=tmp_path, env=environment_of(installed, PYTHONPROFILEIMPORTTIME="1"))
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
-    if script in ("noisefit-score", "noisefit-report", "noisefit-threshold"):  # the others take seconds to begin
-        done = quietly([installed / "site" / "bin" / script, "--nonsense"], cwd=tmp_path, env=environment)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "tqdm" in imported and not imported & {
+        "torch",
+        "transformers",
+        "accelerate",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+    }
+    done = quietly([script, "--nonsense"], cwd=tmp_path, env=environment_of(installed))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+NOTEBOOK = """
+import contextlib, io, json, runpy, sys
+from noisefit import AnswerSettings, Settings, generate, train
+import noisefit
+assert noisefit.__file__.startswith({folder!r})
+train(Settings(model={model!r}, train_data="q.csv", output_model="out", max_steps=1))
+generate(AnswerSettings(model_path="out", input_csv="q.csv", output_csv="a.csv", rounds=1, max_new_tokens=2))
+said = {{}}
+try:
+    Settings(model="m", train_data="t", noise_std=-1)
+except noisefit.base.errors.InputError as error:
+    said["error"] = str(error)
+for script in {scripts!r}:
+    sys.argv = [script, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            said[script] = [end.code, text.getvalue()]
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def used(installed, llama_folder, tmp_path_factory) -> tuple[Path, dict[str, object]]:
+    """What a notebook does with it and what the scripts say whose imports take seconds, in one process: its folder, and
+    what it said."""
+    folder = tmp_path_factory.mktemp("used")
+    (folder / "q.csv").write_text("prompt,response\n" + "".join(f"What is {i}?,It is {i}.\n" for i in range(8)))
+    scripts = [str(installed / "site" / "bin" / script) for script in PROJECT["scripts"]]
+    program = NOTEBOOK.format(folder=str(installed), model=str(llama_folder), scripts=scripts)
+    done = quietly([sys.executable, "-c", program], cwd=folder, env=environment_of(installed))
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_a_notebook_trains_with_it(used):
+    folder, said = used
+    assert "--noise_std: '-1' is not a number" in said["error"]
+    assert (folder / "out" / "adapter_model.safetensors").exists() and (folder / "a.csv").exists()
+
+
+@pytest.mark.parametrize("script", PROJECT["scripts"])
+def test_the_scripts_run_from_it(script, installed, used):
+    status, text = used[1][str(installed / "site" / "bin" / script)]
+    assert status == 0 and "usage: " in text
 
 
 def test_every_program_of_the_package_has_a_script():
     programs = {path.stem for path in (ROOT / "noisefit").glob("*.py") if "__main__" in path.read_text()}
     assert {f"noisefit-{name}" for name in (*programs, "train", "generate", "report")} == PROJECT["scripts"].keys()
-
-
-def test_a_notebook_trains_with_it(installed, llama_folder, questions, tmp_path):
-    program = f"""
-from noisefit import AnswerSettings, Settings, generate, train
-import noisefit
-assert noisefit.__file__.startswith({str(installed)!r})
-train(Settings(model={str(llama_folder)!r}, train_data={str(questions)!r}, output_model="out", max_steps=1))
-generate(AnswerSettings(model_path="out", input_csv={str(questions)!r}, output_csv="a.csv", rounds=1, max_new_tokens=2))
-try:
-    Settings(model="m", train_data="t", noise_std=-1)
-except noisefit.base.errors.InputError as error:
-    print(error)
-"""
-    environment = os.environ | {"PYTHONPATH": str(installed / "site"), "ACCELERATE_USE_CPU": "true"}
-    done = quietly([sys.executable, "-c", program], cwd=tmp_path, env=environment)
-    assert done.returncode == 0 and "--noise_std: '-1' is not a number" in done.stdout, done.stderr
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists() and (tmp_path / "a.csv").exists()
 
 
 def test_every_import_is_declared():

@@ -44,7 +44,8 @@ METHODS: dict[str, dict[str, str]] = {
 # What this program gives to each training itself; a token would end in the results.
 RESERVED = {
     "model", "train_data", "output_model", "seed", "resume_from_checkpoint", "overwrite_output", "save_steps",
-    "save_total_limit", "trust_remote_code", "chat_template", "prompt_date", "config", "hf_token", "help",
+    "save_total_limit", "trust_remote_code", "chat_template", "prompt_date", "config", "hf_token",
+    "push_to_hub", "hub_private", "help",
 }  # fmt: skip
 Question = dict[str, str]
 

@@ -42,7 +42,7 @@ from noisefit.base.files import alone_in  # noqa: E402
 PACKAGES = ("torch", "transformers", "accelerate", "peft")
 # What each run is given by this program; a token would end in the results.
 RESERVED = {"model", "train_data", "output_model", "seed", "save_steps", "overwrite_output", "resume_from_checkpoint",
-            "config", "hf_token", "help"}  # fmt: skip
+            "config", "hf_token", "push_to_hub", "hub_private", "help"}  # fmt: skip
 
 # Each run in a process of its own, forked from one that has imported everything.
 PROCESSES = multiprocessing.get_context("forkserver")

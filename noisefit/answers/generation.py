@@ -185,14 +185,17 @@ class Answerer:
         return bool((logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max())
 
 
-def answer_all(answerer: Any, jobs: Sequence[Job], batch_size: int) -> Iterator[list[Answered]]:
+def answer_all(
+    answerer: Any, jobs: Sequence[Job], batch_size: int, first: int = FIRST_BATCH_SIZE
+) -> Iterator[list[Answered]]:
     """Answer all jobs, a batch at a time.
 
     Args:
         answerer: an `Answerer`, or another that has its `answer`, `sampling` and `device`.
         jobs: what to answer.
-        batch_size: answers at a time; 0 starts with many, doubles while a GPU is at most half full, and halves whenever
-            memory runs out, which changes no answer.
+        batch_size: answers at a time; 0 starts with `first`, doubles while a GPU is at most half full, and halves
+            whenever memory runs out, which changes no answer.
+        first: answers at a time, to begin with.
 
     Yields:
         What `Answerer.answer` gives for each batch.
@@ -200,7 +203,7 @@ def answer_all(answerer: Any, jobs: Sequence[Job], batch_size: int) -> Iterator[
     Raises:
         LocalError: out of memory with the batch size asked for, or with one answer at a time.
     """
-    size, may_grow = batch_size or FIRST_BATCH_SIZE, not batch_size
+    size, may_grow = batch_size or first, not batch_size
     batches = plan_batches(jobs, size)
     while batches:
         try:

@@ -1,53 +1,25 @@
-"""Answers on disk as they come: a run that is killed goes on where it stopped, and the final CSV appears whole."""
+"""Answers on disk as they come: a run that is killed goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from noisefit.answers.disks import first_on_its_disk, gathered
-from noisefit.answers.jobs import Abstention, Answer, Answered
-from noisefit.answers.settings import AnswerSettings
+from noisefit.answers.jobs import Answer, Answered
 from noisefit.base.errors import InputError
-from noisefit.base.files import append_whole, check_regular, sync_file, write_json, writing
+from noisefit.base.files import append_whole, check_regular, sync_file, write_json
 from noisefit.base.meeting import apart
-from noisefit.inputs.tables import BEFORE_ABSTAINING, csv_cells, csv_writer
 
 SETTINGS, PROCESSES = "settings.json", "processes"
 
 Answers = dict[tuple[int, int], Answer]
 """`(index of the prompt, round)` to the answer."""
-
-
-def default_output(settings: AnswerSettings) -> str:
-    """The adapter's folder name, or the base model's, and `_answers.csv`."""
-    return f"{Path(settings.model_path or str(settings.model_id)).resolve().name}_answers.csv"
-
-
-def check_answers_output(output: Path, source: Path, overwrite: bool, flag: str = "--output_csv",
-                         suffix: str = ".csv") -> None:  # fmt: skip
-    """Raise `InputError` where the final CSV exists already, is the input, or cannot be written. Writes nothing.
-
-    `flag` is the one that names it, for the line; `suffix` what its name ends in.
-    """
-    if output.suffix.lower() != suffix:
-        raise InputError(f"{flag} {output}: expected a name that ends in {suffix}")
-    if output.is_dir():
-        raise InputError(f"{flag} {output}: a folder, expected a file name")
-    if output.exists() and source.exists() and output.samefile(source):
-        raise InputError(f"{flag} {output} is the input itself; choose another name")
-    if output.exists() and not overwrite:
-        raise InputError(f"{flag} {output} exists; choose another name, or give --overwrite_output")
-    check_regular(output, f"{flag} ")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"{flag} {output}: no folder {output.parent}")
-    if not os.access(output.absolute().parent, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {output}: no permission to write in {output.absolute().parent}")
 
 
 @contextmanager
@@ -89,7 +61,7 @@ class Journal:
     after it: what is said of "the first" below is for these, of which the main process is one.
 
     Args:
-        output: the final CSV's path.
+        output: the final file's path.
         process_index: this process's, which writes a file of its own.
         first: whether it is the first on its disk, as `alone_with` says.
     """
@@ -221,46 +193,6 @@ class Journal:
             path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
-
-
-def write_answers(
-    output: Path, records: Sequence[Mapping[str, Any]], answers: Answers, rounds: int,
-    abstention: Abstention | None = None,
-) -> None:  # fmt: skip
-    """Write the final CSV, whole or not at all: the input's columns, `generated_response`, `round`, and the figures.
-
-    Args:
-        output: where.
-        records: the prompts' rows, in the input's order.
-        answers: one for every row and round.
-        rounds: how many; those of one prompt stand together, numbered from 1.
-        abstention: which answers are replaced, and by what.
-    """
-    columns = dict.fromkeys(name for record in records for name in record)
-    beside = partial_folder(output) / ".noisefit_answers.tmp"
-    with writing(output):
-        try:
-            with beside.open("w", encoding="utf-8", newline="") as file:
-                columns |= dict.fromkeys(_cells(answers[0, 1], 1, abstention))
-                writer = csv_writer(file, columns)
-                writer.writeheader()
-                for index, record in enumerate(map(csv_cells, records)):
-                    for number in range(1, rounds + 1):
-                        writer.writerow({**record, **_cells(answers[index, number], number, abstention)})
-            sync_file(beside)
-            os.replace(beside, output)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-
-
-def _cells(answer: Answer, number: int, abstention: Abstention | None) -> dict[str, Any]:
-    """What the CSV says of an answer, by column."""
-    figures = {name: value for name, value in answer._asdict().items() if name != "text" and value is not None}
-    if abstention is None:
-        return {"generated_response": answer.text, "round": number} | figures
-    text = abstention.refusal if abstention.replaces(answer) else answer.text
-    return {"generated_response": text, "round": number} | figures | {BEFORE_ABSTAINING: answer.text}
 
 
 def _is_whole(answer: Answer) -> bool:

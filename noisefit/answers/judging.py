@@ -15,13 +15,13 @@ from typing import Any
 
 from noisefit.answers.outcomes import OUTCOMES as GRADES
 from noisefit.answers.outcomes import calls_for_refusal, outcome
-from noisefit.answers.reading import ALIASES, NEEDED, is_unanswerable, reference_of, texts_cell
+from noisefit.answers.reading import ALIASES, NEEDED, answer_cell, is_unanswerable, reference_of, texts_cell
 from noisefit.answers.refusals import is_refusal
 from noisefit.answers.scoring import Prompt
 from noisefit.base.errors import InputError
 from noisefit.base.files import append_whole, check_regular, sync_file
 from noisefit.base.refusal import REFUSAL
-from noisefit.inputs.tables import asked_row, read_records, text_cell
+from noisefit.inputs.tables import asked_row, read_records
 
 UNPARSABLE = "unparsable"  # a reply that is none of the three, twice
 COLUMN = "judge_outcome"
@@ -105,7 +105,7 @@ def read_cases(path: str) -> list[Answer]:
         asked = asked_row(path, row, record)
         response = reference_of(path, row, record, asked)
         answer, truth, question = (
-            text_cell(path, row, name, record.get(name)) for name in ("generated_response", "answer", "question")
+            answer_cell(path, row, name, record.get(name)) for name in ("generated_response", "answer", "question")
         )
         listed = [text for name in ALIASES for text in texts_cell(path, row, name, record.get(name))]
         true_answers = tuple(dict.fromkeys(text for text in (response, truth, *listed) if text))

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from noisefit.answers.loading import DTYPES, base_revision
+from noisefit.answers.settings import AnswerSettings
 from noisefit.base.errors import InputError, is_out_of_memory
 from noisefit.base.files import give_usual_mode
-from noisefit.inputs.model_checks import check_weights, loading
+from noisefit.inputs.model_checks import check_weights, checked_config, loading
 from noisefit.inputs.prompts import prompt_ids, token_ids
 from noisefit.inputs.templates import set_chat_template
 
@@ -92,6 +94,25 @@ def size_of(logits: Sequence[Tensor]) -> float:
     """The root mean square of logits, from each position's mean: a constant changes no prediction."""
     centred = [z - z.mean(-1, keepdim=True) for z in logits]
     return change(centred, [torch.zeros_like(z) for z in centred]).rms
+
+
+def saved_dtype(settings: AnswerSettings, base: str, asked: str) -> torch.dtype:
+    """What the weights are to be saved in: as `asked`, `auto` for what the base model's are in.
+
+    Raises:
+        InputError: the base model is quantized, or its dtype is none of ours.
+    """
+    revision = base_revision(settings, base)
+    with loading(settings.base_flag, base, "a model", revision):
+        how: Any = {"trust_remote_code": settings.trust_remote_code, "revision": revision or "main"}
+        config = checked_config(AutoConfig.from_pretrained(base, **how))
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"the base model {base} is quantized, and nothing can be added to its weights; give the model "
+                         "that it was made from as --model_id")  # fmt: skip
+    own: Any = config.dtype if config.dtype is not None else config.get_text_config(decoder=True).dtype
+    if asked == "auto" and own not in (None, *DTYPES.values()):
+        raise InputError(f"the base model {base} has weights in {own}; give a --dtype")
+    return DTYPES.get(asked) or own or torch.float32
 
 
 def check_kind(model: Any, where: str) -> None:

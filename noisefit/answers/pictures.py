@@ -31,11 +31,12 @@ def curve(assessed: Sequence[Assessed], seed: int = 0) -> tuple[np.ndarray, np.n
     return once, np.nanpercentile(drawn, (2.5, 97.5), axis=1)
 
 
-def draw(files: Mapping[str, Sequence[Assessed]]) -> Figure:
+def draw(files: Mapping[str, Sequence[Assessed]], size: tuple[float, float] = (7, 4.6)) -> Figure:
     """The curve of each file, with its 95% band.
 
     Args:
         files: by name; all with confidences.
+        size: width and height in inches.
 
     Returns:
         The figure. A line has the file's name as its gid, its band `<name>: band`.
@@ -49,7 +50,7 @@ def draw(files: Mapping[str, Sequence[Assessed]]) -> Figure:
     except ImportError:
         raise InputError("--picture needs matplotlib, which is not installed: pip install matplotlib") from None
 
-    figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.add_subplot()
     highest = 0.0
     for index, (name, assessed) in enumerate(files.items()):
@@ -60,7 +61,7 @@ def draw(files: Mapping[str, Sequence[Assessed]]) -> Figure:
         axes.fill_between(PERCENTS, low, high, color=colour, alpha=0.15, linewidth=0, gid=f"{name}: band")
         axes.plot(PERCENTS, risk, style, color=colour, linewidth=1.8, gid=name, label=name.replace("$", r"\$"))
         highest = max(highest, float(np.nanmax(high)), float(risk.max()))
-    axes.set_title("Risk and coverage, with 95% bands over prompts", fontsize=12)
+    axes.set_title("Risk and coverage, with 95% bands over prompts", fontsize=min(12, 2.4 * size[0]))
     axes.set_xlabel("attempted answers kept, the most confident first")
     axes.set_ylabel("wrong among those kept")
     axes.xaxis.set_major_formatter(PercentFormatter(100))

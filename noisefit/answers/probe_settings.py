@@ -27,14 +27,21 @@ class ProbeFileSettings:
     model_revision: str | None = setting(
         None, "branch, tag or commit of a model on the hub; default: main", metavar="REV"
     )
-    trust_remote_code: bool = setting(False, "run code that comes with the model")
+    trust_remote_code: bool = setting(
+        False, "run code that comes with the model: only for authors whom you trust with this machine"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeNoiseSettings:
     """With noise."""
 
-    noise_passes: int = setting(0, "noisy passes over each row; 0: none", low=0, high=100)
+    noise_passes: int = setting(
+        0,
+        "noisy passes over each row, for how its score stands noise; each costs a forward pass over the data; 0: none",
+        low=0,
+        high=100,
+    )
     noise_std: float = setting(0.2, "standard deviation of the noise, a share of each token's size", low=0, high=1e6)
     noise_layers: list[int] = setting([0, 1, 2], "the layers that get it, from 0", low=0, high=10**4, metavar="N")
 
@@ -43,7 +50,13 @@ class ProbeNoiseSettings:
 class ProbeSampleSettings:
     """With sampled answers."""
 
-    samples: int = setting(0, "answers drawn to each prompt, of which the share that is right counts", low=0, high=1000)
+    samples: int = setting(
+        0,
+        "answers drawn to each prompt, of which the share that is right counts; the dearest probe: each "
+        "is a generation; 0: none",
+        low=0,
+        high=1000,
+    )
     max_new_tokens: int = setting(50, "tokens an answer at the most", low=1, high=10**6)
     temperature: float = setting(0.5, "divides the logits", low=0, high=1e6, open_low=True)
     top_p: float = setting(0.9, "the likeliest tokens of this sum remain", low=0, high=1, open_low=True)
@@ -61,7 +74,11 @@ class ProbeModelSettings:
         "auto", "of the weights; auto: bfloat16 on a GPU, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
-    quantization: str = setting("none", "load the model in 8 or 4 bits", choices=("none", "8bit", "4bit"))
+    quantization: str = setting(
+        "none",
+        "load the model in 8 or 4 bits, where it does not fit otherwise; slower",
+        choices=("none", "8bit", "4bit"),
+    )
     attn_implementation: str | None = setting(
         None, "attention of the model: eager, sdpa, flash_attention_2, ...; default: its own"
     )

@@ -46,11 +46,11 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
         prompt = asked.asked
         facts = {
             "response": reference,
-            **{column: text_cell(path, row, column, record.get(column)) for column in ("answer", "question")},
+            **{column: answer_cell(path, row, column, record.get(column)) for column in ("answer", "question")},
             **{column: texts_cell(path, row, column, record.get(column)) for column in ALIASES},
         }
         if by and by not in ALIASES:
-            facts[by] = text_cell(path, row, by, record.get(by))
+            facts[by] = answer_cell(path, row, by, record.get(by))
         facts["question"] = facts["question"] or (asked.prompt if asked.history else "")
         entry = found.setdefault(prompt, {"facts": facts, "answers": [], "logprobs": [], "row": row, "empty": False})
         for column, value in facts.items():
@@ -58,7 +58,7 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
                 raise InputError(f"{path}: rows {entry['row']} and {row} give one prompt two values of {column!r}")
         entry["empty"] |= is_unanswerable(record, facts["answer"], facts["answers"] or facts["aliases"])
         answer = BEFORE_ABSTAINING if before_abstaining and BEFORE_ABSTAINING in record else "generated_response"
-        entry["answers"].append(text_cell(path, row, answer, record.get(answer)))
+        entry["answers"].append(answer_cell(path, row, answer, record.get(answer)))
         logprob = _logprob(path, row, record.get(LOGPROB))
         entry["logprobs"].append(logprob)
         without += [row] if logprob is None else []
@@ -85,9 +85,14 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
     ]  # fmt: skip
 
 
+def answer_cell(path: str, row: int, column: str, value: Any) -> str:
+    """`text_cell` of a file of answers: in JSON Lines a truth or a group may be a number, which is its text here."""
+    return text_cell(path, row, column, str(value) if isinstance(value, int | float) else value)
+
+
 def reference_of(path: str, row: int, record: Mapping[str, Any], asked: Row | None) -> str:
     """The true answer that stands in a record: its `response`, else the last turn of its conversation."""
-    return text_cell(path, row, "response", record.get("response")) or (asked.response if asked else "")
+    return answer_cell(path, row, "response", record.get("response")) or (asked.response if asked else "")
 
 
 def is_unanswerable(record: Mapping[str, Any], answer: Collection[str], listed: Collection[str]) -> bool:

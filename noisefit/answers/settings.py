@@ -5,14 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, add_token, without_token
+from noisefit.base.command_line import (
+    HelpFormatter,
+    OneLineParser,
+    a_path,
+    add_switches,
+    add_token,
+    parse_flags,
+    without_token,
+)
 from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
 from noisefit.base.refusal import REFUSAL
-from noisefit.base.settings import add_flags, check_fields, not_default, setting
+from noisefit.base.settings import add_flags, check_fields, fields_of, not_default, setting
+
+# In the settings that are recorded beside answers, and no flags.
+VERSION, ABOUT = "noisefit_version", "about"
+NOT_REPEATED = ("overwrite_output",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +43,47 @@ class AnswerFileSettings:
     )  # fmt: skip
     input_csv: str = setting(help="CSV, JSON Lines or Parquet with a column prompt (required)", is_path=True)
     output_csv: str | None = setting(
-        None, "where the answers go; default: the adapter's folder name and _answers.csv", is_path=True
+        None, "where the answers go, .csv or .jsonl; default: the adapter's folder name and _answers.csv", is_path=True
     )
     overwrite_output: bool = setting(False, "replace answers that are already there")
-    trust_remote_code: bool = setting(False, "run code that comes with the base model")
+    trust_remote_code: bool = setting(
+        False, "run code that comes with the base model: only for authors whom you trust with this machine"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
     """How answers are drawn."""
 
-    rounds: int = setting(5, "answers to each prompt", low=1, high=10**6)
-    max_new_tokens: int = setting(50, "tokens an answer at the most", low=1, high=10**6)
-    temperature: float = setting(0.5, "divides the logits", low=0, high=1e6)
-    top_p: float = setting(0.9, "the likeliest tokens of this sum remain", low=0, high=1, open_low=True)
+    rounds: int = setting(
+        5,
+        "answers to each prompt; time grows with it, and what rounds disagree on (semantic entropy) needs five or so",
+        low=1,
+        high=10**6,
+    )
+    max_new_tokens: int = setting(
+        50, "tokens an answer at the most; answers that end earlier cost what they have", low=1, high=10**6
+    )
+    temperature: float = setting(
+        0.5,
+        "divides the logits: lower is surer of itself, higher is more varied; the likeliest token alone: --greedy",
+        low=0,
+        high=1e6,
+    )
+    top_p: float = setting(0.9, "the likeliest tokens of this sum remain; 1: all", low=0, high=1, open_low=True)
     top_k: int = setting(40, "so many of the likeliest tokens remain; 0: all", low=0, high=10**9)
-    repetition_penalty: float = setting(1.0, "of repeated tokens; 1: none", low=0, high=1e6, open_low=True)
-    greedy: bool = setting(False, "always the likeliest token; all rounds are then the same")
-    seed: int = setting(42, "with prompt, round and position it determines every token", low=0, high=10**18)
+    repetition_penalty: float = setting(
+        1.0,
+        "of repeated tokens; 1: none. 1.1 or so for a small model that repeats itself; it also hits what "
+        "an answer takes from its prompt",
+        low=0,
+        high=1e6,
+        open_low=True,
+    )
+    greedy: bool = setting(False, "always the likeliest token; all rounds are then the same, so one is computed")
+    seed: int = setting(
+        42, "with prompt, round and position it determines every token, on any number of processes", low=0, high=10**18
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +91,15 @@ class ConfidenceSettings:
     """How sure the model is of its answers, and what becomes of those that it is not sure of."""
 
     noise_passes: int = setting(
-        0, "passes over each answer with noise as in the adapter's training: the mean and the spread of its logprob "
-        "under that; 0: none", low=0, high=10**6,
+        0, 
+        "passes over each answer with noise as in the adapter's training: the mean and the spread of its "
+        "logprob under that, for a confidence by noise; each costs a forward pass over the answer; 0: "
+        "none", low=0, high=10**6,
     )  # fmt: skip
     abstain_below: float | None = setting(
-        None, "answers whose confidence, exp(logprob), is lower are replaced by the refusal; default: none is",
+        None, 
+        "answers whose confidence, exp(logprob), is lower are replaced by the refusal; noisefit.threshold "
+        "finds the number; default: none is",
         low=0, high=1,
     )  # fmt: skip
     refusal: str = setting(REFUSAL, "what --abstain_below answers instead")
@@ -70,7 +109,13 @@ class ConfidenceSettings:
 class AnswerModelSettings:
     """The model."""
 
-    batch_size: int = setting(0, "answers at a time on each device; 0: found by trying", low=0, high=10**9)
+    batch_size: int = setting(
+        0,
+        "answers at a time on each device; 0: found by trying. Memory and speed grow with it; answers do "
+        "not depend on it",
+        low=0,
+        high=10**9,
+    )
     no_merge: bool = setting(
         False, "keep the adapter beside the weights instead of adding it to them; in 16, 8 and 4 bits and with "
         "--device_map it always stays there",
@@ -90,10 +135,16 @@ class AnswerModelSettings:
     )  # fmt: skip
     tensor_parallel: int = setting(1, "GPUs that --engine vllm splits the model over", low=1, high=1024)
     dtype: str = setting(
-        "auto", "of the weights; auto: bfloat16 on a GPU, else float32",
+        "auto", 
+        "of the weights; auto: bfloat16 on a GPU, else float32. float32 gives the same answers for any "
+        "batch size, at twice the memory",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
-    quantization: str = setting("none", "load the base model in 8 or 4 bits", choices=("none", "8bit", "4bit"))
+    quantization: str = setting(
+        "none",
+        "load the base model in 8 or 4 bits, where it does not fit otherwise; slower, and answers differ",
+        choices=("none", "8bit", "4bit"),
+    )
     attn_implementation: str | None = setting(
         None, "attention of the model: eager, sdpa, flash_attention_2, ...; default: its own"
     )
@@ -101,6 +152,9 @@ class AnswerModelSettings:
         None, "prompt format: chatml, alpaca, plain or a Jinja file; default: the one saved with the adapter",
         metavar="NAME|FILE", is_path=True,
     )  # fmt: skip
+    prompt_date: str | None = setting(
+        None, "date and time for a chat template that asks for today's, as 2026-01-31T12:00:00; default: now"
+    )
 
 
 GROUPS: dict[str, type] = {
@@ -143,6 +197,16 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
             raise InputError("--refusal: it is empty; expected the text of an answer")
         if self.abstain_below is None and "refusal" in not_default(self):
             raise InputError("--refusal says what --abstain_below answers; give a threshold there, or leave it out")
+        if self.prompt_date is not None:
+            from noisefit.inputs.templates import check_date  # here, as it takes a second to import
+
+            check_date(self.prompt_date)
+
+    def record(self) -> dict[str, Any]:
+        """All flags by name, in the order of `--help`: they repeat the answers when given as `--config`."""
+        found = asdict(self)
+        names = [field.name for cls in GROUPS.values() for field in fields_of(cls)]
+        return {name: found[name] for name in names if name not in NOT_REPEATED}
 
     def _check_engine(self) -> None:
         if self.engine != "vllm":
@@ -175,16 +239,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, GROUPS)
     add_switches(parser)
-    add_token(parser.add_argument_group("the hub"))
+    where_from = parser.add_argument_group("where flags come from")
+    where_from.add_argument(
+        "--config", type=a_path, metavar="FILE",
+        help="any of these flags from a YAML file, or the .settings.json beside answers; the command line wins",
+    )  # fmt: skip
+    add_token(where_from)
     add_help(parser, FIRST)
     return parser
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> AnswerSettings:
-    """The command line's flags.
+    """Flags of the command line over those of `--config` over the defaults.
 
     Raises:
         InputError: an unknown flag, a value out of range, or neither adapter nor base model.
     """
-    given = without_token(vars(build_parser().parse_args(sys.argv[1:] if argv is None else argv)))
-    return AnswerSettings(**{"input_csv": ""} | given)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = parse_flags(build_parser(), argv, (VERSION, ABOUT), {"train_data": "a training, for train_loop.py"})
+    return AnswerSettings(**{"input_csv": ""} | without_token(dict(given)))

@@ -28,6 +28,11 @@ ALIASES = {
     "max_seq_length": "max_length",
     "eval_dataset": "eval_data",
     "train_file": "train_data",
+    "dataset_name": "train_data",
+    "dataset_config_name": "dataset_config",
+    "dataset_revision": "revision",
+    "dataset_train_split": "split",
+    "dataset_test_split": "eval_data_split",
 }
 SWITCHES = {"load_in_4bit": ("quantization", "4bit"), "load_in_8bit": ("quantization", "8bit")}
 # What has no flag of its own, and what does the same.
@@ -35,7 +40,6 @@ HINTS = {
     "lr": "--learning_rate",
     "bf16": "accelerate launch --mixed_precision bf16",
     "fp16": "accelerate launch --mixed_precision fp16",
-    "dataset_name": "--train_data",
     "dataset": "--train_data",
     "data": "--train_data",
     "warmup_steps": "--warmup_ratio",
@@ -118,7 +122,10 @@ def a_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def flags_from_file(file: Path, parser: argparse.ArgumentParser, passed_over: Sequence[str] = ()) -> list[str]:
+def flags_from_file(
+    file: Path, parser: argparse.ArgumentParser, passed_over: Sequence[str] = (),
+    others: Mapping[str, str] | None = None,
+) -> list[str]:  # fmt: skip
     """A YAML or JSON mapping of flag names to values, as words of a command line.
 
     A value is what is written there: a date, or a number beyond all bounds, is text for the flag to judge.
@@ -127,9 +134,11 @@ def flags_from_file(file: Path, parser: argparse.ArgumentParser, passed_over: Se
         file: to be read.
         parser: knows the flags.
         passed_over: further names that may stand there and are no flags.
+        others: flags of other programs, and what a file that has one is the settings of.
 
     Raises:
-        InputError: the file cannot be read, is not such a mapping, or names an unknown flag or one flag twice.
+        InputError: the file cannot be read, is not such a mapping, is another program's, or names an unknown flag or
+            one flag twice.
     """
     where = f"--config {file}"
     try:
@@ -140,6 +149,10 @@ def flags_from_file(file: Path, parser: argparse.ArgumentParser, passed_over: Se
         raise InputError(f"{where}: not YAML: {type(error).__name__}: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{where}: expected lines such as 'epochs: 3'")
+    for key, _ in root.value:
+        if isinstance(key, yaml.ScalarNode) and (program := (others or {}).get(canonical(key.value))):
+            raise InputError(f"{where}: it has {key.value}, so it is the settings of {program}; expected flags of "
+                             f"{parser.prog}")  # fmt: skip
     words: list[str] = []
     seen: set[str] = set()
     for key, value in root.value:
@@ -173,8 +186,9 @@ _NULL = "tag:yaml.org,2002:null"
 
 
 def parse_flags(
-    parser: argparse.ArgumentParser, argv: Sequence[str], passed_over: Sequence[str] = ()
-) -> Mapping[str, Any]:
+    parser: argparse.ArgumentParser, argv: Sequence[str], passed_over: Sequence[str] = (),
+    others: Mapping[str, str] | None = None,
+) -> Mapping[str, Any]:  # fmt: skip
     """The flags that are given: those of the command line over those of the file that `--config` names.
 
     Raises:
@@ -183,7 +197,7 @@ def parse_flags(
     given = vars(parser.parse_args(argv))
     if (file := given.pop("config", None)) is None:
         return given
-    words = flags_from_file(Path(file), parser, passed_over)
+    words = flags_from_file(Path(file), parser, passed_over, others)
     try:
         from_file = vars(parser.parse_args(words))
     except InputError as error:

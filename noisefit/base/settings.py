@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any
 from noisefit.base.errors import InputError
 
 RULE = "rule"  # the key of a field's metadata
+LONG = 70  # letters of choices from which on they stand in a flag's text, not in the place of its value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Field:
     name: str
     kind: type  # int, float, bool or str
     is_list: bool
+    one_or_more: bool  # a list, or one value as itself; no commas are looked for, as names of files may have them
     optional: bool  # `None` is its default
     default: Any  # dataclasses.MISSING where it must be given
     rule: Rule
@@ -95,6 +98,12 @@ class Field:
         """The value, converted. Raises `ValueError` where it is none for this setting."""
         if value is None and self.optional:
             return None
+        if self.one_or_more:
+            words = [value] if isinstance(value, (str, os.PathLike)) else [*value] if is_several(value) else []
+            if not words:
+                raise ValueError(f"{str(value)[:80]!r} is not text, nor a list of texts")
+            found = [self._one(word) for word in words]
+            return found if len(found) > 1 else found[0]
         if self.is_list:
             if isinstance(value, str) or not isinstance(value, Sequence):
                 whole = self.rule.whole_words
@@ -133,14 +142,16 @@ def fields_of(settings: Any) -> Iterator[Field]:
     for field in dataclasses.fields(cls):
         if RULE not in field.metadata:
             continue
-        kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
-        whole = kinds[0] if type(None) in typing.get_args(hints[field.name]) else hints[field.name]
+        hint = hints[field.name]
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kinds = tuple(kind for kind in kinds if kind is not type(None))
+        whole = kinds[-1]  # str | list[str] is one or more
         is_list = typing.get_origin(whole) is list
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         kind = typing.get_args(whole)[0] if is_list else whole
-        yield Field(field.name, kind, is_list, default is None, default, field.metadata[RULE])
+        yield Field(field.name, kind, is_list, len(kinds) > 1, default is None, default, field.metadata[RULE])
 
 
 @functools.cache
@@ -189,17 +200,22 @@ def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, type]) -> No
                 group.add_argument(f"--no_{field.name}", **off)
                 continue
             if field.is_list:
-                options |= {"nargs": "+", "action": _Extend}
+                options |= {"nargs": "+", "action": _OneOrMore if field.one_or_more else _Extend}
             stands_for = {int: "N", float: "X", str: "PATH" if field.rule.is_path else "TEXT"}
             metavar = field.rule.metavar or stands_for[field.kind]
-            if field.rule.choices:
-                metavar = "{" + ",".join(field.rule.choices) + "}"
+            if choices := _choices(field):
+                metavar = choices if len(choices) <= LONG else "NAME"
             group.add_argument(f"--{field.name}", type=field.parse, metavar=metavar, **options)
 
 
 def _help(field: Field) -> str:
     default = default_text(field)
-    return (field.rule.help + (f" (default: {default})" if default else "")).replace("%", "%%")
+    names = f". One of {', '.join(field.rule.choices)}" if len(_choices(field)) > LONG else ""
+    return (field.rule.help + names + (f" (default: {default})" if default else "")).replace("%", "%%")
+
+
+def _choices(field: Field) -> str:
+    return "{" + ",".join(field.rule.choices) + "}" if field.rule.choices else ""
 
 
 def default_text(field: Field) -> str:
@@ -217,6 +233,23 @@ class _Extend(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, [value for part in values for value in part])
+
+
+class _OneOrMore(argparse.Action):
+    """One word as it is, or a list of several."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
+def is_several(value: Any) -> bool:
+    """Whether a value is a list or the like, and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def words_of(value: str | Sequence[str] | None) -> list[str]:
+    """A setting that may be one word or several, as a list; empty where it is `None`."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def boolean(value: Any) -> bool:

@@ -32,6 +32,7 @@ from noisefit.fork.passes import (
     full_pass,
     run_branches,
 )
+from noisefit.fork.tally import TokenTally, hits_and_entropy
 
 __all__ = ["BRANCHES", "CLEAN", "DROPOUT", "NOISY", "STRATEGIES", "TEACHER", "Branch", "BranchedModel",
            "branch_hidden_states", "check_branches", "run_branches"]  # fmt: skip
@@ -91,6 +92,7 @@ class BranchedModel(nn.Module):
         strategy: str = "fork",
         chunk_losses: ChunkLosses | None = None,
         clean_states: Tensor | None = None,
+        tally: TokenTally | None = None,
     ) -> Losses | Tensor:
         """Run the branches and sum the losses over the supervised tokens.
 
@@ -114,6 +116,7 @@ class BranchedModel(nn.Module):
             chunk_losses: forms the sums of one chunk. `None`: no branches and no losses, the clean pass alone.
             clean_states: `[B, L, H]`, the final hidden states of the clean branch, the first, where they are known;
                 then it is not run.
+            tally: gets how well the clean branch, or else the first, predicts the supervised tokens.
 
         Returns:
             The sums of `chunk_losses` over all chunks, by name; without it the final hidden states `[B, L, H]`, or
@@ -150,7 +153,8 @@ class BranchedModel(nn.Module):
             states = torch.cat([clean_states.unsqueeze(0).to(states), states])
         states = states.flatten(1, 2).index_select(1, target_positions)
         are_logits = strategy == "full_logits"
-        return self.sum_losses(states, target_tokens, chunk_losses, branches, are_logits, target_weights, teacher)
+        arguments = chunk_losses, branches, are_logits, target_weights, teacher, tally
+        return self.sum_losses(states, target_tokens, *arguments)
 
     def sum_losses(
         self,
@@ -161,6 +165,7 @@ class BranchedModel(nn.Module):
         are_logits: bool = False,
         target_weights: Tensor | None = None,
         teacher: Tensor | Any = None,
+        tally: TokenTally | None = None,
     ) -> Losses:
         """The sums of the losses, a chunk of supervised tokens at a time, all but the last computed again in backward.
 
@@ -171,6 +176,7 @@ class BranchedModel(nn.Module):
             chunk_losses, branches: as for `forward`.
             are_logits: whether `states` are logits, and `teacher` is.
             target_weights, teacher: `[N]` and `[N, ..]`, or `None`, as for `forward`.
+            tally: as for `forward`.
         """
         check_branches(branches)
         # Backward begins with the last chunk, so keeping its logits takes no more memory than computing them again. The
@@ -184,10 +190,16 @@ class BranchedModel(nn.Module):
         taught = [None] * len(sizes) if teacher is None else teacher.split(sizes)
         chunks = list(zip(states.split(sizes, dim=1), taught, zip(*targets, strict=True), strict=True))
         sums: Losses = {}
-        for chunk in chunks[:-1]:
-            arguments = (*chunk, chunk_losses, branches, are_logits)
-            sums = _added(sums, checkpoint(self._chunk_sums, *arguments, use_reentrant=False))
-        return _added(sums, self._chunk_sums(*chunks[-1], chunk_losses, branches, are_logits))
+        for number, chunk in enumerate(chunks, 1):
+            arguments = (*chunk, chunk_losses, branches, are_logits, tally is not None)
+            if number < len(chunks):
+                losses, counted = checkpoint(self._chunk_sums, *arguments, use_reentrant=False)
+            else:
+                losses, counted = self._chunk_sums(*arguments)
+            sums = _added(sums, losses)
+            if tally is not None and counted is not None:  # here, and not where a chunk is computed again
+                tally.add(counted)
+        return sums
 
     def _chunk_sums(
         self,
@@ -197,7 +209,8 @@ class BranchedModel(nn.Module):
         chunk_losses: ChunkLosses,
         branches: Sequence[Branch],
         are_logits: bool,
-    ) -> Losses:
+        counting: bool,
+    ) -> tuple[Losses, Tensor | None]:
         logits = states if are_logits else logits_of(self.model, states)
         # Without noise all are one tensor: views of an expanded one would have three times its gradient.
         each = list(logits) if len(logits) == len(branches) else [logits[0]] * len(branches)
@@ -208,7 +221,8 @@ class BranchedModel(nn.Module):
             with torch.no_grad():
                 is_known = are_logits or not isinstance(teacher, Tensor)
                 of_kind[TEACHER] = [teacher if is_known else logits_of(self.model, teacher.to(states))]
-        return chunk_losses(of_kind, *targets)
+        losses = chunk_losses(of_kind, *targets)
+        return losses, hits_and_entropy((of_kind[CLEAN] or each)[0], targets[0]) if counting else None
 
 
 def _added(sums: Losses, more: Losses) -> Losses:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from noisefit.fork.packing import pack
+from noisefit.inputs.examples import Examples
 from noisefit.inputs.prompts import Example
-from noisefit.inputs.stored import StoredExamples
 from noisefit.method.policy import ALL, PROMPT
 from noisefit.method.top_k import TopK
 
@@ -52,8 +52,8 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def row_lengths(rows: Sequence[Example]) -> np.ndarray:
-    """Tokens of each row, `[rows]`; stored rows need not be read for it."""
-    return rows.lengths if isinstance(rows, StoredExamples) else np.array([len(row.input_ids) for row in rows])
+    """Tokens of each row, `[rows]`; where they are known, no row is read for it."""
+    return rows.lengths if isinstance(rows, Examples) else np.array([len(row.input_ids) for row in rows])
 
 
 def cut_step(
@@ -98,7 +98,7 @@ def _deal(order: Sequence[int], lengths: Sequence[int], parts: int) -> list[list
 
 def count_targets(rows: Sequence[Example]) -> int:
     """Supervised tokens in these rows: what a step's losses are divided by."""
-    if isinstance(rows, StoredExamples):
+    if isinstance(rows, Examples):
         return rows.num_targets
     return sum(example.num_targets for example in rows)
 

@@ -38,14 +38,18 @@ from noisefit.inputs.model_checks import (
 class ModelSettings:
     """The model, and what of it is trained."""
 
-    lora_r: int = setting(8, "rank of the LoRA adapter", low=1, high=2**16)
-    lora_alpha: float = setting(16.0, "the adapter is scaled by lora_alpha / lora_r", low=0, high=1e6, open_low=True)
+    lora_r: int = setting(8, "rank of the LoRA adapter: more learns more, and costs little more", low=1, high=2**16)
+    lora_alpha: float = setting(
+        16.0, "the adapter is scaled by lora_alpha / lora_r; twice the rank is usual", low=0, high=1e6, open_low=True
+    )
     lora_dropout: float = setting(
         0.05, "dropout before the adapter; up to the first noisy layer a fork's branches share its mask", low=0,
         high=0.99,
     )  # fmt: skip
     target_modules: list[str] | None = setting(
-        None, "modules that get an adapter, or all-linear; default: PEFT's own choice for the architecture",
+        None, 
+        "modules that get an adapter, or all-linear, which learns most; default: PEFT's own choice for "
+        "the architecture",
         metavar="NAME",
     )  # fmt: skip
     lora: list[str] | None = setting(
@@ -53,13 +57,21 @@ class ModelSettings:
         "as long again), init_lora_weights=pissa, modules_to_save=lm_head (a float32 copy)", metavar="KEY=VALUE",
         whole_words=True,
     )  # fmt: skip
-    full_finetune: bool = setting(False, "train all weights, without an adapter")
-    gradient_checkpointing: bool = setting(False, "less memory, about a third more computing")
+    full_finetune: bool = setting(
+        False, "train all weights, without an adapter: in float32 with gradients and moments some 16 bytes a weight"
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "keep few activations and compute them again: a tenth to a third of the memory, a third more "
+        "computing. The first thing to try when memory runs out",
+    )
     attn_implementation: str | None = setting(
-        None, "attention of the model: eager, sdpa, flash_attention_2, ...; default: its own"
+        None, "attention of the model: eager, sdpa, flash_attention_2 (on a GPU, for --packing), ...; default: its own"
     )
     quantization: str = setting(
-        "none", "load the frozen base model in 8 or 4 bits (needs: pip install bitsandbytes)",
+        "none", 
+        "load the frozen base model in 8 or 4 bits: a half or a quarter of its memory, and slower steps "
+        "(needs: pip install bitsandbytes)",
         choices=("none", "8bit", "4bit"),
     )  # fmt: skip
     model_revision: str | None = setting(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from noisefit.base.errors import InputError
 from noisefit.inputs.conversations import Message
 from noisefit.inputs.prompts import prompt_ids, token_ids
+from noisefit.inputs.sources import Table
 from noisefit.inputs.tables import ANY_ROWS, read_records, text_cell, trained_row
 from noisefit.inputs.templates import answer_text, end_of_turn
 from noisefit.method.decisive import Span, decisive_spans
@@ -56,7 +57,7 @@ class ProbedRow:
         return decisive_spans(self.question or self.prompt, self.response, self.answer)
 
 
-def read_probe_rows(path: str) -> tuple[list[dict[str, Any]], list[ProbedRow], list[int]]:
+def read_probe_rows(path: Table) -> tuple[list[dict[str, Any]], list[ProbedRow], list[int]]:
     """The records with a prompt and a response, the same as rows, and the numbers of those skipped for want of one.
 
     Raises:
@@ -152,7 +153,7 @@ def _tokens_by_prefixes(
     return sorted(place for place in places if place < len(ids))
 
 
-def read_scores(path: str) -> tuple[list[ProbedRow], list[dict[str, str]]] | None:
+def read_scores(path: Table) -> tuple[list[ProbedRow], list[dict[str, str]]] | None:
     """The rows of a probed file and their scores; `None` where the file is none (it has no column `knowledge_chat`).
 
     A probe leaves a score empty where nothing decisive had a place; it leaves no digest empty.

@@ -26,16 +26,20 @@ class PromptSettings:
     """How a row becomes tokens."""
 
     chat_template: str | None = setting(
-        None, "prompt format: chatml, alpaca, plain or a Jinja file; default: the tokenizer's own, else chatml",
+        None, 
+        "prompt format: chatml, alpaca, plain or a Jinja file; default: the tokenizer's own, else chatml. "
+        "It is saved with the adapter, and answers use it",
         metavar="NAME|FILE", is_path=True,
     )  # fmt: skip
-    max_length: int = setting(1024, "tokens a row; the rest of a longer one is cut", low=2)
+    max_length: int = setting(1024, "tokens a row; memory grows with it as far as rows are that long", low=2)
     loss_on: str = setting(
         "response", "supervise every answer of a conversation, the last one alone, or the prompts too",
         choices=("response", "last", "all"),
     )  # fmt: skip
     prompt_date: str | None = setting(
-        None, "date and time for a chat template that asks for today's, as 2026-01-31T12:00:00; default: now"
+        None,
+        "date and time for a chat template that asks for today's, as 2026-01-31T12:00:00; default: now, "
+        "kept for the whole run",
     )
 
 
@@ -226,7 +230,7 @@ def usable_examples(
     return examples, numbers, dropped
 
 
-def tell_of_turns(path: str, tokenizer: PreTrainedTokenizerBase, apart: Sequence[int] | SomeRows) -> None:
+def tell_of_turns(path: object, tokenizer: PreTrainedTokenizerBase, apart: Sequence[int] | SomeRows) -> None:
     """A line about conversations that became several examples, if any."""
     if number := SomeRows.of(apart).number:
         notice(f"{path}: {number} conversation{'s are' if number > 1 else ' is'} trained in several texts, each answer "
@@ -240,16 +244,22 @@ def repeated(numbers: Sequence[int]) -> list[int]:
 
 
 def tell_of_length(
-    path: str, max_length: int, dropped: Sequence[int] | SomeRows, cut: Sequence[int] | SomeRows, any_left: bool
-) -> None:
-    """Lines about rows that were dropped or cut for their length. Raises `InputError` where none is left."""
+    path: object, max_length: int, dropped: Sequence[int] | SomeRows, cut: Sequence[int] | SomeRows, any_left: bool,
+    is_cut: bool = True,
+) -> None:  # fmt: skip
+    """Lines about rows too long: `dropped` leave no room for an answer, `cut` for the beginning of one, which is cut or
+    the row dropped too. Raises `InputError` where none is left."""
     if SomeRows.of(dropped).number:
         notice(describe_skipped(path, dropped, f"whose prompt leaves no answer within {max_length} tokens"))
+    number = SomeRows.of(cut).number
+    if number and not is_cut:
+        notice(describe_skipped(path, cut, f"longer than --max_length {max_length} tokens; --long_rows cut cuts them, "
+                                           "and their end is not learnt"))  # fmt: skip
     if not any_left:
         raise InputError(f"{path}: no row has an answer within --max_length {max_length}; raise it")
-    if number := SomeRows.of(cut).number:
+    if number and is_cut:
         notice(f"{path}: of {number} row{'s' if number > 1 else ''} the answer's end is cut off at --max_length "
-               f"{max_length}, which teaches not to stop ({name_rows(cut)})")  # fmt: skip
+               f"{max_length}, so it is not learnt ({name_rows(cut)})")  # fmt: skip
 
 
 def check_tokens(input_ids: Iterable[int], vocabulary: int, where: str) -> None:

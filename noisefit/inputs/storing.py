@@ -22,12 +22,25 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from noisefit.base.errors import InputError, notice, on_main_process
+from noisefit.base.errors import InputError, notice
 from noisefit.base.files import free_lock, sync_folder, writing
-from noisefit.inputs import conversations, prompts, readers, stored, tables, templates, turns
+from noisefit.inputs import (
+    columns,
+    conversations,
+    examples,
+    prompts,
+    readers,
+    sources,
+    stored,
+    tables,
+    templates,
+    turns,
+)
 from noisefit.inputs.conversations import Message
+from noisefit.inputs.examples import prompt_key, rows_digest
 from noisefit.inputs.prompts import PromptSettings, usable_examples
-from noisefit.inputs.stored import ABOUT, StoredExamples, cache_folder, read_about, rows_digest
+from noisefit.inputs.sources import Source, Table, as_source, file_digest, quiet_datasets
+from noisefit.inputs.stored import ABOUT, StoredExamples, cache_folder, read_about
 from noisefit.inputs.tables import Row, SomeRows, stream_rows
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "sentencepiece", "tiktoken")  # that tokens depend on
@@ -40,12 +53,16 @@ _hooked: list[bool] = []
 
 
 def store(
-    path: str, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, vocabulary: int, stop_ids: Iterable[int]
+    source: Table,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PromptSettings,
+    vocabulary: int,
+    stop_ids: Iterable[int],
 ) -> str:
-    """Have the tokenized rows of a file in the cache. One process a machine calls it.
+    """Have the tokenized rows of a source in the cache, those that were cut too. One process a machine calls it.
 
     Args:
-        path: see `noisefit.inputs.tables.read_records`.
+        source: a file, see `noisefit.inputs.tables.read_records`, or another source.
         tokenizer, settings, vocabulary, stop_ids: as for `noisefit.inputs.prompts.usable_examples`.
 
     Returns:
@@ -56,23 +73,24 @@ def store(
         LocalError: the cache cannot be written.
     """
     how = {"settings": settings, "vocabulary": vocabulary, "stop_ids": sorted(stop_ids)}
-    content = _digest(Path(path))
-    name = _key(path, content, tokenizer, how)
+    source = as_source(source)
+    content = source.content()
+    name = _key(content, tokenizer, how)
     folder = cache_folder() / name
     if _is_as_written(folder):
-        notice(f"{path}: its rows are tokenized already, in {folder}")
+        notice(f"{source}: its rows are tokenized already, in {folder}")
         return name
     try:
         import datasets  # noqa: F401 (two seconds, and not everywhere)
     except ImportError:
-        size = Path(path).stat().st_size / 2**20
-        raise InputError(f"{path}: a file of {size:.0f} MiB is tokenized by way of the library datasets, which is not "
-                         "installed; pip install datasets") from None  # fmt: skip
+        size = source.size / 2**20
+        raise InputError(f"{source}: a file of {size:.0f} MiB is tokenized by way of the library datasets, which is "
+                         "not installed; pip install datasets") from None  # fmt: skip
     with writing(cache_folder(), "; HF_DATASETS_CACHE names another folder"), _staging(name) as staged:
-        notice(f"{path}: its rows are tokenized once, on {_cores()} cores, and kept in {folder}")
-        _write(staged, path, tokenizer, how)
-        if _digest(Path(path)) != content:
-            raise InputError(f"{path}: it was edited while it was read; start again")
+        notice(f"{source}: its rows are tokenized once, on {_cores()} cores, and kept in {folder}")
+        _write(staged, source, tokenizer, how)
+        if source.content() != content:
+            raise InputError(f"{source}: it was edited while it was read; start again")
         sync_folder(staged)
         if not _is_as_written(folder):  # else a machine that shares the disk was faster
             shutil.rmtree(folder, ignore_errors=True)
@@ -87,29 +105,31 @@ def store(
 def _is_as_written(folder: Path) -> bool:
     """Whether stored rows are all there, byte by byte: whoever maps them looks at their sizes alone."""
     about = read_about(folder)
-    return about is not None and all(_digest(folder / name) == digest for name, (_, digest) in about["files"].items())
+    return about is not None and all(
+        file_digest(folder / name) == digest for name, (_, digest) in about["files"].items()
+    )
 
 
-def _write(staged: Path, path: str, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> None:
+def _write(staged: Path, source: Source, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> None:
     from datasets import Dataset, Features, List, Value
 
     skipped: list[int] = []
 
     def cells() -> Iterator[dict[str, Any]]:
-        for row in stream_rows(path, skipped):
+        for row in stream_rows(source, skipped):
             history = json.dumps(row.history) if row.history else ""
             yield {"number": row.number, "prompt": row.prompt, "response": row.response, "history": history}
 
     text = Value("string")
     as_text = Features(number=Value("int64"), prompt=text, response=text, history=text)
     as_tokens = Features(number=Value("int64"), input_ids=List(Value("int32")), target_start=Value("int32"),
-                         gaps=List(Value("int32")), is_cut=Value("bool"))  # fmt: skip
-    with _errors_of_ours(), _progress():
+                         gaps=List(Value("int32")), is_cut=Value("bool"), prompt_key=Value("int64"))  # fmt: skip
+    with _errors_of_ours(), quiet_datasets():
         rows = Dataset.from_generator(cells, features=as_text, cache_dir=str(staged / "rows"))
         examples = rows.map(
             _columns, batched=True, batch_size=BATCH, num_proc=min(_cores(), len(rows)),
             remove_columns=["prompt", "response", "history"],
-            features=as_tokens, fn_kwargs={"path": path, "tokenizer": tokenizer, **how}, desc="Tokenizing",
+            features=as_tokens, fn_kwargs={"path": str(source), "tokenizer": tokenizer, **how}, desc="Tokenizing",
             cache_file_name=str(staged / "tokens.arrow"), new_fingerprint=staged.name.partition(".")[0][:32],
         )  # fmt: skip
     numbers = examples.data.column("number").to_numpy()
@@ -117,10 +137,10 @@ def _write(staged: Path, path: str, tokenizer: PreTrainedTokenizerBase, how: Map
     dropped = np.setdiff1d(rows.data.column("number").to_numpy(), numbers)
     del rows, examples
     if not len(numbers):
-        tables.tell_of_skipped(path, skipped)
-        prompts.tell_of_length(path, how["settings"].max_length, dropped.tolist(), [], any_left=False)
+        tables.tell_of_skipped(source, skipped)
+        prompts.tell_of_length(str(source), how["settings"].max_length, dropped.tolist(), [], any_left=False)
     shutil.rmtree(staged / "rows")
-    files = {file.name: (file.stat().st_size, _digest(file)) for file in sorted(staged.glob("*.arrow"))}
+    files = {file.name: (file.stat().st_size, file_digest(file)) for file in sorted(staged.glob("*.arrow"))}
     counted = {"skipped": skipped, "dropped": dropped.tolist(), "cut": cut.tolist(),
                "apart": prompts.repeated(numbers.tolist())}  # fmt: skip
     about = {"files": files, "digest": "", **{name: SomeRows.of(counted[name]) for name in counted}}
@@ -140,28 +160,30 @@ def _columns(
         )
     ]
     examples, numbers, _ = usable_examples(tokenizer, rows, path, **how)
+    keys = {row.number: prompt_key(row) for row in rows}
     return {
         "number": numbers,
         "input_ids": [example.input_ids for example in examples],
         "target_start": [example.target_start for example in examples],
         "gaps": [[border for gap in example.gaps for border in gap] for example in examples],
         "is_cut": [example.is_cut for example in examples],
+        "prompt_key": [keys[number] for number in numbers],
     }
 
 
-def _key(path: str, content: str, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> str:
-    """A digest of all that decides on the tokens: file, tokenizer with its template and date, settings, code."""
+def _key(content: Any, tokenizer: PreTrainedTokenizerBase, how: Mapping[str, Any]) -> str:
+    """A digest of all that decides on the tokens: source, tokenizer with its template and date, settings, code."""
     kind, settings = type(tokenizer), how["settings"]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        saved = {str(file.relative_to(folder)): _digest(file) for file in Path(folder).rglob("*") if file.is_file()}
-    ours = (readers, conversations, tables, templates, prompts, turns, stored)
+        saved = {str(file.relative_to(folder)): file_digest(file) for file in Path(folder).rglob("*") if file.is_file()}
+    ours = (readers, columns, conversations, sources, tables, templates, prompts, turns, examples, stored)
     code = [inspect.getfile(module) for module in (*ours, kind)]
     facts = {
-        "file": [content, Path(path).suffix.lower()],
+        "source": content,
         "tokenizer": [f"{kind.__module__}.{kind.__qualname__}", sorted(saved.items())],
         "settings": [settings.max_length, settings.loss_on, how["vocabulary"], how["stop_ids"]],
-        "code": [*sys.version_info[:3], *(_digest(Path(file)) for file in (*code, __file__))],
+        "code": [*sys.version_info[:3], *(file_digest(Path(file)) for file in (*code, __file__))],
         "libraries": [_version(name) for name in LIBRARIES],
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -172,17 +194,6 @@ def _version(library: str) -> str | None:
         return version(library)
     except PackageNotFoundError:
         return None
-
-
-def _digest(path: Path) -> str:
-    content = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                content.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: not readable: {error}") from None
-    return content.hexdigest()
 
 
 def _cores() -> int:
@@ -249,18 +260,3 @@ def _in_fork() -> None:
         # The signal comes at the end of the thread that forked: a pool's own ends before its workers may.
         if sys.platform == "linux" and _by_main_thread:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-
-
-@contextmanager
-def _progress() -> Iterator[None]:
-    """Bars on the main process, where there is somebody to see them: a log would keep each of their updates."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    if not (on_main_process() and sys.stderr.isatty()):
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

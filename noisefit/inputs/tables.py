@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from noisefit.base.errors import InputError, notice
+from noisefit.inputs.columns import Needed
 from noisefit.inputs.conversations import CHATS, Message, is_whole, read_chat, transcript, up_to_last
-from noisefit.inputs.readers import Needed, stream_records
+from noisefit.inputs.sources import stream_records
 
 COLUMNS = ("prompt", "response")
 ANY_ROWS: tuple[Needed, ...] = ((COLUMNS, *((chat,) for chat in CHATS)),)  # what a file to train on has
@@ -184,7 +185,7 @@ def read_records(
     return list(stream_records(path, columns, others))
 
 
-def load_rows(path: str | None) -> list[Row]:
+def load_rows(path: str | os.PathLike[str] | None) -> list[Row]:
     """`read_rows`, with a line about skipped rows; no rows where `path` is `None`."""
     if path is None:
         return []
@@ -193,7 +194,7 @@ def load_rows(path: str | None) -> list[Row]:
     return rows
 
 
-def tell_of_skipped(path: str, skipped: Sequence[int] | SomeRows) -> None:
+def tell_of_skipped(path: str | os.PathLike[str], skipped: Sequence[int] | SomeRows) -> None:
     """A line about rows that are skipped, if any."""
     if SomeRows.of(skipped).number:
         notice(describe_skipped(path, skipped, "with an empty or missing cell"))
@@ -210,7 +211,7 @@ class SomeRows(NamedTuple):
         return numbers if isinstance(numbers, SomeRows) else cls(len(numbers), list(numbers[:ROWS_NAMED]))
 
 
-def describe_skipped(path: str | os.PathLike[str], skipped: Sequence[int] | SomeRows, why: str) -> str:
+def describe_skipped(path: object, skipped: Sequence[int] | SomeRows, why: str) -> str:
     """One line that counts the skipped rows and names the first of them."""
     number, _ = SomeRows.of(skipped)
     return f"{path}: skipped {number} row{'s' if number > 1 else ''} {why} ({name_rows(skipped)})"

@@ -1,231 +1,98 @@
-"""The picture and the page of `python -m noisefit.report`."""
+"""The page of `python -m noisefit.report`: one file that needs no other."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
 import statistics
-import warnings
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from noisefit.base.errors import InputError
+from noisefit.report.drawing import MADE_BY, MANY, finite, look_of, title_of
+from noisefit.report.html import POLICY, STYLE, details, picture, section, table, text
+from noisefit.report.left_out import left_out_section
 from noisefit.report.panels import NATS, panels_of
 from noisefit.report.runs import Run
+from noisefit.report.samples import samples_section
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-MADE_BY = "noisefit.report"  # in both files, by which older ones are known
-BY_LAYER = ("snr", "kl")
-FROM_ZERO = ("tokens_per_second", "peak_memory_gib")  # the others have differences that would be lost from zero
-LOGARITHMIC = ("snr", "kl", "noise_to_signal", "hidden_rms")  # where they span more than a decade
-# Okabe and Ito's without yellow, and three far from them for any colour vision. Further runs repeat them, dash-dotted.
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #8000E0 #602000 #002080".split()
-MANY = 60  # logged lines from which on a running mean is drawn over them
-FEW = 8  # noisy layers up to which each has an entry in the legend
 # The settings of the method itself, by what their names begin with.
 METHOD = re.compile(
     "loss_(?!chunk)|noise_|num_noise|max_noise|snr_|prefer_|auto_|hybrid|lambda|temperature|teacher|rdrop|neftune"
 )
-STYLE = """body { font: 15px/1.45 sans-serif; color: #222; margin: 2em auto; max-width: 1300px; padding: 0 1em }
-img { max-width: 100% } h2 { margin-top: 1.6em; font-size: 1.15em } div { overflow-x: auto }
-table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left; white-space: nowrap }
-b { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em }"""
+EVALUATED = ("ce_loss", "token_accuracy", "entropy", "right_rate", "wrong_rate")
+ANSWERS = "Answers to prompts"  # the page's title where no run is on it
 
 
-def draw(runs: Sequence[Run]) -> Figure:
-    """The picture of some runs: a panel a quantity, of those that some run has.
+def make_page(
+    runs: Sequence[Run], pictures: Sequence[bytes] = (), answers: Sequence[str] = (),
+    lacking: Mapping[str, Sequence[str]] | None = None,
+) -> str:  # fmt: skip
+    """The page: curves, tables, samples and what was left out of some runs; what was made of files of answers.
 
     Args:
-        runs: at least one.
-
-    Returns:
-        The figure. An axes has its key in `panels_of` as its label, a line the run's name or the layer's as its gid.
+        runs: maybe none.
+        pictures: theirs as PNG: the wide one, and one for narrow screens.
+        answers: sections on files of answers; an empty one is none.
+        lacking: what the page does not show of each of these files: sentences by name.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    panels = panels_of(runs)
-    keys = [key for key in panels if any(_has(run, key) for run in runs)]
-    with_layers = [run for run in runs if run.layers]
-    columns = max(1, 2 if len(keys) == 4 else min(len(keys), 3))
-    width = max(6.5, 4.2 * columns)
-    figure = Figure(figsize=(width, 2.75 * math.ceil(len(keys) / columns) + 1.1), dpi=150)
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09, hspace=0.04, wspace=0.03))
-    figure.suptitle(_title(runs) + ("" if keys else ": no numbers were logged"), fontsize=13, parse_math=False)
-    for place, key in enumerate(keys, 1):
-        axes = figure.add_subplot(math.ceil(len(keys) / columns), columns, place, label=key)
-        for index, run in enumerate(runs):
-            if key in BY_LAYER and run.layers:
-                _draw_layers(axes, run, key, _look(index), with_layers.index(run), len(with_layers))
-            elif len(runs) == 1 and (of_layers := _by_layer(run, key)):  # of several the mean over the layers
-                for layer, colour in _layer_colours(run).items():
-                    if layer in of_layers:
-                        _draw_steps(axes, key, run.steps, of_layers[layer], layer, dict(color=colour))
-            elif key in run.metrics:
-                _draw_steps(axes, key, run.steps, run.metrics[key], run.name, _look(index))
-            if key == "ce_loss" and _known(run.evaluation[1]):
-                style = _look(index) | dict(linestyle="--", linewidth=1.2, marker="o", markersize=3)
-                axes.plot(*run.evaluation, **style, gid=f"{run.name}: evaluation")
-        _finish(axes, key, *panels[key])
-    _add_legend(figure, runs, keys)
-    return figure
-
-
-def _draw_steps(axes: Axes, key: str, steps: list[float], values: list[float], gid: str, look: dict[str, Any]) -> None:
-    """A line, thin under its running mean where it has many points; it has a gap where a value is missing."""
-    # A point between two gaps would not be seen: it gets a mark.
-    gaps = [True, *map(math.isnan, values), True]
-    alone = [i for i in range(len(values)) if gaps[i] and not gaps[i + 1] and gaps[i + 2]]
-    style = look | dict(marker="o", markersize=3.5, markevery=alone)
-    if len(steps) >= MANY and key != "peak_memory_gib":
-        axes.plot(steps, values, **style | dict(linestyle="-"), linewidth=0.7, alpha=0.35, gid=f"{gid}: as logged")
-        values = running_mean(values, min(len(values) // 40, 50))
-    axes.plot(steps, values, **style, linewidth=1.6, gid=gid)
-
-
-def _draw_layers(axes: Axes, run: Run, key: str, look: dict[str, Any], place: int, places: int) -> None:
-    """A value a layer, with a filled mark where it gets noise; marks on marks get smaller, so that each is seen."""
-    known = {i: getattr(layer, key) for i, layer in run.layers.items() if not math.isnan(getattr(layer, key))}
-    share = 0.5 if places == 1 else 1 - place / (places - 1)
-    look |= dict(linewidth=0.6 + 1.6 * share, markersize=(3 + 5.5 * share) * max(0.6, min(1.0, 24 / len(run.layers))))
-    axes.plot(list(known), list(known.values()), **look, gid=run.name)
-    look |= dict(linestyle="", marker="o")
-    for chosen, fill in ((False, "white"), (True, look["color"])):
-        marked = {i: value for i, value in known.items() if run.layers[i].chosen == chosen}
-        gid = f"{run.name}: {'with noise' if chosen else 'without'}"
-        axes.plot(list(marked), list(marked.values()), **look, markerfacecolor=fill, zorder=3 + chosen, gid=gid)
-
-
-def _finish(axes: Axes, key: str, title: str, unit: str) -> None:
-    """Title, units, ticks, and the scale that the values ask for."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    axes.set_title(title, fontsize=10.5)
-    axes.set_xlabel("layer" if key in BY_LAYER else "optimizer step", fontsize=9)
-    axes.set_ylabel(unit, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    data: Any = [line.get_ydata() for line in axes.lines]
-    values = _known(value for line in data for value in line)
-    if key in LOGARITHMIC and min(values) > 0 and max(values) > 10 * min(values):
-        axes.set_yscale("log")
-        subs = (1, 2, 5) if max(values) < 1000 * min(values) else (1,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
-        axes.yaxis.set_minor_locator(NullLocator())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 2.5, 5, 10)))
-    if key in FROM_ZERO:
-        axes.set_ylim(0, 1.08 * max(values) or 1)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
-    short = FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e5 else f"{value / 1000:,.6g}k")
-    axes.xaxis.set_major_formatter(short)
-    # In full: the corner where matplotlib would put a common factor is beside the title.
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-
-
-def _add_legend(figure: Figure, runs: Sequence[Run], keys: Sequence[str]) -> None:
-    """The legend of all panels, under them: the runs, or the layers of a single one, and how the lines are meant."""
-    from matplotlib.lines import Line2D
-
-    entries: list[tuple[str, dict[str, Any]]] = []
-    if len(runs) > 1:
-        entries = [(run.name, _look(index) | dict(linewidth=2)) for index, run in enumerate(runs)]
-    elif "noise_to_signal" in keys:
-        entries = [(f"layer {layer}" if layer.isdecimal() else layer, dict(color=colour, linewidth=2))
-                   for layer, colour in _layer_colours(runs[0]).items()]  # fmt: skip
-        if len(entries) > FEW:  # the colours follow the depth, so some of them say which are the others
-            entries = [entries[round(i * (len(entries) - 1) / 5)] for i in range(6)]
-    if any(_known(run.evaluation[1]) for run in runs):
-        entries.append(("evaluation", dict(color="0.4", linestyle="--")))
-    if any(key in BY_LAYER for key in keys):
-        mark = dict(color="0.4", marker="o", linestyle="", markersize=6)
-        entries += [("layer with noise", mark), ("layer without", mark | dict(markerfacecolor="white"))]
-    if any(len(run.steps) >= MANY for run in runs):
-        entries += [("as logged", dict(color="0.4", linewidth=0.7)), ("running mean", dict(color="0.4", linewidth=1.8))]
-    if not entries:
-        return
-    room = max(1, int(figure.get_figwidth() / (0.078 * max(len(label) for label, _ in entries) + 0.5)))
-    columns = math.ceil(len(entries) / math.ceil(len(entries) / room))  # of rows as full as each other
-    entries = [entry for column in range(columns) for entry in entries[column::columns]]  # to be read in rows
-    legend = figure.legend([Line2D([], [], **style) for _, style in entries], ["name"] * len(entries),
-                           loc="outside lower center", frameon=False, fontsize=9, ncols=columns)  # fmt: skip
-    for text, (label, _) in zip(legend.get_texts(), entries, strict=True):
-        text.set(text=label, parse_math=False)  # set here, as "_name" would be left out, and "$" begin a formula
-
-
-def running_mean(values: Sequence[float], half: int) -> list[float]:
-    """Means over `half` values on either side; of the first ones over as many as both sides have. NaN stay NaN."""
-    near = (_known(values[max(i - half, 0) : min(i + half, 2 * i) + 1]) for i in range(len(values)))
-    return [math.nan if math.isnan(value) else statistics.fmean(of) for value, of in zip(values, near, strict=True)]
-
-
-def make_picture(runs: Sequence[Run]) -> bytes:
-    """The picture as a PNG, the same whatever the user's matplotlibrc says.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("the picture needs matplotlib, which is not installed: pip install matplotlib") from None
-    file = io.BytesIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        warnings.filterwarnings("ignore", "Glyph")  # a folder's name in letters that the font lacks
-        draw(runs).savefig(file, format="png", metadata={"Software": MADE_BY})  # with Agg, without a window
-    return file.getvalue()
-
-
-def make_page(runs: Sequence[Run], picture: bytes) -> str:
-    """The page: the picture, and tables of the runs, their settings and their layers."""
-    several = len(runs) > 1
-    parts = [
+    title = title_of(runs) if runs else ANSWERS
+    sections = [*(_of_runs(runs, pictures) if runs else ()), samples_section(runs), *answers]
+    sections = list(filter(None, [*sections, left_out_section(runs, lacking or {})]))
+    headings = [re.findall(r'<section id="([^"]+)"><h2>(.*?)</h2>', part)[0] for part in sections]
+    links = [f'<a href="#{name}">{heading}</a>' for name, heading in headings]
+    return "\n".join([
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f'<meta name="generator" content="{MADE_BY}">',
-        f"<title>{escape(_title(runs))}</title>\n<style>\n{STYLE}\n</style></head><body>",
-        f'<img alt="losses, layers and speed" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
-        f"<p>Losses are means over the supervised tokens since the line before. From {MANY} logged lines on, a bold",
-        "line is a running mean over a twentieth of them, at most 101.</p>\n<h2>Runs</h2>",
-        _runs_table(runs),
-        f"<h2>{'Settings that differ' if several else 'Settings of the method'}</h2>",
-        _table(["Setting", *(run.name for run in runs)], _settings(runs)),
-        "<h2>Layers</h2>",
-    ]
+        f"<title>{text(title)}</title>\n<style>\n{STYLE}\n</style></head><body>",
+        f"<header><h1>{text(title)}</h1>",
+        f"<nav>{' '.join(links)}</nav></header>",
+        "<main>", *sections, "</main></body></html>\n",
+    ])  # fmt: skip
+
+
+def _of_runs(runs: Sequence[Run], pictures: Sequence[bytes]) -> list[str]:
+    several = len(runs) > 1
+    shown = ", ".join(title.partition(",")[0].lower() for title, _ in panels_of(runs).values())
+    names = ", ".join(run.name for run in runs)
+    layers = []
     for run in runs:
         header = ["Layer", "Noise", "SNR", "Best score", "Scale", f"KL, {NATS}"]
         rows = [[index, "●" if layer.chosen else "○", layer.snr, layer.score, layer.scale, layer.kl]
                 for index, layer in run.layers.items()]  # fmt: skip
-        parts += ["<details>" if several else "<details open>", f"<summary>{escape(run.name)}</summary>"]
-        parts += [_table(header, rows), "</details>"]
-    return "\n".join([*parts, "</body></html>\n"])
+        layers.append(details(run.name, table(header, rows), is_open=not several))
+    return [
+        section(
+            "curves", "Curves",
+            picture(f"Curves of {names}: {shown}; the tables below have numbers.", pictures[0], pictures[-1]),
+            f'<p class="soft">Losses are means over the supervised tokens since the line before. From {MANY} logged '
+            "lines on, a bold line is a running mean over a twentieth of them, at most 101.</p>",
+        ),
+        section("runs", "Runs", _runs_table(runs)),
+        section("settings", "Settings that differ" if several else "Settings of the method",
+                table(["Setting", *(run.name for run in runs)], _settings(runs))),
+        section("layers", "Layers", *layers),
+    ]  # fmt: skip
 
 
 def _runs_table(runs: Sequence[Run]) -> str:
     panels = panels_of(runs)
     losses = [key for key in panels if key.endswith("loss")]
     header = ["Run", "Steps", *(f"{panels[key][0].partition(',')[0]}, last" for key in losses)]
-    header += ["Cross-entropy, evaluation", "Tokens/s, median", "Peak memory, GiB", "Skipped steps", "Noisy layers"]
+    evaluated = {key: f"{panels[key][0].partition(',')[0]}, evaluation" for key in EVALUATED if key in panels}
+    header += [*evaluated.values(), "Tokens/s, median", "Peak memory, GiB", "Skipped steps", "Noisy layers"]
     rows = []
     for run in runs:
-        known = {key: _known(run.metrics.get(key, [])) or [math.nan] for key in panels}
-        skipped = sum(_known(run.metrics.get("skipped_steps", []))) or math.nan
+        known = {key: finite(run.metrics.get(key, [])) or [math.nan] for key in panels}
+        skipped = sum(finite(run.metrics.get("skipped_steps", []))) or math.nan
         row: list[Any] = [run.name, run.steps[-1], *(known[key][-1] for key in losses)]
-        row += [[math.nan, *_known(run.evaluation[1])][-1], statistics.median(known["tokens_per_second"])]
+        row += [[math.nan, *finite(run.evaluations(key))][-1] for key in evaluated]
+        row.append(statistics.median(known["tokens_per_second"]))
         rows.append([*row, max(known["peak_memory_gib"]), skipped, noisy_layers(run)])
-    return _table(header, rows, colours=[_look(index)["color"] for index in range(len(runs))])
+    return table(header, rows, colours=[look_of(index)["color"] for index in range(len(runs))])
 
 
 def _settings(runs: Sequence[Run]) -> list[list[str]]:
@@ -248,51 +115,3 @@ def noisy_layers(run: Run) -> str:
         layers = [str(layer) for _, layer in group]
         words.append("-".join(dict.fromkeys((layers[0], layers[-1]))))
     return ", ".join(words) or ("–" if "noise_to_signal" in run.metrics else "none")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], colours: Sequence[str] = ()) -> str:
-    """An HTML table without the columns that no row has a value of; `colours` are dots before its rows."""
-    if not rows:
-        return "<p>none</p>"
-    cells = [[_cell(value) for value in row] for row in rows]
-    kept = [i for i in range(len(header)) if any(row[i] != "–" for row in cells)]
-    lines = ["".join(f"<th>{escape(header[i])}</th>" for i in kept)]
-    for place, row in enumerate(cells):
-        dot = f'<b style="background: {colours[place]}"></b>' if colours else ""
-        lines.append("".join(f"<td>{dot if i == 0 else ''}{escape(row[i])}</td>" for i in kept))
-    return "<div><table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
-
-
-def _cell(value: str | float) -> str:
-    if isinstance(value, str) or math.isnan(value):
-        return value if isinstance(value, str) else "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 or value % 1 == 0 else f"{value:.4g}"
-
-
-def _title(runs: Sequence[Run]) -> str:
-    return f"Training run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} training runs"
-
-
-def _known(values: Iterable[float]) -> list[float]:
-    return [value for value in values if not math.isnan(value)]
-
-
-def _has(run: Run, key: str) -> bool:
-    if key in BY_LAYER:
-        return bool(_known(getattr(layer, key) for layer in run.layers.values()))
-    return key in run.metrics or (key == "ce_loss" and bool(_known(run.evaluation[1])))
-
-
-def _by_layer(run: Run, key: str) -> dict[str, list[float]]:
-    return {"noise_to_signal": run.noise, "hidden_rms": run.sizes}.get(key, {})
-
-
-def _look(index: int) -> dict[str, Any]:
-    return dict(color=COLOURS[index % len(COLOURS)], linestyle="-" if index < len(COLOURS) else "-.")
-
-
-def _layer_colours(run: Run) -> dict[str, Any]:
-    from matplotlib import colormaps
-
-    places = [i / max(len(run.noise) - 1, 1) for i in range(len(run.noise))]  # darkest first, without the bright yellow
-    return {layer: colormaps["viridis"](0.85 * place) for layer, place in zip(run.noise, places, strict=True)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from noisefit.base.errors import InputError
-from noisefit.base.files import check_regular
-from noisefit.base.schema import EACH, INDEX, MEASURE, NUMBER, checked
+from noisefit.base.schema import EACH, INDEX, MEASURE, NUMBER
+from noisefit.report.files import ends_torn, read_bytes, read_lines, read_object
+from noisefit.report.records import RowsRecord, Sample, read_rows_record, read_samples
 
 LONGEST = 40  # letters of a run's name in the picture
 
 # What the files hold, for `checked`. Other keys are passed over.
 METRICS = "epoch loss ce_loss soft_loss consistency_loss rdrop_loss learning_rate grad_norm target_tokens"
-METRICS += " tokens_per_second noise_to_signal peak_memory_gib skipped_steps"
+METRICS += " tokens_per_second noise_to_signal peak_memory_gib skipped_steps token_accuracy entropy"
 BY_LAYER = {"layer_noise_to_signal": {EACH: MEASURE}, "hidden_rms": (MEASURE,)}  # the latter of the former's layers
 LINE = {"step": NUMBER} | dict.fromkeys(METRICS.split(), MEASURE) | BY_LAYER
-EVALUATION = {"step": NUMBER, "eval_ce_loss": MEASURE}
+# Of an evaluation: the key, and the panel that it is drawn in.
+EVALUATED = {"eval_token_accuracy": "token_accuracy", "eval_entropy": "entropy", "right_rate": "right_rate",
+             "wrong_rate": "wrong_rate"}  # fmt: skip
+EVALUATION = {"step": NUMBER, "eval_ce_loss": MEASURE} | dict.fromkeys(EVALUATED, MEASURE)
 SNR = {"snr": [MEASURE], "selected": [INDEX]}
 GRID = [{"scale": MEASURE, "kl": MEASURE, "score": MEASURE}]
 MEASURED = {"layer": INDEX, "scale": MEASURE, "best_score": MEASURE, "grid": GRID}
@@ -55,6 +58,10 @@ class Run:
         evaluation: steps and cross-entropies.
         layers: by index; empty where no file tells.
         settings: by name; empty where they were not recorded.
+        evaluated: by panel what else was measured at the steps of `evaluation`.
+        samples: answers that the run drew while it trained, in the order of the file.
+        rows: which rows it has, and which it left out; `None` where that was not recorded.
+        not_shown: what its files do not say, or not whole: sentences.
     """
 
     name: str
@@ -65,6 +72,14 @@ class Run:
     evaluation: tuple[list[float], list[float]]
     layers: dict[int, Layer]
     settings: dict[str, Any]
+    evaluated: dict[str, list[float]]
+    samples: list[Sample]
+    rows: RowsRecord | None
+    not_shown: list[str]
+
+    def evaluations(self, key: str) -> list[float]:
+        """What was measured of a panel's quantity at the steps of `evaluation`; empty where nothing was."""
+        return self.evaluation[1] if key == "ce_loss" else self.evaluated.get(key, [])
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
@@ -75,20 +90,22 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     """
     for folder in folders:
         if not os.path.isdir(folder):
-            what = "a file, expected the output folder of a run" if os.path.exists(folder) else "no such folder"
+            is_file = "a file, expected the output folder of a run; a file of answers goes behind --answers"
+            what = is_file if os.path.exists(folder) else "no such folder"
             raise InputError(f"{folder}: {what}")
     different = {os.path.realpath(folder): Path(folder) for folder in reversed(folders)}
     paths = list(reversed(different.values()))
     return [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
 
 
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """Of each path the last parts that tell it from the others, without those that all of them end with."""
+def short_names(folders: Sequence[Path], keep_last: bool = False) -> list[str]:
+    """Of each path the last parts that tell it from the others, without those that all of them end with, but for the
+    last where that is to be kept."""
     ends = [Path(os.path.abspath(folder)).parts for folder in folders]
-    for kept in range(max(map(len, ends)), 0, -1):
+    for kept in range(max(map(len, ends), default=0), 0, -1):
         cut = [end[-kept:] for end in ends]
         ends = cut if len(set(cut)) == len(set(ends)) else ends
-    while len(ends) > 1 and all(len(end) > 1 for end in ends) and len({end[-1] for end in ends}) == 1:
+    while not keep_last and len(ends) > 1 and all(len(end) > 1 for end in ends) and len({end[-1] for end in ends}) == 1:
         ends = [end[:-1] for end in ends]
     names = [readable("/".join(end)) for end in ends]
     half = LONGEST // 2
@@ -107,7 +124,7 @@ def read_run(folder: Path, name: str) -> Run:
     Raises:
         InputError: as `read_runs`.
     """
-    content = _read(folder / "metrics.jsonl")
+    content = read_bytes(folder / "metrics.jsonl")
     if content is None:
         raise InputError(f"{folder}: it has no metrics.jsonl, so it is not the output folder of a run")
     losses = [name.decode() for name in re.findall(rb'"(\w+_loss)"', content)]  # an edited loop may have others
@@ -116,6 +133,8 @@ def read_run(folder: Path, name: str) -> Run:
     if not lines:
         raise InputError(f"{folder / 'metrics.jsonl'}: no step was logged yet")
     evaluations = read_lines(folder / "eval_metrics.jsonl", EVALUATION)
+    layers = read_layers(folder)
+    samples, unreadable = read_samples(folder / "samples.jsonl")
     of_layers = [line.pop("layer_noise_to_signal") for line in lines]
     rms = [
         dict(zip(values, line.pop("hidden_rms"), strict=False)) for values, line in zip(of_layers, lines, strict=True)
@@ -136,9 +155,36 @@ def read_run(folder: Path, name: str) -> Run:
         noise={key: values for key, values in noise.items() if not all(map(math.isnan, values))},
         sizes={key: values for key, values in sizes.items() if not all(map(math.isnan, values))},
         evaluation=([line["step"] for line in evaluations], [line["eval_ce_loss"] for line in evaluations]),
-        layers=read_layers(folder),
+        layers=layers,
         settings=read_object(folder / "noisefit_config.json", {}) or {},
+        evaluated={
+            panel: values
+            for key, panel in EVALUATED.items()
+            if not all(map(math.isnan, values := [line[key] for line in evaluations]))
+        },
+        samples=samples,
+        rows=read_rows_record(folder / "rows.json"),
+        not_shown=[*_not_there(folder, layers), *unreadable],
     )
+
+
+# What a page lacks without a file, and why it may not be there.
+OPTIONAL = {
+    "noisefit_config.json": "its settings",
+    "layer_snr.json": "its layers",
+    "eval_metrics.jsonl": "an evaluation (the run has no rows for one, or did not come to it yet)",
+    "samples.jsonl": "samples (--sample_steps of train_loop.py has a run draw them)",
+    "rows.json": "which rows were left out (the run is older than this record; it said so on its screen)",
+}
+
+
+def _not_there(folder: Path, layers: Mapping[int, Layer]) -> list[str]:
+    lines = [f"There is no {name}: the page does not show {what}." for name, what in OPTIONAL.items()
+             if not (folder / name).exists() and not (name == "layer_snr.json" and layers)]  # fmt: skip
+    torn = [name for name in ("metrics.jsonl", "eval_metrics.jsonl", "samples.jsonl") if ends_torn(folder / name)]
+    return lines + [
+        f"The last line of {name} is not whole: the run is writing it, or was stopped there." for name in torn
+    ]
 
 
 def read_layers(folder: Path) -> dict[int, Layer]:
@@ -171,52 +217,3 @@ def _own_point(entry: Mapping[str, Any] | None, given: float | None) -> tuple[fl
     key, wanted = ("score", best) if given is None else ("scale", given)
     there = [(point["scale"], point["kl"]) for point in entry["grid"] if math.isclose(point[key], wanted)]
     return best, *(there[0] if there else (math.nan if given is None else given, math.nan))
-
-
-def _parse(text: bytes) -> Any:
-    """What JSON says, without NaN and the infinities, and without halves of surrogate pairs, which cannot be drawn."""
-    value = json.loads(text, parse_constant=lambda name: None)
-    return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-
-
-def read_lines(path: Path, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, as `checked` gives them; none where there is no such file.
-
-    Raises:
-        InputError: a line is no such object. The last may be torn: a run is writing it right now.
-    """
-    rows = (_read(path) or b"").split(b"\n")
-    found = []
-    for number, text in enumerate(rows, 1):
-        if text.strip():
-            where = f"{path}: line {number}"
-            try:
-                found.append(checked(_parse(text), shape, where))
-            except (ValueError, RecursionError):
-                if number < len(rows):
-                    raise InputError(f"{where}: not JSON") from None
-    return found
-
-
-def read_object(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The object of a JSON file, as `checked` gives it; whole for an empty shape, `None` where there is no such file.
-
-    Raises:
-        InputError: it has no such object.
-    """
-    text = _read(path)
-    if text is None:
-        return None
-    try:
-        content = _parse(text)
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not JSON") from None
-    return content | checked(content, shape, str(path))
-
-
-def _read(path: Path) -> bytes | None:
-    check_regular(path)
-    try:
-        return path.read_bytes() if path.exists() else None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import noisefit
+from noisefit.base.settings import words_of
 from noisefit.fork.branches import NOISY
 from noisefit.run.settings import Settings
 
@@ -23,13 +24,16 @@ CARRIED = ("datasets", "language", "license", "license_name", "license_link")  #
 LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    settings: Settings, tokens: int, *, evaluation: Mapping[str, Any] | None = None, best_step: int | None = None
+) -> str:
     """The model card, Markdown with the hub's metadata header.
 
     Args:
         settings: of the run.
         tokens: supervised tokens that it trained on.
         evaluation: the line of `eval_metrics.jsonl` that belongs to these weights.
+        best_step: of which step they are, where they are those of the best evaluation.
     """
     whole, name = settings.full_finetune, settings.model
     base, output = json.dumps(name), json.dumps(settings.output_model)
@@ -39,6 +43,9 @@ def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any]
     load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({pinned}), {output})"
     if whole:
         load = f"AutoModelForCausalLM.from_pretrained({output})"
+    words = words_of(settings.train_data)  # of files and folders the names, as paths say nothing elsewhere
+    data = ", ".join(code(Path(word).name if Path(word).exists() else word) for word in words)
+    kept = f" It is that of step {best_step}, whose evaluation was the best." if best_step is not None else ""
     rows = "\n".join(f"| {code(name)} | {code(value)} |" for name, value in sorted(settings.record().items()))
     results = evaluation_results(settings, evaluation or {})
     metadata = ModelCardData(
@@ -52,12 +59,11 @@ def model_card(settings: Settings, tokens: int, *, evaluation: Mapping[str, Any]
 
 # {code(Path(settings.output_model).resolve().name)}
 
-{"A full model" if whole else "A LoRA adapter"} for {code(name)}{at}, trained on
-{code(Path(settings.train_data).name)} with the NoiseFiT trainer
+{"A full model" if whole else "A LoRA adapter"} for {code(name)}{at}, trained on {data} with the NoiseFiT trainer
 ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)), `--loss_mode {settings.loss_mode}`:
 {what_it_learnt(settings)}.
-It saw {tokens:,} supervised tokens. `layer_snr.json` has the signal-to-noise ratio of every layer and the layers that
-got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
+It saw {tokens:,} supervised tokens.{kept} `layer_snr.json` has the signal-to-noise ratio of every layer and the layers
+that got noise, `metrics.jsonl` the losses. The tokenizer's chat template is the prompt format of the training.
 
 {fence(f"model = {load}")}
 {evaluation_table(results)}
@@ -71,13 +77,13 @@ NoiseFiT {noisefit.__version__}, torch {torch.__version__.split("+")[0]}.
 """
 
 
-def merged_card(name: str, base: str, adapter: Path, dtype: str, lines: Iterable[str]) -> str:
+def merged_card(name: str, base: str, revision: str | None, adapter: Path, dtype: str, lines: Iterable[str]) -> str:
     """The card of a model that an adapter was merged into; what the adapter's card says of data, evaluation, language
     and license goes along.
 
     Args:
         name: of the merged model.
-        base: the model that it was merged into.
+        base, revision: the model that it was merged into, and which of its revisions on the hub.
         adapter: its folder.
         dtype: of the saved weights.
         lines: what was found in merging, in words.
@@ -89,6 +95,7 @@ def merged_card(name: str, base: str, adapter: Path, dtype: str, lines: Iterable
         tags=["noisefit", "merged"] if recorded else ["merged"], eval_results=results or None,
         model_name=name if results else None, **{key: known.get(key) for key in CARRIED},
     )  # fmt: skip
+    at = f" at {code(revision)}" if revision else ""
     own = " `noisefit_config.json` has the settings of the adapter's training." if recorded else ""
     found = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)
     return f"""---
@@ -97,7 +104,7 @@ def merged_card(name: str, base: str, adapter: Path, dtype: str, lines: Iterable
 
 # {code(name)}
 
-{code(base)} with the adapter {code(adapter.resolve().name)} merged into its weights, in {dtype}, by the NoiseFiT
+{code(base)}{at} with the adapter {code(adapter.resolve().name)} merged into its weights, in {dtype}, by the NoiseFiT
 trainer ([arXiv 2504.03302](https://arxiv.org/abs/2504.03302)).{own}
 
 {found}
@@ -139,7 +146,7 @@ def evaluation_results(settings: Settings, line: Mapping[str, Any]) -> list[Eval
 
     The data is named by its file, or its name on the hub, and never by its whole path.
     """
-    data = _words(settings.eval_data or settings.train_data)
+    data = words_of(settings.eval_data or settings.train_data)
     kind = hub_name(data[0]) or LOADERS.get(Path(data[0]).suffix.lower(), "text")
     named = ", ".join(hub_name(word) or Path(word).name for word in data)
     named += "" if settings.eval_data else " (held out)"
@@ -152,10 +159,6 @@ def evaluation_results(settings: Settings, line: Mapping[str, Any]) -> list[Eval
         )
         for name, value in figures.items()
     ]  # fmt: skip
-
-
-def _words(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 def evaluation_table(results: Iterable[EvalResult], about: str = "") -> str:
@@ -180,7 +183,7 @@ def hub_name(name: str) -> str | None:
 
 def hub_names(names: str | Sequence[str]) -> list[str] | None:
     """Those of the names that are the hub's; `None` where none is, for a card that then does not have them."""
-    return [found for found in map(hub_name, _words(names)) if found] or None
+    return [found for found in map(hub_name, words_of(names)) if found] or None
 
 
 def code(value: object) -> str:

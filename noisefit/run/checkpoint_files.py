@@ -19,17 +19,18 @@ from noisefit.base.errors import InputError, notice
 from noisefit.base.files import ends_of
 from noisefit.base.schema import AMOUNT, ANY, COUNT, EACH, INTEGER, OBJECT, TEXT, Maybe, checked, require
 from noisefit.fork.branches import STRATEGIES
+from noisefit.inputs.examples import Examples, rows_digest
 from noisefit.inputs.prompts import Example
-from noisefit.inputs.stored import StoredExamples, rows_digest
 from noisefit.run.method_settings import POLICIES
 from noisefit.run.noise_policy import POLICY_SHAPE, policy_from, read_policy
 from noisefit.run.settings import Settings
+from noisefit.run.standing import STANDING_SHAPE
 
 STATE, OPTIMIZER, PROCESSES = "checkpoint.json", "optimizer.safetensors", "processes.safetensors"
 TEACHER = "teacher.safetensors"  # the weights of a teacher that has its own
 SCORES = "knowledge.csv"  # what the base model knows of the rows, where the run goes by it
 LOOP_SHAPE = {**dict.fromkeys(("step", "total_steps", "seen_targets", "bad_steps"), COUNT), "strategy": TEXT,
-              "policy": POLICY_SHAPE}  # fmt: skip
+              "policy": POLICY_SHAPE, "standing": STANDING_SHAPE}  # fmt: skip
 METRICS_SHAPE = {**dict.fromkeys(("steps", "skipped", "targets", "tokens"), COUNT), "seconds": AMOUNT,
                  "noisy_steps": [COUNT], "told": COUNT}  # fmt: skip
 STATE_SHAPE = {"saved_at": INTEGER, "run": OBJECT, "loop": LOOP_SHAPE, "metrics": METRICS_SHAPE,
@@ -40,13 +41,15 @@ STATE_SHAPE = {"saved_at": INTEGER, "run": OBJECT, "loop": LOOP_SHAPE, "metrics"
 FREE = {
     "model", "model_revision", "train_data", "eval_data", "output_model", "overwrite_output", "trust_remote_code",
     "max_steps", "epochs", "max_bad_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
-    "logging_steps", "eval_steps", "report_to", "run_name", "batch_size", "gradient_accumulation_steps",
-    "loss_chunk_size", "gradient_checkpointing", "attn_implementation",
+    "logging_steps", "eval_steps", "patience", "sample_steps", "sample_prompts", "report_to", "run_name",
+    "batch_size", "gradient_accumulation_steps", "loss_chunk_size", "gradient_checkpointing", "attn_implementation",
+    "eval_data_split", "revision",
 }  # fmt: skip
 # They count where the rows differ, and explain it.
-OF_THE_ROWS = {"max_length", "chat_template", "loss_on"}
+OF_THE_ROWS = {"max_length", "chat_template", "loss_on", "long_rows", "columns", "data_weights", "eval_split", "split",
+               "dataset_config"}  # fmt: skip
 ROWS, FILES, EVALUATION = "rows of --train_data", "files of --model", "rows of --eval_data"
-NOTED = (EVALUATION,)  # changes that are said and no reason to refuse
+NOTED = (EVALUATION,)  # changes that are said and no reason to refuse, but where the best is kept
 
 
 def find_checkpoint(
@@ -226,7 +229,8 @@ def checked_state(state: Any, where: str) -> dict[str, Any]:
     require(found["schedule"]["last_epoch"] <= loop["step"], where, "last_epoch is more than step")
     require(loop["strategy"] in STRATEGIES, where, f"strategy is none of {', '.join(STRATEGIES)}")
     policy_from(loop["policy"], f"{where}: policy", len(metrics["noisy_steps"]) - 1, found["run"])
-    require(all(name == Path(name).name for name in files), where, "files are not names")
+    elsewhere = [name for name in files if ".." in Path(name).parts or Path(name).is_absolute()]
+    require(not elsewhere, where, "files are not names")
     weights = any(name.startswith(("adapter_model.", "model")) for name in files)
     require({OPTIMIZER, PROCESSES} <= set(files) and weights, where, "files are lacking")
     return found
@@ -262,7 +266,8 @@ def identify_run(
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs, in words; for digests only that they do."""
-    same = set(NOTED) | (OF_THE_ROWS if before.get(ROWS) == now.get(ROWS) else set())
+    same = set() if now.get("keep_best") else set(NOTED)
+    same |= OF_THE_ROWS if before.get(ROWS) == now.get(ROWS) else set()
     found = []
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
@@ -271,12 +276,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif old != new and name == FILES and " at " in f"{old}" and " at " in f"{new}":  # both are of the hub
             found.append(f"--model is {new} and was {old}: --model_revision takes a commit")
         elif old != new and name not in same:
-            found.append(f"the {name} have changed" if name in (ROWS, FILES) else f"{name} was {old} and is {new}")
+            digests = ROWS, FILES, EVALUATION
+            found.append(f"the {name} have changed" if name in digests else f"{name} was {old} and is {new}")
     return found
 
 
 def _digest_of_rows(examples: Sequence[Example]) -> str:
-    return examples.digest if isinstance(examples, StoredExamples) else rows_digest(examples)
+    return examples.digest if isinstance(examples, Examples) else rows_digest(examples)
 
 
 def _model_digest(name: str, revision: str | None) -> str:

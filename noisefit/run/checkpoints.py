@@ -45,6 +45,7 @@ from noisefit.run.checkpoint_files import (
 )
 from noisefit.run.metrics import LINES, Metrics
 from noisefit.run.output_folder import OutputFolder
+from noisefit.run.standing import BEST, copy_best
 from noisefit.run.weights import (
     check_optimizer,
     gather_optimizer,
@@ -136,7 +137,10 @@ class Checkpoints:
             for name in (*LINES, SCORES):
                 if (self.output.path / name).exists():
                     shutil.copyfile(self.output.path / name, staged / name)
-            state["files"] = {path.name: digest_of(path) for path in sorted(staged.iterdir())}
+            if self.run.get("keep_best") and state["loop"]["standing"]["best"] is not None:
+                copy_best(self.output, staged / BEST)
+            files = sorted(path for path in staged.rglob("*") if path.is_file())
+            state["files"] = {path.relative_to(staged).as_posix(): digest_of(path) for path in files}
             (staged / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             sync_folder(staged)
             self.output.place_folder(staged, folder.name)

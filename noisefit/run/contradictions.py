@@ -64,6 +64,22 @@ def check_objective(settings: Settings) -> None:
         raise InputError(f"--{noiseless[0]} 0 leaves --loss_mode {settings.loss_mode} nothing to learn; give it noise")
 
 
+def check_evaluation(settings: Settings) -> None:
+    """Refuse settings of the evaluation that cannot do anything.
+
+    Raises:
+        InputError: as said.
+    """
+    wanted = [name for name in ("sample_steps", "keep_best", "patience") if getattr(settings, name)]
+    wanted += ["eval_metric"] if settings.scores_answers else []
+    if wanted and not settings.eval_data and not settings.eval_split:
+        raise InputError(f"--{wanted[0]} goes by evaluation rows, and there are none; give --eval_data or --eval_split")
+    if settings.loss_on == "all" and (settings.sample_steps or settings.scores_answers):
+        flag = "sample_steps" if settings.sample_steps else f"eval_metric {settings.eval_metric}"
+        raise InputError(f"--{flag} answers prompts, and under --loss_on all a row is one text, without a prompt and a "
+                         "response; leave one of them out")  # fmt: skip
+
+
 def _check_teacher(settings: Settings) -> None:
     objective, flag = settings.objective, f"--teacher {settings.teacher}"
     if settings.cache_teacher and settings.teacher != BASE:
@@ -116,6 +132,8 @@ def without_effect(settings: Settings) -> str | None:
         "branches": len(objective.branches) > 1,
         "teacher_decay": settings.teacher == EMA,
         "rdrop_dropout": DROPOUT in objective.branches,
+        "sample_prompts": bool(settings.sample_steps),
+        "sample_tokens": bool(settings.sample_steps) or settings.scores_answers,
     }
     changed = not_default(settings)
     idle = [f"--{name}" for name in settings.record() if name in changed and not used.get(name, True)]

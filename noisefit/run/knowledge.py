@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from accelerate import Accelerator
@@ -27,11 +28,13 @@ from noisefit.inputs.probing import (
     read_scores,
     text_item,
 )
+from noisefit.inputs.sources import Table
 from noisefit.inputs.tables import Row, as_csv
 from noisefit.method.decisive import words
 from noisefit.method.knowledge import Item, Probe, score_all
 from noisefit.method.modes import part
 from noisefit.run.checkpoint_files import SCORES, asked_for
+from noisefit.run.left_out import LeftOut
 from noisefit.run.processes import progress_bar
 from noisefit.run.settings import Settings
 
@@ -42,8 +45,9 @@ Scores = list[dict[str, str]]
 
 
 def by_what_is_known(
-    settings: Settings, rows: list[Row], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
-) -> tuple[list[Row], str | None]:
+    settings: Settings, sources: Sequence[Table], rows: Sequence[list[Row] | None],
+    tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, left_out: LeftOut,
+) -> tuple[Sequence[list[Row] | None], str | None]:  # fmt: skip
     """The rows as `--unknown_rows` has them, with their responses and weights. All processes call it.
 
     The scores are those of the checkpoint that the run goes on from, those in the file of the rows, or else those of
@@ -51,12 +55,14 @@ def by_what_is_known(
 
     Args:
         settings: of the run.
-        rows: those of `--train_data`.
+        sources: those of `--train_data`.
+        rows: of each source.
         tokenizer: with its chat template.
         accelerator: of the run.
+        left_out: where the unknown rows are noted.
 
     Returns:
-        The rows, and the content of `knowledge.csv`; `None` under `keep`.
+        The rows of each source, and the content of `knowledge.csv`; `None` under `keep`.
 
     Raises:
         InputError: rows were edited since they were probed, have no score, have one mode and no `--unknown_below`, or
@@ -64,36 +70,46 @@ def by_what_is_known(
     """
     if settings.unknown_rows == "keep":
         return rows, None
-    path, resumed = settings.train_data, asked_for(settings)
+    resumed, path = asked_for(settings), ", ".join(map(str, sources))
     if resumed is not None and not (resumed / SCORES).exists():
         return rows, None  # a run that kept its rows: `find_checkpoint` says so
-    found = read_scores(path)
-    if found is not None:
-        probed, scores = found
-        if any(DIGEST not in cells for cells in scores):
-            notice(f"{path}: it has no column {DIGEST}, so whether rows were edited since their probe is not checked")
-        notice(f"{path}: its rows are probed already ({CHAT})")
-    elif resumed is not None:
+    found = [read_scores(source) for source in sources]
+    of_sources = [read_probe_rows(source)[1] if known is None else known[0]
+                  for source, known in zip(sources, found, strict=True)]  # fmt: skip
+    probed = [row for of_source in of_sources for row in of_source]
+    place = [(number, row.number) for number, of_source in enumerate(of_sources) for row in of_source]
+    for source, known in zip(sources, found, strict=True):
+        if known is not None:
+            if any(DIGEST not in cells for cells in known[1]):
+                notice(f"{source}: it has no column {DIGEST}, so whether rows were edited since their probe is not "
+                       "checked")  # fmt: skip
+            notice(f"{source}: its rows are probed already ({CHAT})")
+    if resumed is not None and None in found:
         before = read_scores(str(resumed / SCORES))
-        _, probed, _ = read_probe_rows(path)
         if before is None or [row.digest for row in before[0]] != [row.digest for row in probed]:
             raise InputError(f"{path}: its rows are not those that {resumed} was trained on; resume it with its own, "
                              "or start afresh in another --output_model")  # fmt: skip
         scores = before[1]
     else:
-        _, probed, _ = read_probe_rows(path)
-        scores = _probe(settings, probed, tokenizer, accelerator)
+        unscored = [row for known, of_source in zip(found, of_sources, strict=True) if known is None
+                    for row in of_source]  # fmt: skip
+        new = iter(_probe(settings, unscored, tokenizer, accelerator) if unscored else ())
+        scores = [cells for known, of_source in zip(found, of_sources, strict=True)
+                  for cells in (list(islice(new, len(of_source))) if known is None else known[1])]  # fmt: skip
     values = [float(cells[CHAT]) if cells[CHAT] else None for cells in scores]
     if not any(cells[CHAT] for cells in scores):
         raise InputError(f"{path}: no row has a {CHAT}, as nothing decisive is within --max_length; raise that, or "
                          "give --unknown_rows keep")  # fmt: skip
-    threshold = _threshold(settings, [value for value in values if value is not None])
-    unknown = {row.number for row, value in zip(probed, values, strict=True) if value is not None and value < threshold
-               and words(row.response) != words(settings.refusal)}  # fmt: skip
-    _say(settings, threshold, [(row, cells) for row, cells in zip(probed, scores, strict=True)], unknown)
-    treated = [_treated(settings, row) if row.number in unknown else row for row in rows]
-    left = [row for row in treated if row is not None]
-    if not left:
+    threshold = _threshold(settings, path, [value for value in values if value is not None])
+    below = [value is not None and value < threshold and words(row.response) != words(settings.refusal)
+             for row, value in zip(probed, values, strict=True)]  # fmt: skip
+    numbers = [row.number for row, is_below in zip(probed, below, strict=True) if is_below]
+    left_out.note_unknown(settings.unknown_rows, threshold, numbers, sum(value is None for value in values))
+    _say(settings, path, threshold, list(zip(probed, scores, below, strict=True)))
+    unknown = {where for where, is_below in zip(place, below, strict=True) if is_below}
+    left = [[treated for row in of_source or () if (treated := _treated(settings, row, (i, row.number) in unknown))]
+            for i, of_source in enumerate(rows)]  # fmt: skip
+    if not any(left):
         raise InputError(
             f"{path}: all rows are below --unknown_below {threshold:g}, so --unknown_rows drop leaves none"
         )
@@ -109,8 +125,10 @@ def _row_cells(row: ProbedRow) -> dict[str, str]:
     return {"prompt": row.prompt, "response": row.response} | more
 
 
-def _treated(settings: Settings, row: Row) -> Row | None:
-    """What becomes of a row that the model does not know."""
+def _treated(settings: Settings, row: Row, unknown: bool) -> Row | None:
+    """What becomes of a row."""
+    if not unknown:
+        return row
     if settings.unknown_rows == "drop":
         return None
     if settings.unknown_rows == "refuse":
@@ -118,27 +136,27 @@ def _treated(settings: Settings, row: Row) -> Row | None:
     return replace(row, weight=settings.unknown_weight)
 
 
-def _threshold(settings: Settings, values: Sequence[float]) -> float:
+def _threshold(settings: Settings, path: str, values: Sequence[float]) -> float:
     if settings.unknown_below is not None:
         return settings.unknown_below
     parting = part(np.array(values))
     if parting.threshold is None:
-        raise InputError(f"{settings.train_data}: what the base model knows of its rows does not part in two groups "
+        raise InputError(f"{path}: what the base model knows of its rows does not part in two groups "
                          f"({parting.why}); give --unknown_below, or --unknown_rows keep")  # fmt: skip
     return parting.threshold
 
 
 def _say(
-    settings: Settings, threshold: float, rows: Sequence[tuple[ProbedRow, dict[str, str]]], unknown: set[int]
+    settings: Settings, path: str, threshold: float, rows: Sequence[tuple[ProbedRow, dict[str, str], bool]]
 ) -> None:
     what = {"drop": "left out", "refuse": f"trained with the answer {settings.refusal.strip()!r}",
             "weight": f"trained with weight {settings.unknown_weight:g}"}[settings.unknown_rows]  # fmt: skip
     given = "" if settings.unknown_below is not None else ", where the rows part"
-    examples = [f"{row.prompt[:60]!r} ({float(cells[CHAT]):.2f})" for row, cells in rows if row.number in unknown]
+    examples = [f"{row.prompt[:60]!r} ({float(cells[CHAT]):.2f})" for row, cells, unknown in rows if unknown]
     such = f", such as {', '.join(examples[:EXAMPLES])}" if examples else ""
-    unscored = sum(not cells[CHAT] for _, cells in rows)
+    unscored = sum(not cells[CHAT] for _, cells, _ in rows)
     notice(
-        f"{settings.train_data}: the base model does not know {len(unknown)} of {len(rows)} rows (below {threshold:.4g}"
+        f"{path}: the base model does not know {len(examples)} of {len(rows)} rows (below {threshold:.4g}"
         f"{given}): {what}{such}",
         f"{unscored} rows have no {CHAT}, as nothing decisive was within --max_length, and stay as they are"
         if unscored

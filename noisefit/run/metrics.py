@@ -1,11 +1,13 @@
-"""Metrics: a line a logged step in `metrics.jsonl`, and the same numbers to the trackers where asked."""
+"""Metrics: a line a logged step in `metrics.jsonl`, and the same numbers to the trackers where asked; likewise
+evaluations, and the answers to sampled prompts."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from noisefit.base.errors import notice
-from noisefit.base.files import append_json_line
+from noisefit.base.files import append_json_line, append_whole
 from noisefit.fork.hooks import EMBEDDING
+from noisefit.fork.tally import TokenTally
 from noisefit.method.losses import add_losses
 from noisefit.method.objectives import LOSSES
 from noisefit.run.memory import peak_memory
 from noisefit.run.runaway import describe_runaway
 from noisefit.run.settings import Settings
 
-LINES = ("metrics.jsonl", "eval_metrics.jsonl")  # the files, in the output folder
+LINES = ("metrics.jsonl", "eval_metrics.jsonl", "samples.jsonl")  # the files, in the output folder
 
 
 class Metrics:
@@ -38,7 +41,7 @@ class Metrics:
 
     def __init__(self, accelerator: Accelerator, output: Path, num_layers: int, settings: Settings):
         self.accelerator, self.num_layers, self.settings = accelerator, num_layers, settings
-        self.path, self.eval_path = (output / name for name in LINES)
+        self.path, self.eval_path, self.samples_path = (output / name for name in LINES)
         # Of each layer, as below, the noise to signal of its first step with noise, NaN before; and whether a growth of
         # one was told.
         self._start = torch.full((num_layers + 1,), math.nan, device=accelerator.device)
@@ -53,11 +56,12 @@ class Metrics:
         self._sizes = torch.zeros(self.num_layers + 1, 2, device=self.accelerator.device)
         self._noisy_steps = [0] * (self.num_layers + 1)
         self._steps = self._skipped = self._targets = self._tokens = 0
+        self._predicted: tuple[Tensor, int] | None = None  # of the line's own step; it is not kept in checkpoints
         self._since = time.perf_counter()
 
     def add_step(
         self, loss: Tensor, losses: Mapping[str, Tensor], noise_sizes: Mapping[int, Tensor], target_tokens: int,
-        tokens: int, skipped: bool,
+        tokens: int, skipped: bool, tally: TokenTally | None = None,
     ) -> None:  # fmt: skip
         """Add an optimizer step.
 
@@ -67,6 +71,7 @@ class Metrics:
             noise_sizes: of the noisy layers `[2]`: noise to signal, and the hidden states' root mean square.
             target_tokens, tokens: the step's supervised and real tokens, over all processes.
             skipped: its numbers were not finite and its gradient was not used; it is counted, and nothing else.
+            tally: how well its supervised tokens are predicted, this process's share; where its line is due.
         """
         self._tokens += tokens
         if skipped:
@@ -80,6 +85,7 @@ class Metrics:
             self._noisy_steps[layer] += 1
         self._steps += 1
         self._targets += target_tokens
+        self._predicted = None if tally is None else (tally.sums, target_tokens)
 
     def log(self, step: int, epoch: float, learning_rate: float, grad_norm: Tensor) -> dict[str, Any]:
         """Write the line of a step. All processes call it.
@@ -90,13 +96,16 @@ class Metrics:
 
         Returns:
             The line. `loss` is the one that was optimized. It and the losses that it is made of are means over the
-            supervised tokens since the last line, but for skipped steps. `target_tokens` counts these tokens;
+            supervised tokens since the last line, but for skipped steps. `token_accuracy` and `entropy` are those of
+            this step, as they take a pass over the logits. `target_tokens` counts the tokens since the last line;
             `tokens_per_second` counts real ones, prompts included, over all processes. `None` stands for what is not
-            finite, for losses that the objective does not have, and for all losses where every step was skipped.
+            finite, for losses that the objective does not have, for all losses where every step was skipped, and for
+            what was not counted.
         """
         names = sorted(self._losses)
-        sums = torch.stack([self._loss, *(self._losses[name] for name in names)])
-        loss, *losses = self.accelerator.reduce(sums, "sum").tolist()
+        predicted, counted = self._predicted or (torch.full_like(self._sizes[0], math.nan), 1)
+        sums = torch.stack([self._loss, *(self._losses[name] for name in names), *predicted])
+        loss, *losses, hits, entropy = self.accelerator.reduce(sums, "sum").tolist()
         means = {name: value / self._targets for name, value in zip(names, losses, strict=True)}
         sizes = self.accelerator.reduce(self._sizes, "mean").tolist()
         memory = self.accelerator.gather(torch.tensor([peak_memory(self.accelerator.device)], device=self._loss.device))
@@ -110,6 +119,8 @@ class Metrics:
             "epoch": round(epoch, 4),
             "loss": loss / self._targets if self._targets else None,
             **{f"{name}_loss": means.get(name) for name in dict.fromkeys((*LOSSES, *names))},
+            "token_accuracy": _finite(hits / counted),
+            "entropy": _finite(entropy / counted),
             "learning_rate": learning_rate,
             "grad_norm": _finite(float(grad_norm)),
             "target_tokens": self._targets,
@@ -166,13 +177,30 @@ class Metrics:
         yield
         self._since += time.perf_counter() - start
 
-    def log_evaluation(self, step: int, epoch: float, ce_loss: float, target_tokens: int) -> None:
+    def log_evaluation(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
         """Write a line to `eval_metrics.jsonl`. All processes call it."""
-        ce = _finite(ce_loss)
-        line = {"step": step, "epoch": round(epoch, 4), "eval_ce_loss": ce, "eval_target_tokens": target_tokens}
+        line = {"step": step, "epoch": round(epoch, 4)} | {name: _finite(value) for name, value in figures.items()}
         if self.accelerator.is_main_process:
             append_json_line(self.eval_path, line)
-        self._track(line)
+        self._track({name: value for name, value in line.items() if value is not None})
+
+    def log_samples(
+        self, step: int, epoch: float, samples: Sequence[Mapping[str, Any]], figures: Mapping[str, float]
+    ) -> None:
+        """Write a line for each sampled prompt to `samples.jsonl`, all or none. All processes call it.
+
+        Args:
+            step, epoch: as for `log`.
+            samples: what the line is to say of each; none of them is a tensor.
+            figures: of all of them, for trackers, which get the texts, too, where they show any.
+        """
+        lines = [{"step": step, "epoch": round(epoch, 4)} | dict(sample) for sample in samples]
+        if self.accelerator.is_main_process and lines:
+            append_whole(self.samples_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        known = {f"samples/{name}": value for name, value in figures.items() if math.isfinite(value)}
+        self._track({"step": step} | known)
+        for tracker in self.accelerator.trackers if lines else ():
+            tracker.log_samples(lines, step)
 
     def _track(self, line: dict[str, Any]) -> None:
         self.accelerator.log(line, step=line["step"])

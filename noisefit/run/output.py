@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -15,23 +16,27 @@ from transformers import PreTrainedTokenizerBase
 
 import noisefit
 from noisefit.base.errors import InputError, on_main_process
-from noisefit.base.files import alone_in, sync_folder, writing
+from noisefit.base.files import alone_in, sync_folder, write_json, writing
 from noisefit.base.meeting import apart
+from noisefit.base.settings import words_of
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run.card import evaluation_of, model_card
-from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints
+from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints, read_state
 from noisefit.run.hub import push
+from noisefit.run.left_out import ROWS
 from noisefit.run.metrics import LINES
 from noisefit.run.noise_policy import as_file
 from noisefit.run.output_folder import PREVIOUS, SCRATCH, OutputFolder
-from noisefit.run.run_settings import KillSettings
+from noisefit.run.run_settings import METRICS, KillSettings
 from noisefit.run.settings import Settings
+from noisefit.run.standing import BEST, Best, bring_best, copy_best, drop_best
 from noisefit.run.weights import gather_weights, write_model
 
 # Every name that a run may write, besides those of its tokenizer's files.
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "model.safetensors", "model.safetensors.index.json")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # of a whole model
-RECORDS = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", SCORES, *LINES)
+CONFIG = "noisefit_config.json"
+RECORDS = (CONFIG, "layer_snr.json", "noise_policy.json", SCORES, ROWS, *LINES)
 CARD = ("README.md",)
 CACHE = "teacher_cache"  # of --cache_teacher, a folder
 
@@ -82,7 +87,7 @@ def check_output(settings: Settings, output: OutputFolder) -> None:
     if os.path.isdir(settings.model) and path.exists() and path.samefile(settings.model):
         raise InputError(f"{flag} is the base model's own folder; choose another one")
     shards = [shard.name for shard in path.glob("model-*-of-*.safetensors")]
-    kept = [f"{CACHE}/"] if settings.cache_teacher else []
+    kept = [*([f"{CACHE}/"] if settings.cache_teacher else []), *([f"{BEST}/"] if settings.keep_best else [])]
     _refuse_foreign(output, [*CARD, *RECORDS, *CONFIGURATIONS, *ADAPTER, *shards, f"{SCRATCH}/", *kept])
     held, checkpoints = [name for name in ADAPTER if (path / name).exists()], list_checkpoints(path)
     wanted = settings.resume_from_checkpoint
@@ -114,6 +119,7 @@ def _refuse_foreign(output: OutputFolder, names: Iterable[str]) -> None:
 def _check_replaced(model_name: str, output: OutputFolder, flag: str) -> None:
     """Refuse where what the run replaces holds the base model, or where there is no place to set it aside."""
     goes = [*(folder.resolve() for folder in output.checkpoints()), (output.path / PREVIOUS).resolve()]
+    goes += [(output.path / BEST).resolve()] if output.is_own(f"{BEST}/") else []
     model = Path(os.path.realpath(model_name))
     files = [Path(os.path.realpath(path)) for path in (model, *model.iterdir())] if model.is_dir() else []
     in_output = [path for path in files if path.parent == output.path.resolve() and output.is_own(path.name)]
@@ -151,7 +157,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def start_output(
     accelerator: Accelerator, settings: Settings, output: OutputFolder, policy: NoisePolicy, checkpoint: Path | None,
-    scores: str | None = None,
+    scores: str | None = None, rows: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Make the folder ready for a run, and write its settings and noise policy there. All processes call it.
 
@@ -163,6 +169,7 @@ def start_output(
         checkpoint: the run goes on from it, and its records with it; `None`: it starts afresh. What another run left
             is set aside as `previous_run`, until this one is saved.
         scores: the content of `knowledge.csv`; `None` where the run goes by no probe.
+        rows: the content of `rows.json`.
 
     Raises:
         LocalError: it cannot be written.
@@ -170,6 +177,8 @@ def start_output(
     with apart("making the output folder ready") as is_main:
         if is_main:
             _start_output(settings, output, checkpoint, scores)
+            if rows is not None:
+                output.write_json(ROWS, rows)
             write_policy(output, policy)
 
 
@@ -184,10 +193,15 @@ def _start_output(settings: Settings, output: OutputFolder, checkpoint: Path | N
                     output.copy(checkpoint / name, name)
                 else:
                     output.remove(name)
+        bring_best(output, checkpoint, read_state(checkpoint)["files"] if checkpoint is not None else ())
         output.expect(*LINES)
     if scores is not None:
         output.write_text(SCORES, scores)
-    output.write_json("noisefit_config.json", {"noisefit_version": noisefit.__version__} | settings.record())
+    output.write_json(CONFIG, _config(settings))
+
+
+def _config(settings: Settings) -> dict[str, Any]:
+    return {"noisefit_version": noisefit.__version__} | settings.record()
 
 
 def write_policy(output: OutputFolder, policy: NoisePolicy) -> None:
@@ -201,9 +215,11 @@ def write_policy(output: OutputFolder, policy: NoisePolicy) -> None:
 
 def save_model(
     accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings,
-    output: OutputFolder, tokens: int,
+    output: OutputFolder, tokens: int, best: Best | None = None,
 ) -> None:  # fmt: skip
     """Save the adapter (under `--full_finetune` the model) with its tokenizer and a model card. All processes call it.
+
+    Under `--keep_best` that is the one of the best evaluation, and its step is told in card and configuration.
 
     Weights go beside the final folder first and are moved in one by one, the adapter's weights last: a folder that
     holds them holds the rest too.
@@ -215,32 +231,49 @@ def save_model(
         settings: of the run.
         output: its folder.
         tokens: supervised tokens that the run trained on, for the card.
+        best: the best evaluation, whose model is kept; `None` where it is not, or there was none.
 
     Raises:
         InputError: it was trained on none.
-        LocalError: it cannot be written.
+        LocalError: it cannot be written, or somebody changed the one that was kept.
     """
     if not tokens:
         raise InputError("no step could be taken, so nothing was learnt and no model is saved; see the lines above")
-    weights = gather_weights(accelerator, model, adapter_only=not settings.full_finetune)
+    weights = {} if best else gather_weights(accelerator, model, adapter_only=not settings.full_finetune)
     with apart("saving the model") as is_main:
         if is_main:
             before = latest_whole(output.path)
             go_on = f"; free some space, and --resume_from_checkpoint latest goes on from {before and before.name}"
             with writing(output.path, go_on if before else ""), output.staging("model") as staged:
-                write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
-                card = model_card(settings, tokens, evaluation=evaluation_of(output.path / "eval_metrics.jsonl"))
+                if best:
+                    copy_best(output, staged)
+                    write_json(staged / CONFIG, _config(settings) | {"best": _told(settings, best)})
+                    tokens = best.tokens
+                else:
+                    write_model(staged, accelerator.unwrap_model(model).model, weights, tokenizer)
+                step = best.step if best else None
+                evaluation = evaluation_of(output.path / "eval_metrics.jsonl", step)
+                card = model_card(settings, tokens, evaluation=evaluation, best_step=step)
                 (staged / "README.md").write_text(card, encoding="utf-8")
                 sync_folder(staged)
                 output.move_in(staged)
                 output.drop_previous()
+                drop_best(output)
 
 
-def where_things_are(settings: Settings) -> list[str]:
+def _told(settings: Settings, best: Best) -> dict[str, Any]:
+    return {"step": best.step, "eval_metric": settings.eval_metric, "value": best.value}
+
+
+def where_things_are(settings: Settings, best: Best | None = None) -> list[str]:
     """What the run left and the next command, for the user's eyes."""
-    output, data = shlex.quote(settings.output_model), shlex.quote(settings.eval_data or settings.train_data)
+    files = [word for word in words_of(settings.eval_data) + words_of(settings.train_data) if Path(word).is_file()]
+    output, data = shlex.quote(settings.output_model), shlex.quote(files[0]) if files else "QUESTIONS.csv"
     what, flag = ("the model", "--model_id") if settings.full_finetune else ("the adapter", "--model_path")
+    metric = METRICS[settings.eval_metric]
+    kept = [f"{what} is that of step {best.step}, with the lowest {metric}: {best.value:.6g}"] if best else []
     return [
+        *kept,
         f"{output} holds {what} with its tokenizer and card, metrics.jsonl (losses) and layer_snr.json (layers)",
         f"pictures of it: python -m noisefit.report {output}",
         f"next, let it answer: accelerate launch generate.py {flag} {output} --input_csv {data}",

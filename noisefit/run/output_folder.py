@@ -13,6 +13,7 @@ from noisefit.base.errors import LocalError, notice
 from noisefit.base.files import fingerprint, replacing, sync_folder, write_json, writing
 from noisefit.run.checkpoint_files import STATE, list_checkpoints
 from noisefit.run.file_record import RECORD, Entry, is_as_written, read_record, write_record
+from noisefit.run.standing import drop_best
 
 SCRATCH = ".noisefit_unfinished"  # a folder of what is being written; what a kill leaves in it, the next run removes
 PREVIOUS = "previous_run"  # what --overwrite_output replaces, until it is replaced
@@ -62,6 +63,11 @@ class OutputFolder:
         """Whether a run wrote the folder of this name, and all its files are as they were then."""
         files: Any = self._entries.get(f"{folder}/")
         return bool(files) and all(is_as_written(self.path / folder / part, entry) for part, entry in files.items())
+
+    def parts(self, folder: str) -> list[str]:
+        """The files that a run wrote in the folder of this name, by their paths there."""
+        files: Any = self._entries.get(f"{folder}/")
+        return list(files or {})
 
     def foreign(self, names: Iterable[str]) -> list[str]:
         """Those of the names that are taken by what no run wrote, or by what was changed since."""
@@ -214,6 +220,7 @@ class OutputFolder:
                 (self.path / name).unlink()
         for folder in self.checkpoints():
             self.remove_folder(folder)
+        drop_best(self)
         self._forget(*own)
 
     def drop_previous(self) -> None:

@@ -22,14 +22,14 @@ from noisefit.inputs.templates import asks_for_date, check_chat_template, set_ch
 from noisefit.run.checkpoint_files import asked_for, find_checkpoint, identify_run, read_state
 from noisefit.run.compiling import check_compiling
 from noisefit.run.contradictions import without_effect
+from noisefit.run.evaluation import check_answering
 from noisefit.run.hub import check_repository, make_repository
-from noisefit.run.knowledge import by_what_is_known
 from noisefit.run.noise_policy import check_policy
 from noisefit.run.optimizers import try_optimizer
 from noisefit.run.output import check_checkpoint_names, check_output, check_tokenizer_names
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.processes import check_processes, start_accelerator
-from noisefit.run.rows import list_rows, make_rows
+from noisefit.run.rows import make_data, read_data, with_commits
 from noisefit.run.settings import Settings
 from noisefit.run.trackers import check_trackers
 
@@ -44,6 +44,7 @@ class Prepared:
         tokenizer: with its chat template.
         examples, eval_examples: the tokenized rows.
         scores: the content of `knowledge.csv`, by which the rows were chosen; `None` under --unknown_rows keep.
+        rows_record: the content of `rows.json`, which rows there are and which were left out.
         num_layers: decoder layers of the model.
         accelerator: of the launch.
         rows_per_step: of an optimizer step, over all micro-batches and processes.
@@ -58,6 +59,7 @@ class Prepared:
     examples: Sequence[Example]
     eval_examples: Sequence[Example]
     scores: str | None
+    rows_record: dict[str, Any]
     num_layers: int
     accelerator: Accelerator
     rows_per_step: int
@@ -79,10 +81,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_output(settings, output)
     check_trackers(settings.report_to)
     check_chat_template(settings.chat_template)
-    # What decides on rows needs them in a list; other large files are tokenized into one that lies on the disk.
-    rows = list_rows(settings.train_data, always=settings.unknown_rows != "keep")
-    eval_rows = list_rows(settings.eval_data)
-    settings = _at_its_commit(settings)
+    data = read_data(settings)
+    settings = _at_its_commit(with_commits(settings, data))
     where = model, trusted, settings.model_revision
     config, tokenizer = load_config(*where), load_tokenizer(*where)
     num_layers, vocabulary = check_model(settings, model, config, trusted)
@@ -102,12 +102,9 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
     check_tokenizer_names(tokenizer, output)
     stops = stop_token_ids(model, settings.model_revision)
-    scores = None
-    if rows is not None:
-        rows, scores = by_what_is_known(settings, rows, tokenizer, accelerator)
-    how = tokenizer, settings, vocabulary, stops, accelerator
-    examples = make_rows(settings.train_data, rows, *how)
-    eval_examples = make_rows(settings.eval_data, eval_rows, *how)
+    made = make_data(settings, data, tokenizer, vocabulary, stops, accelerator)
+    examples, eval_examples, scores, rows_record = made
+    check_answering(settings, config, accelerator, eval_examples)
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     total_steps = settings.epochs * steps_per_epoch(len(examples), rows_per_step)
@@ -118,8 +115,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     checkpoint = find_checkpoint(wanted, output.path, run, total_steps, starts_afresh=overwrite)
     check_checkpoint_names(settings, output, total_steps)
     make_repository(settings)
-    return Prepared(settings, config, tokenizer, examples, eval_examples, scores, num_layers, accelerator,
-                    rows_per_step, total_steps, run, checkpoint)  # fmt: skip
+    return Prepared(settings, config, tokenizer, examples, eval_examples, scores, rows_record, num_layers,
+                    accelerator, rows_per_step, total_steps, run, checkpoint)  # fmt: skip
 
 
 def _at_its_commit(settings: Settings) -> Settings:
@@ -138,7 +135,7 @@ def _within_positions(settings: Settings, config: PreTrainedConfig) -> Settings:
     limit, wanted = length_limit(config), settings.max_length
     if limit is None or wanted <= limit:
         return settings
-    notice(f"rows are cut at {limit} tokens, as {settings.model} has no more positions (--max_length {wanted})")
+    notice(f"rows have up to {limit} tokens, as {settings.model} has no more positions (--max_length {wanted})")
     return replace(settings, max_length=limit)
 
 

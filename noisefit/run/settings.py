@@ -22,18 +22,27 @@ from noisefit.base.command_line import (
 )
 from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
-from noisefit.base.settings import add_flags, check_fields, fields_of
+from noisefit.base.settings import add_flags, check_fields, fields_of, words_of
 from noisefit.inputs.lora import check_lora
 from noisefit.inputs.models import ModelSettings
 from noisefit.inputs.prompts import PromptSettings
 from noisefit.inputs.templates import check_date
-from noisefit.run.contradictions import check_hub, check_objective
+from noisefit.run.contradictions import check_evaluation, check_hub, check_objective
+from noisefit.run.data_settings import DataSettings, check_data
 from noisefit.run.method_settings import CalibrationSettings, KnowledgeSettings, LossSettings, NoiseSettings
 from noisefit.run.optimizers import optimizer_words
-from noisefit.run.run_settings import FileSettings, HubSettings, KillSettings, RecordSettings, StepSettings
+from noisefit.run.run_settings import (
+    EvaluationSettings,
+    FileSettings,
+    HubSettings,
+    KillSettings,
+    RecordSettings,
+    StepSettings,
+)
 
 GROUPS: dict[str, type] = {
     "what goes in and what comes out": FileSettings,
+    "the rows": DataSettings,
     "the method: the loss": LossSettings,
     "the method: the noise": NoiseSettings,
     "the method: noise that calibrates itself": CalibrationSettings,
@@ -42,6 +51,7 @@ GROUPS: dict[str, type] = {
     "the model": ModelSettings,
     "the prompts": PromptSettings,
     "kills": KillSettings,
+    "what is looked at while it trains": EvaluationSettings,
     "records": RecordSettings,
     "the hub": HubSettings,
 }
@@ -50,12 +60,13 @@ FIRST = ("model", "train_data", "eval_data", "output_model", "loss_mode", "unkno
          "learning_rate", "batch_size")  # fmt: skip
 # Of one run alone: a repetition of it has its own.
 NOT_REPEATED = ("resume_from_checkpoint", "overwrite_output", "push_to_hub", "hub_private")
+PASSED_OVER = ("noisefit_version", "best")  # what noisefit_config.json says besides
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(
-    HubSettings, RecordSettings, KillSettings, PromptSettings, ModelSettings, StepSettings, KnowledgeSettings,
-    CalibrationSettings, NoiseSettings, LossSettings, FileSettings,
+    HubSettings, RecordSettings, EvaluationSettings, KillSettings, PromptSettings, ModelSettings, StepSettings,
+    KnowledgeSettings, CalibrationSettings, NoiseSettings, LossSettings, DataSettings, FileSettings,
 ):  # fmt: skip
     """All settings of a training, checked: each value, and those that contradict each other.
 
@@ -69,7 +80,7 @@ class Settings(
         check_fields(self)
         object.__setattr__(self, "auto_scale_factors", sorted(set(self.auto_scale_factors)))
         for name in ("model", "train_data"):
-            if not getattr(self, name):
+            if not all(words_of(getattr(self, name))):
                 raise InputError(f"--{name} is required; see --help")
         if self.quantization != "none" and self.full_finetune:
             raise InputError("--full_finetune cannot train quantized weights; leave out --quantization")
@@ -77,7 +88,9 @@ class Settings(
             raise InputError("--refusal is empty; give the answer that unknown rows are to get")
         if self.prompt_date is not None:
             check_date(self.prompt_date)
+        check_data(self)
         check_objective(self)
+        check_evaluation(self)
         check_hub(self)
         object.__setattr__(self, "lora", check_lora(self))
         object.__setattr__(self, "optim_args", optimizer_words(self.optim_args))
@@ -93,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags, grouped by what they touch, each with what it does to the method."""
     parser = OneLineParser(
         prog="train_loop.py",
-        usage="accelerate launch train_loop.py --model MODEL --train_data FILE [options]",
+        usage="accelerate launch train_loop.py --model MODEL --train_data DATA [options]",
         description="Fine-tune a causal language model with NoiseFiT (arXiv 2504.03302). Start it with `accelerate "
         "launch`, which sets devices, processes and mixed precision.",
         formatter_class=HelpFormatter,
@@ -123,5 +136,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
             each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = without_token(dict(parse_flags(build_parser(), argv, passed_over=("noisefit_version",))))
+    of_answers = {"input_csv": "answers, for generate.py"}
+    given = without_token(dict(parse_flags(build_parser(), argv, PASSED_OVER, of_answers)))
     return Settings(**{"model": "", "train_data": ""} | given)

@@ -7,6 +7,7 @@ while training and the others go on. It is the main process alone that has any.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,19 @@ class Tracker:
                 self.tracker.log(values, step=step)
             except Exception as error:  # as in `begin`
                 self._fail(f"failed at step {step}", error)
+
+    def log_samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Answers to sampled prompts, where it has a place for texts: a table, or in TensorBoard a text."""
+        try:
+            if hasattr(self.tracker, "log_table"):
+                rows = [list(sample.values()) for sample in samples]
+                self.tracker.log_table("samples", list(samples[0]), rows, step=step)
+            elif self.tracker is not None and self.name == "tensorboard":
+                texts = [f"{sample['prompt']}\n\n> {sample['generated_response']}\n\n({sample['outcome']}; reference: "
+                         f"{sample['response']})" for sample in samples]  # fmt: skip
+                self.tracker.log({"samples": "\n\n---\n\n".join(texts)}, step=step)
+        except Exception as error:  # as in `begin`
+            self._fail(f"failed at step {step}", error)
 
     def finish(self) -> None:
         """The run is at its end."""

@@ -4,19 +4,21 @@ import csv
 import json
 import math
 import signal
+import sys
 import time
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 import torch
-from running import call, launch, python, run, run_generate, start_program, wait, words
+from running import call, launch, run, run_generate, start_program, wait, words
 from tiny_folder import tiny_folder
 from transformers import AutoTokenizer
 
 import generate
 from noisefit.answers.jobs import Abstention, Answer
-from noisefit.answers.journal import Journal, write_answers
+from noisefit.answers.journal import Journal
+from noisefit.answers.output import write_answers
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.base.errors import InputError
 from noisefit.score import score
@@ -58,7 +60,7 @@ def test_the_csv_has_the_inputs_columns_and_every_round_in_order(adapter, asked,
     assert all(float(row["logprob"]) < 0 and 1 <= int(row["tokens"]) <= 10 for row in rows)
     assert [(row["id"], row["round"]) for row in rows] == [(str(i), str(r)) for i in range(13) for r in (1, 2, 3)]
     assert rows[4]["response"] == "It is, so 1" and len({row["generated_response"] for row in rows}) > 13
-    assert {path.name for path in tmp_path.iterdir()} == {"asked.csv", "out.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"asked.csv", "out.csv", "out.csv.settings.json"}
 
 
 @pytest.mark.slow
@@ -490,8 +492,10 @@ def test_bad_flags(flags, message):
 
 
 @pytest.mark.slow
-def test_bad_input_ends_in_one_line_and_status_2(tmp_path):
-    done = python("generate.py", "--model_path", str(tmp_path / "missing"), "--input_csv", str(tmp_path / "q.csv"))
+def test_bad_input_ends_in_one_line_and_status_2(tmp_path, monkeypatch):
+    argv = ["generate.py", f"--model_path={tmp_path / 'missing'}", f"--input_csv={tmp_path / 'q.csv'}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    done = call(lambda argv: generate.main())
     assert done.returncode == 2
     assert done.stderr == f"generate.py: error: --model_path {tmp_path}/missing: no such folder\n"
     for flags, message in [((), "give --model_path"), (("--model_id", "m"), "--input_csv is required")]:

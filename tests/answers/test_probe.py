@@ -28,12 +28,23 @@ from noisefit.probe import main
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def asked(tmp_path):
-    path = tmp_path / "asked.csv"
+def write_asked(path):
     lines = [f'{i},What is {"so " * (i % 4)}{i}?,"It is {"bcdefghijk"[: 1 + i % 9]}é{i}."' for i in range(13)]
     path.write_text("id,prompt,response\n" + "\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture
+def asked(tmp_path):
+    return write_asked(tmp_path / "asked.csv")
+
+
+@pytest.fixture(scope="module")
+def whole(llama_folder, tmp_path_factory):
+    """What one process that nobody kills makes of `asked`, with all that can be asked for."""
+    folder = tmp_path_factory.mktemp("whole")
+    probed(llama_folder, write_asked(folder / "asked.csv"), folder / "out.csv", **OPTIONS)
+    return folder / "out.csv"
 
 
 def rows_of(path):
@@ -97,11 +108,11 @@ def test_each_column_takes_one_pass_over_the_rows(llama_folder, asked, tmp_path,
 
 
 @pytest.mark.slow
-def test_any_batch_size_gives_the_same_file(llama_folder, asked, tmp_path):
-    for size in (0, 1, 3, 13):
+def test_any_batch_size_gives_the_same_file(whole, llama_folder, asked, tmp_path):
+    for size in (1, 3, 13):  # and the one that is chosen unasked
         probed(llama_folder, asked, tmp_path / f"{size}.csv", batch_size=size, **OPTIONS)
-        assert (tmp_path / f"{size}.csv").read_bytes() == (tmp_path / "0.csv").read_bytes()
-    rows = rows_of(tmp_path / "0.csv")
+        assert (tmp_path / f"{size}.csv").read_bytes() == whole.read_bytes()
+    rows = rows_of(whole)
     assert all(float(row["knowledge_spread"]) > 0 < float(row["knowledge_disagreement"]) for row in rows)
     assert {row["knowledge_samples"] for row in rows} <= {"0.0000", "0.5000", "1.0000"}
     other = probed(llama_folder, asked, tmp_path / "seed.csv", **OPTIONS, seed=1)
@@ -110,14 +121,13 @@ def test_any_batch_size_gives_the_same_file(llama_folder, asked, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_file_of_one(llama_folder, asked, tmp_path):
-    expected, found = tmp_path / "1.csv", tmp_path / "2.csv"
-    probed(llama_folder, asked, expected, **OPTIONS)
+def test_two_processes_give_the_file_of_one(whole, llama_folder, asked, tmp_path):
+    found = tmp_path / "2.csv"
     flags = words(model=llama_folder, train_data=asked, output=found, **OPTIONS)
     done = launch("-m", "noisefit.probe", *flags, processes=2)
     assert done.returncode == 0, done.stderr
     assert "processes: 2" in done.stderr and done.stdout.count("rows probed") == 1
-    assert found.read_bytes() == expected.read_bytes()
+    assert found.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow
@@ -137,9 +147,8 @@ def lines_in(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_probe_goes_on_where_it_stopped(llama_folder, asked, tmp_path):
+def test_a_killed_probe_goes_on_where_it_stopped(whole, llama_folder, asked, tmp_path):
     flags = dict(model=llama_folder, train_data=asked, batch_size=1, **OPTIONS)
-    expected = probed(llama_folder, asked, tmp_path / "whole.csv", **OPTIONS)
     output = tmp_path / "out.csv"
     partial, log = tmp_path / "out.csv.partial", tmp_path / "log"
     for wanted in (3, 20, 45):
@@ -151,7 +160,7 @@ def test_a_killed_probe_goes_on_where_it_stopped(llama_folder, asked, tmp_path):
     there = lines_in(partial)
     done = run_probe(llama_folder, asked, output, batch_size=2, **OPTIONS)
     assert f"going on with {partial}: {there} of " in done.stderr
-    assert rows_of(output) == expected and not partial.exists()
+    assert rows_of(output) == rows_of(whole) and not partial.exists()
 
 
 def test_unfinished_rows_of_another_probe_are_not_taken_over(llama_folder, asked, tmp_path):
@@ -286,7 +295,7 @@ def test_a_model_that_answers_tells_told_facts_from_untold_ones(tmp_path):
     import build
     import world
 
-    small = replace(world.ANSWERING, countries=30, layers=3, batch_rows=2, epochs=10)
+    small = replace(world.ANSWERING, countries=30, layers=3, batch_rows=2, epochs=7)
     build.build(tmp_path / "world", small, required=0.0)
     rows = probed(tmp_path / "world" / "model", tmp_path / "world" / "train.csv", tmp_path / "out.csv")
     told = [row["kind"] == "known" for row in rows]

@@ -37,6 +37,7 @@ def results(hidden: torch.Tensor, mask: torch.Tensor, strength: float) -> list[t
     return [scale.detach(), watched.grad, snr_base_std(hidden, strength, mask), noisy.float(), *sizes]
 
 
+@pytest.mark.slow
 def test_compiled_functions_give_what_they_give_as_they_are(counter, monkeypatch):
     given = []
     for rows, length in SIZES:

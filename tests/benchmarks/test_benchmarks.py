@@ -147,8 +147,7 @@ def test_memory_for_the_loss_grows_with_the_chunk_and_not_with_the_batch():
 
 def test_step_cost_runs_and_draws(tmp_path):
     picture = tmp_path / "cost.png"
-    command = [sys.executable, str(BENCHMARKS / "step_cost.py"), "--size", "tiny", "--rounds", "1"]
-    done = run_command([*command, "--picture", str(picture)])
+    done = call(step_cost.main, "--size", "tiny", "--rounds", 1, "--picture", picture)
     assert done.returncode == 0, done.stderr
     lines = {line[:32].strip(): line[32:].split() for line in done.stdout.splitlines()}
     assert lines["plain fine-tuning"][:3] == ["1.00", "1.00", "1.00"]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, call
+from running import ROOT, call, start_forking
 from sklearn.metrics import roc_auc_score
 from tiny_folder import byte_tokenizer
 from tiny_models import tiny_model
@@ -173,6 +174,7 @@ def test_sizes_have_every_switch_on():
 
 
 def run_compare(*arguments: object) -> subprocess.CompletedProcess[str]:
+    start_forking()
     return call(compare.main, *arguments)
 
 
@@ -238,14 +240,24 @@ def rows_of(path: Path) -> dict[tuple[str, str], dict[str, str]]:
     return {(row["seed"], row["method"]): row for row in rows}
 
 
-def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(tmp_path):
-    methods = ["basefit:epochs=1", "auto:epochs=1"]
-    flags = ["--size", "tiny", "--seeds", "1", "--first_seed", "7", "--methods", *methods]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run_compare("--output", whole, *flags)
+SEEDS = ["--size", "tiny", "--seeds", "1", "--first_seed", "7"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A comparison that nobody kills."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_compare("--output", folder, *SEEDS, "--methods", "basefit:epochs=1", "auto:epochs=1")
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_comparison_goes_on_where_it_was_killed_and_gives_the_same_rows(whole, tmp_path):
+    methods, killed = ["basefit:epochs=1", "auto:epochs=1"], tmp_path / "killed"
+    flags = [*SEEDS, "--methods", *methods]
     expected = rows_of(whole / "results.csv")
     assert set(expected) == {("7", method) for method in methods}
+    shutil.copytree(whole / "worlds", killed / "worlds")  # as a comparison that was stopped has them
 
     command = [sys.executable, str(WORLD_FOLDER / "compare.py"), "--output", str(killed), *flags, "--jobs", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -318,13 +330,14 @@ def test_two_comparisons_do_not_write_one_file(tmp_path):
     assert not (tmp_path / "out" / "worlds").exists()
 
 
-def test_a_run_that_fails_is_named_and_the_others_have_their_row(tmp_path):
+def test_a_run_that_fails_is_named_and_the_others_have_their_row(whole, tmp_path):
     methods = ["basefit:epochs=1", "snr_largest:num_noise_layers=9"]
-    done = run_compare("--output", tmp_path, "--size", "tiny", "--seeds", 1, "--brief", "--methods", *methods)
+    shutil.copytree(whole / "worlds", tmp_path / "worlds")
+    done = run_compare("--output", tmp_path, *SEEDS, "--brief", "--methods", *methods)
     assert done.returncode == 1
     assert "snr_largest:num_noise_layers=9: status 2: compare.py: error: --num_noise_layers 9" in done.stderr
     [(run, row)] = rows_of(tmp_path / "results.csv").items()
-    assert run == ("0", "basefit:epochs=1")
+    assert run == ("7", "basefit:epochs=1")
     asked = {name: not math.isnan(float(row[name])) for name in ("wrong_rate", "self_consistency", "train_accuracy")}
     assert asked == {"wrong_rate": True, "self_consistency": False, "train_accuracy": False}  # --brief
 

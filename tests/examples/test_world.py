@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from running import ROOT, call, launch, run_generate, words
+from running import ROOT, call, run, run_generate, words
 
 from noisefit import score
 
@@ -12,16 +12,12 @@ pytestmark = pytest.mark.slow
 WORLD = ROOT / "build" / "world"  # built by `make test`
 
 
-def test_training_on_half_of_the_world_answers_the_other_half(tmp_path):
+def test_training_on_half_of_the_world_answers_the_other_half(tmp_path, capsys):
     if not (WORLD / "facts.json").is_file():
         pytest.skip("no world; `make test` builds it, and so does: make build/world/facts.json")
-    settings = dict(
-        model=WORLD / "model", train_data=WORLD / "train.csv", output_model=tmp_path / "adapter", learning_rate=3e-3,
-        epochs=20,
-    )  # fmt: skip
-    done = launch("train_loop.py", *words(**settings), OMP_NUM_THREADS="2")
-    assert done.returncode == 0, done.stderr
-    assert "(fork); counting layers" in done.stderr
+    flags = dict(learning_rate=3e-3, epochs=20)
+    run(WORLD / "model", WORLD / "train.csv", tmp_path / "adapter", **flags)
+    assert "(fork); counting layers" in capsys.readouterr().err
     common = dict(input_csv=WORLD / "test.csv")
     base, adapted = tmp_path / "base.csv", tmp_path / "adapted.csv"
     for flags in (

@@ -18,8 +18,10 @@ from tiny_folder import byte_tokenizer
 from noisefit.base.errors import InputError, one_line_errors
 from noisefit.inputs import prompts, stored, storing
 from noisefit.inputs.batches import count_targets, cut_step, epoch_steps
+from noisefit.inputs.examples import Listed, rows_digest
 from noisefit.inputs.prompts import PromptSettings
-from noisefit.inputs.stored import StoredExamples, cache_folder, is_large, rows_digest
+from noisefit.inputs.sources import Source
+from noisefit.inputs.stored import StoredExamples, cache_folder, is_large
 from noisefit.inputs.templates import set_chat_template
 from noisefit.run.rows import list_rows, make_rows
 
@@ -56,7 +58,7 @@ def write(path: Path, rows: int = 60, last: str = "") -> Path:
     return path
 
 
-def both_ways(monkeypatch, capsys, path, tokenizer, vocabulary=300, stops=(5, 3)):
+def both_ways(monkeypatch, capsys, path, tokenizer, vocabulary=300, stops=(5, 3), long_rows="cut"):
     """For a list and for files: the rows or the error, and the lines that were said."""
     found = []
     for bytes_of_a_large_one in (10**9, 0):
@@ -64,7 +66,7 @@ def both_ways(monkeypatch, capsys, path, tokenizer, vocabulary=300, stops=(5, 3)
         try:
             rows = list_rows(str(path))
             assert (rows is None) == is_large(str(path)) == (bytes_of_a_large_one == 0)
-            result = make_rows(str(path), rows, tokenizer, SETTINGS, vocabulary, stops, ALONE)
+            result = make_rows(str(path), rows, tokenizer, SETTINGS, vocabulary, stops, ALONE, long_rows)
         except InputError as error:
             result = str(error)
         lines = capsys.readouterr().err.splitlines()
@@ -75,7 +77,11 @@ def both_ways(monkeypatch, capsys, path, tokenizer, vocabulary=300, stops=(5, 3)
 def test_both_ways_give_the_same_rows_and_say_the_same_of_them(tmp_path, monkeypatch, capsys, tokenizer, cache):
     data = write(tmp_path / "data.csv", 110)
     (expected, said), (rows, told) = both_ways(monkeypatch, capsys, data, tokenizer)
-    assert isinstance(rows, StoredExamples) and isinstance(expected, list)
+    assert isinstance(rows, StoredExamples) and isinstance(expected, Listed)
+    assert rows.digest == expected.digest
+    for name in ("lengths", "targets", "is_cut", "prompts"):
+        assert getattr(rows, name).tolist() == getattr(expected, name).tolist(), name
+    expected = list(expected)
     assert list(rows) == expected and 60 < len(expected) < 110
     assert len(said) == 3 and said == told  # skipped, dropped, cut
     assert rows.digest == rows_digest(expected) == rows_digest(rows)
@@ -93,7 +99,7 @@ def test_both_ways_give_the_same_rows_and_say_the_same_of_them(tmp_path, monkeyp
     # The second start finds them, also under another name, and says the same.
     monkeypatch.setattr(storing, "_write", None)
     renamed = data.rename(tmp_path / "renamed.csv")
-    again = make_rows(str(renamed), None, tokenizer, SETTINGS, 300, [3, 5], ALONE)
+    again = make_rows(str(renamed), None, tokenizer, SETTINGS, 300, [3, 5], ALONE, "cut")
     lines = capsys.readouterr().err.splitlines()
     assert list(again) == expected and lines[1:] == [line.replace(str(data), str(renamed)) for line in said]
     assert lines[0].startswith(f"{renamed}: its rows are tokenized already, in {cache}")
@@ -160,8 +166,10 @@ def test_what_is_wrong_is_one_line_that_names_the_row(what, message, tmp_path, m
 def test_the_key_is_of_all_that_decides_on_the_tokens(tmp_path, monkeypatch, tokenizer):
     how = {"settings": SETTINGS, "vocabulary": 300, "stop_ids": [1]}
 
-    def key(name="a.csv", content="c", tokenizer=tokenizer, **changed):
-        return storing._key(name, content, tokenizer, how | changed)
+    def key(name="a.csv", text="prompt,response\na,b\n", tokenizer=tokenizer, renames=None, **changed):
+        (tmp_path / name).write_text(text)
+        source = Source(str(tmp_path / name), name, renames or {})
+        return storing._key(source.content(), tokenizer, how | changed)
 
     def with_tokens(*added, template="chatml", **options):
         other = byte_tokenizer(**options)
@@ -178,7 +186,7 @@ def test_the_key_is_of_all_that_decides_on_the_tokens(tmp_path, monkeypatch, tok
     monkeypatch.undo()
     bos_only = dict(bos_token="<s>", eos_token="<s>")
     keys = [
-        key(), key("a.jsonl"), key(content="d"), key(vocabulary=301), key(stop_ids=[]),
+        key(), key("a.jsonl"), key(text="d"), key(renames={"prompt": "q"}), key(vocabulary=301), key(stop_ids=[]),
         key(settings=PromptSettings(max_length=151)), key(settings=PromptSettings(max_length=150, loss_on="all")),
         key(tokenizer=with_tokens("é")), key(tokenizer=with_tokens(template="alpaca")),
         key(tokenizer=with_tokens(**bos_only)), another_code, another_library,

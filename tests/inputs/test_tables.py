@@ -1,7 +1,11 @@
 """Reading CSV, JSON Lines and Parquet, and one clear line for every file that cannot be used."""
 
+import bz2
+import gzip
 import json
+import lzma
 
+import pyarrow
 import pytest
 from running import python
 
@@ -68,6 +72,24 @@ def test_incomplete_rows_are_skipped_and_counted(tmp_path):
     assert read_rows(json_lines) == ([Row(2, "a", "b")], [1, 3])
 
 
+def test_the_same_rows_in_every_kind_of_file(tmp_path):
+    records = [{"prompt": "a", "response": "NA"}, {"prompt": "b, c", "response": "007"}]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    plain = {
+        "a.csv": as_csv(records), "a.tsv": as_csv(records).replace(b'","', b'"\t"'), "a.jsonl": lines.encode(),
+        "b.json": lines.encode(), "c.json": b"\xef\xbb\xbf \n" + json.dumps(records, indent=2).encode(),
+    }  # fmt: skip
+    packed = {f"{name}.{end}": how(content) for name, content in plain.items()
+              for end, how in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress))}  # fmt: skip
+    for name, content in (plain | packed).items():
+        assert read_records(write(tmp_path / name, content), ("prompt", "response")) == [*enumerate(records, 1)], name
+    table = pyarrow.Table.from_pylist(records)
+    for name, new in (("file", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        with new(str(tmp_path / f"{name}.arrow"), table.schema) as file:
+            file.write_table(table)
+        assert read_records(tmp_path / f"{name}.arrow", ("response",)) == [*enumerate(records, 1)]
+
+
 def test_only_the_columns_asked_for_are_needed(tmp_path):
     assert read_rows(write(tmp_path / "a.csv", "prompt\na\n"), columns=("prompt",))[0] == [Row(1, "a", "")]
 
@@ -92,7 +114,14 @@ BAD = {
     "utf16.csv": ("prompt,response\na,b\n".encode("utf-16"), "the header is not UTF-8"),
     "latin.jsonl": ('{"prompt":"a","response":"é"}'.encode("latin-1"), "row 1 is not UTF-8"),
     "broken.jsonl": (b'{"prompt":"a","response":"b"}\n{"prompt":', "row 2 is not JSON"),
-    "array.json": (b'[{"prompt":"a","response":"b"}]', "row 1 is a JSON list, expected an object"),
+    "array.jsonl": (b'[{"prompt":"a","response":"b"}]', "row 1 is a JSON list, expected an object"),
+    "array.json": (b'[{"prompt":"a","response":"b"},\n 3]', "row 2 is a JSON int, expected an object"),
+    "open.json": (b'[{"prompt":"a",\n"response":"b"}', "not JSON .*line 2 column 16.*; expected a list of objects"),
+    "latin.json": ('[{"prompt":"a",\n"response":"é"}]'.encode("latin-1"), "line 2 is not UTF-8"),
+    "cut.csv.gz": (gzip.compress(b"prompt,response\na,b\n" * 99)[:40], "not readable: "),
+    "not.csv.gz": (b"prompt,response\na,b\n", "not readable: "),
+    "packed.parquet.gz": (b"PAR", "file name ends in '.gz', expected"),
+    "not.arrow": (b"ARR", "not an Arrow file"),
     "number.jsonl": (b'{"prompt":"a","response":5}', "row 1: response is int, expected text"),
     "columns.jsonl": (b'{"prompt":"a","answer":"b"}', "no column 'response'; columns found: prompt, answer"),
     "not.parquet": (b"PAR", "not a Parquet file"),

@@ -25,7 +25,8 @@ from report_runs import (
     write_run,
 )
 
-from noisefit.report.page import make_picture, noisy_layers, running_mean
+from noisefit.report.drawing import make_picture, running_mean
+from noisefit.report.page import noisy_layers
 from noisefit.report.runs import read_runs
 
 

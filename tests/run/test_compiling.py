@@ -31,6 +31,7 @@ def step(model: BranchedModel, lengths: tuple[int, ...], strategy: str) -> list[
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses_and_gradients():
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

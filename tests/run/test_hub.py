@@ -21,7 +21,7 @@ from noisefit import push as push_program
 from noisefit.base.errors import InputError, LocalError
 from noisefit.run.card import evaluation_of, evaluation_results, model_card
 from noisefit.run.contradictions import without_effect
-from noisefit.run.hub import PUBLISHED, check_repository, make_repository, publishable
+from noisefit.run.hub import PUBLISHED, check_repository, make_repository, publishable, reason_of
 from noisefit.run.output import RECORDS
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.run_settings import HubSettings
@@ -99,12 +99,13 @@ def test_no_record_that_is_not_named_for_it_is_published(tmp_path):
     output = OutputFolder(tmp_path)
     showing_rows = {"knowledge.csv", "samples.jsonl", "rows.json"}
     assert not showing_rows & {*PUBLISHED} and {*PUBLISHED} < {*RECORDS}
-    names = [*RECORDS, *showing_rows - {"rows.json"}, "new.jsonl", "new.csv", "adapter_model.safetensors", "vocab.txt"]
+    records = {*RECORDS, *showing_rows}
+    names = [*records, "new.jsonl", "new.csv", "adapter_model.safetensors", "vocab.txt"]
     for name in names:
         (tmp_path / name).write_text("{}")
     output.expect(*names, "checkpoint-1/", "previous_run/", "teacher_cache/")
     (tmp_path / "not_the_runs.json").write_text("{}")
-    assert set(publishable(output, RECORDS)) == {*PUBLISHED, "adapter_model.safetensors", "vocab.txt"}
+    assert set(publishable(output, records)) == {*PUBLISHED, "adapter_model.safetensors", "vocab.txt"}
 
 
 def test_a_folder_of_templates_goes_along(tmp_path):
@@ -287,6 +288,11 @@ def test_what_no_run_left_is_not_pushed(hub, tmp_path):
     done = pushed(tmp_path)
     assert done.returncode == 2 and "no run left a whole model there" in done.stderr
     assert call(push_program.main, tmp_path, "a/b/c").returncode == 2 and not hub.requests
+
+
+def test_no_reason_holds_the_token(connected):
+    for error in (ValueError(f"x {TOKEN} y"), OSError(TOKEN)):
+        assert TOKEN not in reason_of(error) and "***" in reason_of(error)
 
 
 def test_the_token_as_a_flag_leaves_the_command_line(hub, output, monkeypatch):

@@ -18,21 +18,25 @@ import torch
 from running import MEASURED, PROCESSES, metrics_of, start, wait, wait_until
 from safetensors.torch import load_file
 
+from noisefit.base.errors import LocalError
 from noisefit.method.teacher import MovingAverage
-from noisefit.run.checkpoint_files import find_checkpoint, list_checkpoints
+from noisefit.run.checkpoint_files import find_checkpoint, list_checkpoints, read_state
 from noisefit.run.checkpoints import Checkpoints
+from noisefit.run.evaluation import keep_as_best
 from noisefit.run.file_record import RECORD
 from noisefit.run.output import save_model
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.settings import Settings
+from noisefit.run.standing import Best, bring_best
 
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("NOISEFIT_KILLS", "4"))
 # In the middle of an epoch (6 or 3 steps), with accumulation, layers chosen again, and metrics between their lines.
 RUN = dict(
-    learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, max_steps=14, epochs=10, snr_every=4,
-    num_noise_layers=1, lora_dropout=0.1, logging_steps=3, save_steps=1, warmup_ratio=0.2, eval_steps=5,
+    learning_rate=1e-2, batch_size=2, gradient_accumulation_steps=2, max_steps=10, epochs=10, snr_every=4,
+    num_noise_layers=1, lora_dropout=0.1, logging_steps=3, save_steps=1, warmup_ratio=0.2, eval_steps=5, keep_best=True,
+    sample_steps=4, sample_prompts=2, sample_tokens=3,
 )  # fmt: skip
 
 
@@ -56,15 +60,16 @@ def assert_same_run(output: Path, expected: Path) -> None:
         return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(folder)]
 
     assert lines(output) == lines(expected)
-    assert len(lines(expected)) == 5  # steps 3, 6, 9, 12 and the last, each once
-    for name in ("adapter_model.safetensors", "eval_metrics.jsonl", "layer_snr.json"):
+    assert len(lines(expected)) == 4  # steps 3, 6, 9 and the last, each once
+    for name in ("adapter_model.safetensors", "eval_metrics.jsonl", "samples.jsonl", "layer_snr.json"):
         assert (output / name).read_bytes() == (expected / name).read_bytes(), name
     [seen], [expected_seen] = (
         re.findall(r"It saw ([\d,]+) supervised", (folder / "README.md").read_text()) for folder in (output, expected)
     )
     assert seen == expected_seen
     last = f"checkpoint-{RUN['max_steps']}"
-    for name in ("adapter_model.safetensors", "optimizer.safetensors", "processes.safetensors"):
+    model = "adapter_model.safetensors"
+    for name in (model, f"best/{model}", "optimizer.safetensors", "processes.safetensors"):
         assert (output / last / name).read_bytes() == (expected / last / name).read_bytes(), name
 
 
@@ -94,8 +99,8 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_status_of_its_own(number, whol
     out = tmp_path / "out"
     settings = RUN | dict(save_steps=0, eval_data=data)
     running = start(llama_folder, data, out, processes, **settings)
-    wait_for(out, "training", running)
-    time.sleep(0.3)
+    metrics = out / "metrics.jsonl"
+    wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or not running[0].is_alive())  # in its midst
     os.kill(running[-1].pid, number)  # one of them alone is told
     said = out.with_name("out.log")
     assert wait(running) == [75] * processes, said.read_text()[-2000:]
@@ -145,23 +150,57 @@ def test_interrupted_while_it_loads_it_says_so_in_a_line(llama_folder, questions
 
 
 POLICY = dict(kind="snr", layers=[0], base_stds=[], snr=[2.0, 1.0, 1.0, 1.0], calibration=None)
-VARIABLES = dict(seen_targets=9, bad_steps=0, policy=POLICY, strategy="fork", total_steps=9)
+STANDING = dict(stale=0, best=None)
+VARIABLES = dict(seen_targets=9, bad_steps=0, policy=POLICY, strategy="fork", total_steps=9, standing=STANDING)
 
 
 def save_again(saver: Checkpoints) -> None:
     """Save a checkpoint beside an older one that then goes."""
-    saver.save(3, **VARIABLES)
+    saver.save(3, **standing_at(2))
+
+
+def save_next(saver: Checkpoints) -> None:
+    """Save a checkpoint as a run does that is started where another one ended."""
+    with saver.output as output:
+        output.start()
+        saver.save(4, **standing_at(2))
 
 
 def finish(saver: Checkpoints) -> None:
     """Save the final model over another one."""
-    saver.model.requires_grad_(False).apply(lambda module: [p.add_(1) for p in module.parameters(recurse=False)])
+    change_weights(saver)
     save(saver, tokens=2)
 
 
-def save(saver: Checkpoints, tokens: int) -> None:
-    settings = Settings(model="m", train_data="d", loss_mode="basefit", output_model=str(saver.output.path))
-    save_model(saver.accelerator, saver.model, saver.tokenizer, settings, saver.output, tokens)
+def change_weights(saver: Checkpoints) -> None:
+    saver.model.requires_grad_(False).apply(lambda module: [p.add_(1) for p in module.parameters(recurse=False)])
+
+
+def save(saver: Checkpoints, tokens: int, best: Best | None = None) -> None:
+    save_model(saver.accelerator, saver.model, saver.tokenizer, settings_of(saver), saver.output, tokens, best)
+
+
+def settings_of(saver: Checkpoints) -> Settings:
+    return Settings(model="m", train_data="d", loss_mode="basefit", output_model=str(saver.output.path))
+
+
+def keep(saver: Checkpoints) -> None:
+    keep_as_best(saver.accelerator, saver.model, saver.tokenizer, settings_of(saver), saver.output)
+
+
+def standing_at(step: int) -> dict:
+    return VARIABLES | dict(standing=dict(stale=0, best=dict(step=step, value=1.0, tokens=step)))
+
+
+def keep_better(saver: Checkpoints) -> None:
+    """Keep a better model in place of another one."""
+    change_weights(saver)
+    keep(saver)
+
+
+def finish_with_best(saver: Checkpoints) -> None:
+    change_weights(saver)  # since the best
+    save(saver, tokens=9, best=Best(2, 1.0, 2))
 
 
 def die_at(n: int, out: Path) -> None:
@@ -205,7 +244,8 @@ def tiny_run(out: Path, run: dict) -> Checkpoints:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checkpoint.json"}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "checkpoint.json")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def die_in(act: Callable[[Checkpoints], None], saver: Checkpoints, n: int, before: Path) -> int:
@@ -213,11 +253,18 @@ def die_in(act: Callable[[Checkpoints], None], saver: Checkpoints, n: int, befor
     out = saver.output.path
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(before, out)
+    return forked(act, saver, n)
+
+
+def forked(act: Callable[[Checkpoints], None], saver: Checkpoints, n: int | None = None) -> int:
+    """The status of a process that dies at the n-th thing done to the disk, if it is to die."""
+    out = saver.output.path
     child = os.fork()  # with all that it needs: to import and build it again took most of this test's time
     if child == 0:
         try:
             saver.output = OutputFolder(out)  # which reads its record
-            die_at(n, out)
+            if n is not None:
+                die_at(n, out)
             act(saver)
             os._exit(0)
         finally:
@@ -253,10 +300,12 @@ def test_the_loss_scale_of_fp16_is_restored(tmp_path):
 
 def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp_path):
     old, out = tmp_path / "old", tmp_path / "out"
-    run = {"seed": 1}
+    run = {"seed": 1, "keep_best": True}
     old.mkdir()
     (old / "metrics.jsonl").write_text('{"step": 1}\n')
-    tiny_run(old, run).save(2, **VARIABLES)
+    first = tiny_run(old, run)
+    keep(first)
+    first.save(2, **standing_at(2))
     saver, n, seen, status = tiny_run(out, run), 0, set(), None
     while status != 0:
         n += 1
@@ -270,10 +319,72 @@ def test_killed_at_each_act_of_saving_the_old_or_the_new_checkpoint_is_there(tmp
         else:
             last = contents(found)
         # Whatever the kill left, the next save ends with the new checkpoint and nothing else.
-        next_run = tiny_run(out, run)
-        with next_run.output as output:
-            output.start()
-            next_run.save(4, **VARIABLES)
-        assert sorted(path.name for path in out.iterdir()) == ["checkpoint-4", "metrics.jsonl", RECORD], n
+        assert forked(save_next, saver) == 0, n
+        assert sorted(path.name for path in out.iterdir()) == ["best", "checkpoint-4", "metrics.jsonl", RECORD], n
     assert n > 15 and seen == {"checkpoint-2", "checkpoint-3"}
     assert last.keys() == contents(old / "checkpoint-2").keys()
+
+
+BEST_WEIGHTS = "best/adapter_model.safetensors"
+
+
+@pytest.fixture
+def with_best(tmp_path) -> tuple[Path, Checkpoints]:
+    """An output with the best model of step 2 and a checkpoint of that step, and a run that goes on in another one."""
+    old, run = tmp_path / "old", {"keep_best": True}
+    old.mkdir()
+    first = tiny_run(old, run)
+    keep(first)
+    first.save(2, **standing_at(2))
+    return old, tiny_run(tmp_path / "out", run)
+
+
+def test_killed_at_each_act_of_keeping_a_better_model_the_run_goes_on_with_the_one_that_its_checkpoint_has(with_best):
+    old, saver = with_best
+    out, n, seen, status = saver.output.path, 0, set(), None
+    before = (old / "checkpoint-2" / BEST_WEIGHTS).read_bytes()
+    while status != 0:
+        n += 1
+        status = die_in(keep_better, saver, n, old)
+        assert status in (0, -signal.SIGKILL), n
+        seen.add((out / BEST_WEIGHTS).exists() and (out / BEST_WEIGHTS).read_bytes() == before)
+        found = find_checkpoint("latest", out, saver.run, total_steps=9)
+        assert found == out / "checkpoint-2" and (found / BEST_WEIGHTS).read_bytes() == before, n
+        with OutputFolder(out) as output:
+            output.start()
+            bring_best(output, found, read_state(found)["files"])
+        assert contents(out / "best") == contents(old / "best") and len(contents(out / "best")) > 3, n
+    assert n > 10 and seen == {True, False}
+
+
+def test_killed_at_each_act_of_the_final_save_the_best_model_comes_out_in_the_end(with_best):
+    old, saver = with_best
+    out, n, status = saver.output.path, 0, None
+    expected = (old / "checkpoint-2" / BEST_WEIGHTS).read_bytes()
+    while status != 0:
+        n += 1
+        status = die_in(finish_with_best, saver, n, old)
+        assert status in (0, -signal.SIGKILL), n
+        if (out / "adapter_model.safetensors").exists():
+            assert (out / "adapter_model.safetensors").read_bytes() == expected, n
+            assert "It saw 2 supervised tokens. It is that of step 2" in (out / "README.md").read_text(), n
+        found = find_checkpoint("latest", out, saver.run, total_steps=9)
+        assert found is not None, n
+        with OutputFolder(out) as saver.output:
+            saver.output.start()
+            bring_best(saver.output, found, read_state(found)["files"])
+            save(saver, tokens=9, best=Best(2, 1.0, 2))
+        assert (out / "adapter_model.safetensors").read_bytes() == expected and not (out / "best").exists(), n
+    assert n > 10
+
+
+def test_a_best_model_that_somebody_changed_is_told_and_not_taken(with_best):
+    old, saver = with_best
+    shutil.copytree(old, saver.output.path, dirs_exist_ok=True)
+    saver.output = OutputFolder(saver.output.path)
+    (saver.output.path / "best" / "adapter_config.json").write_text("{}")
+    for act in (finish_with_best, lambda saver: saver.save(3, **standing_at(2))):
+        with pytest.raises(LocalError, match=r"best was changed while the run went on.*latest"):
+            act(saver)
+    assert not (saver.output.path / "adapter_model.safetensors").exists()
+    assert [path.name for path in list_checkpoints(saver.output.path)] == ["checkpoint-2"]

@@ -17,7 +17,6 @@ from running import (
     CONFIGS,
     ROOT,
     config_command,
-    free_port,
     metrics_of,
     run,
     run_command,
@@ -31,13 +30,13 @@ pytestmark = pytest.mark.slow
 
 SHORT = dict(max_steps=2, logging_steps=1)
 ONE_OR_TWO = {  # file: (options that go over it, processes that must then train together)
-    "cpu.yaml": ([], 1),
     "single_gpu.yaml": ([], 1),
     "multi_gpu.yaml": (["--num_processes", "2"], 2),
 }
 ELSEWHERE = {
-    "cpu_two_processes.yaml": "test_of_two_processes_one_speaks",
-    "multi_node.yaml": "test_two_machines_train_together_and_the_first_one_writes",
+    "cpu.yaml": "test_accelerate_launch_with_wandb_offline_and_a_token_that_is_nowhere, of test_train_loop.py",
+    "cpu_two_processes.yaml": "test_the_death_of_one_process_ends_the_launch",
+    "multi_node.yaml": "test_the_slurm_script_trains_on_two_machines_together_and_the_first_one_writes",
     "fsdp.yaml": "Accelerate does no FSDP on a CPU, so it has tests of its own",
 }
 
@@ -47,8 +46,11 @@ def test_every_launch_file_is_under_test():
 
 
 @pytest.mark.parametrize("name", ONE_OR_TWO)
-def test_a_launch_file_trains_with_the_processes_that_it_is_for(name, llama_folder, questions, tmp_path):
+def test_a_launch_file_trains_with_the_processes_that_it_is_for_and_one_speaks(name, llama_folder, questions, tmp_path):
+    """Each line for the user, and each progress bar, comes once."""
     options, processes = ONE_OR_TWO[name]
+    with questions.open("a") as file:
+        file.write('"What has no answer?",\n')
     flags = words(model=llama_folder, train_data=questions, output_model=tmp_path / "out", **SHORT)
     done = run_command(config_command(name, *options, "train_loop.py", *flags))
     assert done.returncode == 0, done.stderr
@@ -57,56 +59,23 @@ def test_a_launch_file_trains_with_the_processes_that_it_is_for(name, llama_fold
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1, 2]
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
-
-def test_of_two_processes_one_speaks(llama_folder, questions, tmp_path):
-    """Each line for the user, and each progress bar, comes once."""
-    with questions.open("a") as file:
-        file.write('"What has no answer?",\n')
-    flags = words(model=llama_folder, train_data=questions, output_model=tmp_path / "out", **SHORT)
-    done = run_command(config_command("cpu_two_processes.yaml", "train_loop.py", *flags))
-    assert done.returncode == 0, done.stderr
     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     bars = Counter(line.partition(":")[0] for line in lines if re.search(r":\s+0%\|", line))
     assert bars == {"training": 1, "Loading weights": 1}
     notices = Counter(line for line in lines if "%|" not in line)
     assert set(notices.values()) == {1}, notices
-    for part in ("skipped 1 row", "noise in layers: ", "processes: 2", "holds the adapter"):
+    for part in ("skipped 1 row", "noise in layers: ", "processes: ", "holds the adapter"):
         assert sum(part in line for line in notices) == 1, part
 
 
 # --- Several machines ------------------------------------------------------------------------------------------------
 
 STEPS_OF_ONE = dict(learning_rate=1e-2, max_steps=3, logging_steps=1, lora_dropout=0, noise_std=0)
-
-
-def test_two_machines_train_together_and_the_first_one_writes(llama_folder, questions, tmp_path):
-    port, outputs = free_port(), [tmp_path / "machine0", tmp_path / "machine1"]
-    settings = STEPS_OF_ONE | dict(model=llama_folder, train_data=questions, batch_size=2)
-    commands = []
-    for rank, output in enumerate(outputs):
-        options = ["--num_machines", "2", "--machine_rank", str(rank), "--num_processes", "2"]
-        options += ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--mixed_precision", "no"]
-        flags = words(**settings, output_model=output)
-        commands.append(config_command("multi_node.yaml", *options, "train_loop.py", *flags))
-    logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    with started(commands[0], logs[0]) as first, started(commands[1], logs[1]) as second:
-        statuses = [machine.wait(timeout=280) for machine in (first, second)]
-    said = [log.read_text() for log in logs]
-    assert statuses == [0, 0], said
-    assert "processes: 2\n" in said[0] and "processes:" not in said[1]
-    assert not outputs[1].exists()
-    found, expected = metrics_of(outputs[0]), run(llama_folder, questions, tmp_path / "one", **STEPS_OF_ONE)
-    assert [line["step"] for line in found] == [1, 2, 3]
-    for line, one in zip(found, expected, strict=True):
-        for name in ("loss", "ce_loss", "grad_norm", "learning_rate", "target_tokens", "epoch"):
-            assert line[name] == pytest.approx(one[name], rel=1e-4, abs=1e-9), name
-
-
 SRUN = """#!/bin/bash
-# In place of srun: a task for each node, in the background.
+# In place of srun: a task for each node, in the background, each with a disk of its own.
 while [[ $1 == --* ]]; do shift; done
 for rank in $(seq 0 $((SLURM_NNODES - 1))); do
-    SLURM_PROCID=$rank "$@" > "$LOGS/$rank.log" 2>&1 &
+    (cd "$LOGS/$rank" && SLURM_PROCID=$rank exec "$@") > "$LOGS/$rank.log" 2>&1 &
     tasks+=($!)
 done
 for task in "${tasks[@]}"; do wait "$task" || exit 1; done
@@ -140,14 +109,31 @@ def sbatch(folder: Path, *flags: str, seconds_left: int, srun: str = SRUN) -> su
     )
 
 
-def test_the_slurm_script_trains_on_two_nodes(llama_folder, questions, tmp_path):
-    flags = words(**SHORT, model=llama_folder, train_data=questions, output_model=tmp_path / "out")
+def node_of(folder: Path) -> Path:
+    """What the script finds where a node begins: the program, and the launch file, for float32 that can be compared."""
+    (folder / "configs" / "accelerate").mkdir(parents=True)
+    (folder / "train_loop.py").symlink_to(ROOT / "train_loop.py")
+    said = (CONFIGS / "multi_node.yaml").read_text()
+    assert said.count("\nmixed_precision: bf16\n") == 1
+    exact = said.replace("\nmixed_precision: bf16\n", '\nmixed_precision: "no"\n')
+    (folder / "configs" / "accelerate" / "multi_node.yaml").write_text(exact)
+    return folder
+
+
+def test_the_slurm_script_trains_on_two_machines_together_and_the_first_one_writes(llama_folder, questions, tmp_path):
+    nodes = [node_of(tmp_path / str(rank)) for rank in (0, 1)]
+    flags = words(**STEPS_OF_ONE, model=llama_folder, train_data=questions, output_model="out", batch_size=2)
     done = sbatch(tmp_path, *flags, seconds_left=3600)
     said = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
     assert done.returncode == 0, (done.stderr, said)
-    assert "processes: 2\n" in said[0]
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "processes: 2\n" in said[0] and "processes:" not in said[1]
+    assert (nodes[0] / "out" / "adapter_model.safetensors").exists() and not (nodes[1] / "out").exists()
     assert not (tmp_path / "asked").exists()
+    found, expected = metrics_of(nodes[0] / "out"), run(llama_folder, questions, tmp_path / "one", **STEPS_OF_ONE)
+    assert [line["step"] for line in found] == [1, 2, 3]
+    for line, one in zip(found, expected, strict=True):
+        for name in ("loss", "ce_loss", "grad_norm", "learning_rate", "target_tokens", "epoch"):
+            assert line[name] == pytest.approx(one[name], rel=1e-4, abs=1e-9), name
 
 
 @pytest.mark.parametrize(("seconds_left", "asked"), [(100, "requeue 4711\n"), (3600, None)])
@@ -167,7 +153,7 @@ def test_the_death_of_one_process_ends_the_launch(llama_folder, questions, tmp_p
     command = config_command("cpu_two_processes.yaml", "train_loop.py", *flags, "--logging_steps", "1")
     with started(command, log) as launcher:
         wait_until(lambda: (out / "metrics.jsonl").exists() or launcher.poll() is not None)
-        assert launcher.poll() is None, log.read_text()
+        assert launcher.poll() is None and "processes: 2\n" in log.read_text(), log.read_text()
         survivor = worker(launcher, 0)
         worker(launcher, 1).send_signal(signal.SIGKILL)
         # The launcher gives the other process 30 seconds; one that waits on the dead one over NCCL needs them.

@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from running import PROCESSES, ROOT, in_process, metrics_of, python, run, run_command, start, wait, words
+from running import PROCESSES, in_process, metrics_of, python, run, run_command, start, wait, words
 from safetensors.torch import load_file, save_file
 from tiny_folder import byte_tokenizer, tiny_folder
 
@@ -175,9 +174,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(llama_folder, qu
 def test_answers_that_are_cut_are_counted_and_told(llama_folder, tmp_path, capsys):
     data = tmp_path / "q.csv"
     data.write_text("prompt,response\nWhy?,No.\nWho?,Everybody that was there and then some more.\nHow?,So.\n")
-    run(llama_folder, data, tmp_path / "out", **FAST, max_length=85)
+    run(llama_folder, data, tmp_path / "out", **FAST, max_length=85, long_rows="cut")
     said = capsys.readouterr().err
-    assert "of 1 row the answer's end is cut off at --max_length 85, which teaches not to stop (row 2)" in said
+    assert "of 1 row the answer's end is cut off at --max_length 85, so it is not learnt (row 2)" in said
 
 
 def test_a_template_that_fails_on_one_row_says_which(llama_folder, tmp_path):
@@ -292,10 +291,11 @@ def test_a_home_in_yaml_is_the_home_on_the_command_line(llama_folder, questions,
 def test_a_name_that_is_not_utf8_is_refused_at_the_start(llama_folder, questions, tmp_path):
     named = os.fsencode(tmp_path / "q") + b"\xff.csv"
     Path(os.fsdecode(named)).write_bytes(questions.read_bytes())
-    command = [sys.executable, "train_loop.py", "--model", str(llama_folder), "--train_data", named]
-    done = subprocess.run([*command, "--output_model", str(tmp_path / "out")], cwd=ROOT, capture_output=True)
-    assert done.returncode == 2 and b"Traceback" not in done.stderr
-    assert b"\\udcff.csv: not UTF-8 text; if it is a file's name, rename the file" in done.stderr
+    running = start(llama_folder, Path(os.fsdecode(named)), tmp_path / "out")
+    assert wait(running) == [2]
+    said = (tmp_path / "out.log").read_bytes()
+    assert b"Traceback" not in said
+    assert b"\\udcff.csv: not UTF-8 text; if it is a file's name, rename the file" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -368,11 +368,12 @@ def test_a_folder_of_something_else_in_the_way_is_left_alone(content, llama_fold
 # --- Streams, limits and launches -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stderr", ["2>/dev/full", ">&- 2>&-"])
-def test_a_training_goes_on_though_nobody_hears_it(stderr, llama_folder, questions, tmp_path):
-    flags = words(model=llama_folder, train_data=questions, output_model=tmp_path / "out", **FAST)
-    done = run_command(["sh", "-c", f'exec "$0" train_loop.py "$@" {stderr}', sys.executable, *flags])
-    assert done.returncode == 0 and len(metrics_of(tmp_path / "out")) == 2
+def test_a_training_goes_on_though_nobody_hears_it(llama_folder, questions, tmp_path):
+    flags = words(model=llama_folder, train_data=questions, output_model=tmp_path / "closed", **FAST)
+    done = run_command(["sh", "-c", 'exec "$0" train_loop.py "$@" >&- 2>&-', sys.executable, *flags])
+    assert done.returncode == 0 and len(metrics_of(tmp_path / "closed")) == 2
+    assert wait(start(llama_folder, questions, tmp_path / "full", log=Path("/dev/full"), **FAST)) == [0]
+    assert len(metrics_of(tmp_path / "full")) == 2
     assert not any(b"layer    SNR" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
