@@ -22,6 +22,7 @@ else:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAMES = {
+    "comet_ml": "comet-ml",
     "yaml": "pyyaml",
     "sklearn": "scikit_learn",
     "huggingface_hub": "huggingface_hub",

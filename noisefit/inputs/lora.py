@@ -159,6 +159,27 @@ def check_lora(settings: Any) -> list[str] | None:
     return words
 
 
+def check_sharded(settings: Any, config: Any) -> None:
+    """Refuse what does not go with a model that is sharded over the processes (FSDP).
+
+    Args:
+        settings: of the run.
+        config: the base model's.
+
+    Raises:
+        InputError: as said.
+    """
+    options = lora_options(settings.lora)
+    tied = config.get_text_config(decoder=True).tie_word_embeddings
+    whole = [key for key in ("modules_to_save", "trainable_token_indices") if key in options]
+    if whole and tied:
+        # Each process but one ties the weights of an empty model, and one of the two is then another module's.
+        raise InputError(f"{FLAG} {whole[0]} does not go with FSDP where embedding and head are one; use DDP, or leave "
+                         "it out")  # fmt: skip
+    if "target_parameters" in options:
+        raise InputError(f"{FLAG} target_parameters has not been tried with FSDP; use DDP, or leave it out")
+
+
 def moves_base(options: dict[str, Any]) -> bool:
     """Whether an adapter of these options begins with a part of the base model's weights, and leaves them the rest."""
     init = options.get("init_lora_weights", True)

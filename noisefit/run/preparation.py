@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from noisefit.base.errors import notice
 from noisefit.inputs.batches import steps_per_epoch
+from noisefit.inputs.lora import check_sharded
 from noisefit.inputs.model_checks import check_checkpointing
 from noisefit.inputs.models import check_model, commit_of, length_limit, load_config, load_tokenizer
 from noisefit.inputs.prompts import Example, stop_token_ids
@@ -93,6 +94,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     check_compiling(accelerator, settings.gradient_checkpointing)
     check_checkpointing(settings.gradient_checkpointing, accelerator.device)
     try_optimizer(settings, accelerator.device, sharded=accelerator.is_fsdp2)
+    if accelerator.is_fsdp2:
+        check_sharded(settings, config)
     check_repository(settings, base=None if settings.full_finetune else model)
 
     settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny_models import tiny_model
+from transformers import AutoConfig
 
 from noisefit.base.errors import InputError
 from noisefit.inputs.adapters import add_adapter
-from noisefit.inputs.lora import ACCEPTED, NOT_HERE, OWN_FLAGS, REFUSED, lora_options
+from noisefit.inputs.lora import ACCEPTED, NOT_HERE, OWN_FLAGS, REFUSED, check_sharded, lora_options
 from noisefit.inputs.models import ModelSettings
 from noisefit.run.settings import Settings, parse_arguments
 
@@ -162,3 +163,15 @@ def test_what_is_trained_is_float32_and_hidden_states_keep_the_dtype_of_the_mode
     assert frozen == {torch.bfloat16}
     embedding = model.get_submodule("base_model.model.model.embed_tokens")
     assert embedding(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+
+
+def test_what_does_not_go_with_sharding_is_refused():
+    apart, tied = (AutoConfig.for_model("llama", tie_word_embeddings=tied) for tied in (False, True))
+    for words in (["modules_to_save=lm_head"], ["trainable_token_indices=5"]):
+        check_sharded(ModelSettings(lora=words), apart)
+        with pytest.raises(InputError, match="does not go with FSDP where embedding and head are one"):
+            check_sharded(ModelSettings(lora=words), tied)
+    check_sharded(ModelSettings(lora=["use_dora=true", "init_lora_weights=pissa"]), tied)
+    check_sharded(ModelSettings(), tied)
+    with pytest.raises(InputError, match="target_parameters has not been tried with FSDP"):
+        check_sharded(ModelSettings(lora=["target_parameters=experts.down_proj"]), apart)
