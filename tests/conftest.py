@@ -64,7 +64,7 @@ def questions(tmp_path) -> Path:
     """A small data file: 24 questions of several lengths, all within the 128 positions of the tiny models."""
     lines = ["prompt,response"]
     for i in range(24):
-        lines.append(f'What is {"very " * (i % 5)}{i} plus {i}?,"It is {i + i}{", I know" * (i % 3)}."')
+        lines.append(f'What is {"very " * (i % 5)}{i} plus {i}?,"It is {i + i}{", I see" * (i % 3)}."')
     path = tmp_path / "questions.csv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
