@@ -115,10 +115,14 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_status_of_its_own(number, whol
 
 
 def wait_for(out: Path, text: str, running: list) -> None:
-    """Until the run says `text`; its progress bar says "training" when the loop begins."""
+    """Until the run says `text`; its progress bar says "training" when the loop begins. A run that does not is killed."""
     log = Path(f"{out}.log")
-    wait_until(lambda: (log.exists() and text in log.read_text()) or not running[0].is_alive())
-    assert running[0].is_alive(), log.read_text()
+    try:
+        wait_until(lambda: (log.exists() and text in log.read_text()) or not running[0].is_alive())
+        assert running[0].is_alive(), log.read_text()
+    except AssertionError:
+        wait(running, 0)
+        raise
 
 
 def test_a_second_signal_ends_it_at_once(llama_folder, questions, tmp_path):
@@ -138,7 +142,7 @@ def test_a_second_signal_ends_it_at_once(llama_folder, questions, tmp_path):
 def test_interrupted_while_it_loads_it_says_so_in_a_line(llama_folder, questions, tmp_path):
     out = tmp_path / "out"
     running = start(llama_folder, questions, out, epochs=10_000)
-    wait_for(out, "rows are cut", running)  # said before the model is loaded
+    wait_for(out, "rows have up to", running)  # said before the model is loaded
     os.kill(running[0].pid, signal.SIGINT)
     assert wait(running) == [-signal.SIGINT]
     said = Path(f"{out}.log").read_text()

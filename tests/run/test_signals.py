@@ -103,7 +103,7 @@ def test_a_launch_that_is_ended_while_it_loads_leaves_no_run_behind(llama_folder
     log = tmp_path / "log"
     flags = words(model=llama_folder, train_data=questions, output_model=tmp_path / "out", epochs=10**6, max_steps=-1)
     with started(config_command("cpu.yaml", "train_loop.py", *flags), log) as launcher:
-        wait_until(lambda: "rows are cut" in log.read_text())  # said before the model is loaded
+        wait_until(lambda: "rows have up to" in log.read_text())  # said before the model is loaded
         trainer = worker(launcher, 0)
         launcher.terminate()
         trainer.wait(120)
