@@ -115,7 +115,7 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_status_of_its_own(number, whol
 
 
 def wait_for(out: Path, text: str, running: list) -> None:
-    """Until the run says `text`; its progress bar says "training" when the loop begins. A run that does not is killed."""
+    """Until the run says `text`; its progress bar says "training" when the loop begins. One that does not is killed."""
     log = Path(f"{out}.log")
     try:
         wait_until(lambda: (log.exists() and text in log.read_text()) or not running[0].is_alive())
