@@ -246,7 +246,7 @@ def save_model(
             go_on = f"; free some space, and --resume_from_checkpoint latest goes on from {before and before.name}"
             with writing(output.path, go_on if before else ""), output.staging("model") as staged:
                 if best:
-                    copy_best(output, staged)
+                    copy_best(output, staged, linked=False)  # files that people edit
                     write_json(staged / CONFIG, _config(settings) | {"best": _told(settings, best)})
                     tokens = best.tokens
                 else:
