@@ -269,6 +269,7 @@ def where_things_are(settings: Settings, best: Best | None = None) -> list[str]:
     """What the run left and the next command, for the user's eyes."""
     files = [word for word in words_of(settings.eval_data) + words_of(settings.train_data) if Path(word).is_file()]
     output, data = shlex.quote(settings.output_model), "QUESTIONS.csv"
+    whose = "" if files else " a file of yours with a column prompt"
     if files:
         data = shlex.join([files[0], *(["--columns", *settings.columns] if settings.columns else [])])
     what, flag = ("the model", "--model_id") if settings.full_finetune else ("the adapter", "--model_path")
@@ -278,7 +279,7 @@ def where_things_are(settings: Settings, best: Best | None = None) -> list[str]:
         *kept,
         f"{output} holds {what} with its tokenizer and card, metrics.jsonl (losses) and layer_snr.json (layers)",
         f"pictures of it: python -m noisefit.report {output}",
-        f"next, let it answer{'' if files else ' a file of yours with a column prompt'}: accelerate launch generate.py {flag} {output} --input_csv {data}",
+        f"next, let it answer{whose}: accelerate launch generate.py {flag} {output} --input_csv {data}",
     ]
 
 

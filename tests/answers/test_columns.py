@@ -1,10 +1,10 @@
-"""`--columns` for all that reads the rows of a training: what was trained on is answered, scored and probed as it is."""
+"""`--columns` for all that reads the rows of a training: what was trained on is answered, scored and probed."""
 
 import csv
 import json
 import shlex
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
@@ -108,11 +108,13 @@ def test_the_answers_are_those_to_the_file_with_our_names_in_both_formats(llama_
         (QA, ["prompt=qeury"], "no column 'qeury' (--columns prompt=qeury)"),
         (QA, ["promt=question"], "--columns promt=question: expected NAME=COLUMN"),
         (QA, ["prompt=id", "response=id"], "'id' is given twice"),
-        ("prompt,question\na,b\n", ["prompt=question"], "row 1: --columns prompt=question: it has a column 'prompt' too"),
+        ("prompt,question\na,b\n", ["prompt=question"], "row 1: --columns prompt=question: it has a column 'prompt'"),
         ("prompt,question,round\na,b,1\n", ["response=question"], "it has a column 'round' already"),
     ],
 )  # fmt: skip
-def test_bad_columns_are_one_line_before_the_model_is_loaded(llama_folder, tmp_path, monkeypatch, text, columns, message):
+def test_bad_columns_are_one_line_before_the_model_is_loaded(
+    llama_folder, tmp_path, monkeypatch, text, columns, message
+):
     monkeypatch.setattr(generate, "load_answer_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "q.csv").write_text(text)
     given = words(model_id=llama_folder, input_csv=tmp_path / "q.csv", output_csv=tmp_path / "out.csv")
@@ -131,24 +133,24 @@ def test_columns_may_be_swapped(llama_folder, tmp_path):
 
 @pytest.mark.parametrize("program", ["generate", "probe"])
 def test_an_unfinished_run_goes_on_under_the_same_columns_alone(llama_folder, tmp_path, monkeypatch, program):
-    """The answers are the same under either, as the prompts are; what would be written beside them is not."""
-    (tmp_path / "q.csv").write_text("question,a,b,response\nWho?,I.,You.,They.\nWhen?,Now.,Then.,Soon.\n")
+    """Answers are the same under all that leave the prompt; what would be written beside them is not."""
+    (tmp_path / "q.csv").write_text("question,a,b\nWho?,I.,You.\nWhen?,Now.,Then.\n")
     columns = ["--columns", "prompt=question"]
     if program == "generate":
         given = [*words(model_id=llama_folder, input_csv=tmp_path / "q.csv", output_csv=tmp_path / "o.csv"), *FAST]
-        main, module = answer, generate
+        main, module, computing = answer, generate, "answer_all"
     else:
         given = words(model=llama_folder, train_data=tmp_path / "q.csv", output=tmp_path / "o.csv")
-        main, module = probe, __import__("noisefit.probe").probe
+        main, module, computing = probe, sys.modules[probe.__module__], "score_batches"
     with monkeypatch.context() as patched:  # a kill with all answers there
         patched.setattr(Journal, "read_own", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            SimpleNamespace(run=main).run([str(word) for word in [*given, *columns, "response=a"]])
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main([*given, *columns, "response=a"])
     assert (tmp_path / "o.csv.partial").is_dir() and not (tmp_path / "o.csv").exists()
-    for other in (["response=b"], []):
+    for other in (["response=b"], *([[]] if program == "generate" else [])):
         done = call(main, *given, *columns, *other)
         assert done.returncode == 2 and "with other settings (columns" in done.stderr, done.stderr
-    monkeypatch.setattr(module, "answer_all" if program == "generate" else "score_batches", lambda *_: iter(()))
+    monkeypatch.setattr(module, computing, lambda *_: iter(()))  # nothing is left to compute
     done = call(main, *given, "--columns", "response=a", *columns[1:])  # in another order
     assert done.returncode == 0, done.stderr
     assert [row["response"] for row in rows_of(tmp_path / "o.csv")] == ["I.", "Now."]
