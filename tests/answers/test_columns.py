@@ -138,14 +138,18 @@ def test_an_unfinished_run_goes_on_under_the_same_columns_alone(llama_folder, tm
     columns = ["--columns", "prompt=question"]
     if program == "generate":
         given = [*words(model_id=llama_folder, input_csv=tmp_path / "q.csv", output_csv=tmp_path / "o.csv"), *FAST]
-        main, module, computing = answer, generate, "answer_all"
+        main, run, module, computing = answer, answer, generate, "answer_all"
     else:
         given = words(model=llama_folder, train_data=tmp_path / "q.csv", output=tmp_path / "o.csv")
         main, module, computing = probe, sys.modules[probe.__module__], "score_batches"
+
+        def run(argv):  # a program's `main` ends the process where it is interrupted
+            module.probe(module.parse_arguments(argv))
+
     with monkeypatch.context() as patched:  # a kill with all answers there
         patched.setattr(Journal, "read_own", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            main([*given, *columns, "response=a"])
+        with pytest.raises(KeyboardInterrupt):
+            run([*given, *columns, "response=a"])
     assert (tmp_path / "o.csv.partial").is_dir() and not (tmp_path / "o.csv").exists()
     for other in (["response=b"], *([[]] if program == "generate" else [])):
         done = call(main, *given, *columns, *other)
