@@ -83,6 +83,16 @@ def test_where_no_file_was_trained_on_the_command_has_a_placeholder(tmp_path):
         assert line.endswith("--input_csv QUESTIONS.csv") == hint and ("--columns" in line) != hint
 
 
+def test_of_a_mixture_the_command_has_the_columns_of_its_file(tmp_path):
+    (tmp_path / "ours.jsonl").write_text('{"prompt": "Who?", "answer": "She."}\n')
+    (tmp_path / "qa.csv").write_text(QA)
+    for name, columns in (("ours.jsonl", ["--columns", "response=answer"]), ("qa.csv", COLUMNS)):
+        data = [str(tmp_path / name), str(tmp_path / "more.csv")]
+        line = where_things_are(parse_training(["--model", "m", "--output_model", "o", *COLUMNS, "--train_data", *data,
+                                                "other/hub"]))[-1]  # fmt: skip
+        assert printed(line) == ["--model_path", "o", "--input_csv", data[0], *columns]
+
+
 def test_the_answers_are_those_to_the_file_with_our_names_in_both_formats(llama_folder, tmp_path):
     lines = [{"n": i, "q": f"What is {i}?", "a": "It is.", "tags": ["x"]} for i in range(3)]
     lines.append({"n": 3, "prompt": "Ours?", "response": "Yes."})  # a row of another shape
@@ -106,6 +116,7 @@ def test_the_answers_are_those_to_the_file_with_our_names_in_both_formats(llama_
         (QA, [], "no column 'prompt'; columns found: id, my question, answer, kind"),
         ("question,answer\na,b\n", [], "did you mean --columns prompt=question?"),
         (QA, ["prompt=qeury"], "no column 'qeury' (--columns prompt=qeury)"),
+        ("prompt\na\n", ["prompt=qeury"], "--columns prompt=qeury: no column 'qeury', and "),
         (QA, ["promt=question"], "--columns promt=question: expected NAME=COLUMN"),
         (QA, ["prompt=id", "response=id"], "'id' is given twice"),
         ("prompt,question\na,b\n", ["prompt=question"], "row 1: --columns prompt=question: it has a column 'prompt'"),
