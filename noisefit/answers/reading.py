@@ -90,8 +90,8 @@ def with_columns(path: str, columns: Sequence[str] | None) -> Source:
     """A file as it is read under `--columns`, to be written with its other columns, none of which may be lost.
 
     Raises:
-        InputError: as `parse_columns`, `check_renames` and `read_records`; or a row has a column that is renamed, and
-            one of the new name.
+        InputError: as `parse_columns` and `check_renames`; a row has a column that is renamed, and one of the
+            new name; or as `read_records`.
     """
     renames = parse_columns(columns)
     any_of_them: Needed = ((*renames, *renames.values()), ())
