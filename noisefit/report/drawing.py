@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MADE_BY = "noisefit.report"  # in both files, by which older ones are known
 BY_LAYER = ("snr", "kl")
+OF_PROMPTS = ("right_rate", "wrong_rate")  # shares
 FROM_ZERO = ("tokens_per_second", "peak_memory_gib")  # the others have differences that would be lost from zero
 LOGARITHMIC = ("snr", "kl", "noise_to_signal", "hidden_rms")  # where they span more than a decade
 # Okabe and Ito's without yellow, and three far from them for any colour vision. Further runs repeat them, dash-dotted.
@@ -114,6 +115,8 @@ def _finish(axes: Axes, key: str, title: str, unit: str) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 2.5, 5, 10)))
+    if key in OF_PROMPTS:
+        axes.set_ylim(-0.02, 1.02)  # all of them, as one that never moves would else stand among numbers that none has
     if key in FROM_ZERO:
         axes.set_ylim(0, 1.08 * max(values) or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
