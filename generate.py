@@ -45,12 +45,14 @@ from noisefit.answers.output import (
     settings_record,
     write_answers,
 )
+from noisefit.answers.reading import with_columns
 from noisefit.answers.refusals import is_refusal
 from noisefit.answers.settings import AnswerSettings, DrawSettings, parse_arguments
 from noisefit.answers.vllm_engine import AT_ONCE, VllmAnswerer, check_vllm
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.meeting import apart
 from noisefit.base.settings import names_of
+from noisefit.inputs.columns import parse_columns
 from noisefit.inputs.noise_records import read_noise
 from noisefit.inputs.prompts import naming_row, prompt_ids
 from noisefit.inputs.tables import BEFORE_ABSTAINING, SomeRows, describe_skipped, read_prompts
@@ -90,7 +92,8 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
         if settings.noise_passes:
             noise = read_noise(Path(str(settings.model_path)), base_config(settings, base).num_hidden_layers)
         # In the plain format a prompt is what stands in the file, white space and all: a benchmark's may end in lines.
-        records, prompts, skipped = read_prompts(settings.input_csv, strip=settings.chat_template != "plain")
+        source = with_columns(settings.input_csv, settings.columns)
+        records, prompts, skipped = read_prompts(source, strip=settings.chat_template != "plain")
         if skipped:
             notice(describe_skipped(settings.input_csv, skipped, "with an empty or missing prompt"))
         tokenizer = load_answer_tokenizer(settings, base)
@@ -118,6 +121,7 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
                 )
         record = {name: getattr(settings, name) for name in names_of(DrawSettings)} | {
             "input": digest(Path(settings.input_csv).read_bytes()),
+            "columns": parse_columns(settings.columns) or None,
             "tokens": digest(repr([job.input_ids for job in jobs]).encode()),
             "model": model_fingerprint(settings, base, accelerator.device),
             "prompt_date": today,

@@ -39,12 +39,13 @@ from noisefit.answers.loading import (
 from noisefit.answers.output import check_answers_output
 from noisefit.answers.probe_settings import ProbeSettings, parse_arguments
 from noisefit.answers.probe_summary import check_picture, draw_histogram, summary
-from noisefit.answers.reading import ALIASES, texts_cell
+from noisefit.answers.reading import ALIASES, texts_cell, with_columns
 from noisefit.answers.scoring import Prompt, score_prompt
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import replacing, writing
 from noisefit.base.meeting import apart
 from noisefit.base.settings import names_of, not_default
+from noisefit.inputs.columns import parse_columns
 from noisefit.inputs.probing import (
     ADDED,
     CHAT,
@@ -96,7 +97,7 @@ def probe_file(
     check_chat_template(settings.chat_template)
     base = find_base(settings.answers)
     layers = layers_with_noise(settings, base)
-    records, rows, skipped = read_probe_rows(settings.train_data)
+    records, rows, skipped = read_probe_rows(with_columns(settings.train_data, settings.columns))
     if taken := [name for name in ADDED if any(name in record for record in records)]:
         raise InputError(f"{settings.train_data}: it has a column {taken[0]!r} already, which is one of the probe's; "
                          "remove it, or give the file as it was before")  # fmt: skip
@@ -135,6 +136,7 @@ def probe_file(
     hidden = ("train_data", "output", "overwrite_output", "picture", "batch_size", "model")
     record = {name: getattr(settings, name) for name in names_of(ProbeSettings) if name not in hidden} | {
         "input": digest(Path(settings.train_data).read_bytes()),
+        "columns": parse_columns(settings.columns) or None,
         "tokens": digest(repr([(key, item.input_ids, item.decisive) for key, item in items.items()]).encode()),
         "base": model_fingerprint(settings.answers, base, accelerator.device),
         "prompt_date": today,

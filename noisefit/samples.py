@@ -29,7 +29,7 @@ from noisefit.base.meeting import apart
 from noisefit.fork.decoder import find_causal_lm, find_decoder_layers
 from noisefit.inputs.conversations import Message
 from noisefit.inputs.prompts import Example
-from noisefit.inputs.templates import prompt_text
+from noisefit.inputs.templates import answer_text, prompt_text
 from noisefit.run.evaluation import prompt_of
 from noisefit.run.preparation import Prepared
 
@@ -76,6 +76,8 @@ class TrainingSampler:
         self.accelerator = prepared.accelerator
         # The model below the adapter, whose layers have the adapter in them: nothing is set on the wrapping.
         self.model = find_causal_lm(model)
+        # What it puts before an answer of its own, Qwen3's empty <think> say, is not the row's.
+        self.before_answer = answer_text(self.tokenizer, MARK, ANSWERED).partition(ANSWERED)[0].lstrip()
         self.ending = Ending(self.tokenizer, self.model.generation_config or GenerationConfig())
         # As many answers at a time as a step's pass has rows, for which there is memory.
         self.at_once = settings.batch_size * len(settings.objective.branches)
@@ -123,12 +125,16 @@ class TrainingSampler:
         return means | {"answered": len(samples)}
 
     def _scored(self, example: Example, answer: Answer) -> Sample:
-        (shown, question), after = self._asked(example), example.input_ids[len(prompt_of(example)) :]
-        reference = self.ending.text(self.ending.own_tokens(after))
+        (shown, question), reference = self._asked(example), self._reference(example)
         prompt = Prompt(shown, reference, (answer.text,), question=question)
         logprob = answer.logprob if math.isfinite(answer.logprob) else None
         rate = score_prompt(prompt)["hallucination_rate"]
         return Sample(shown, reference, answer.text, logprob, answer.tokens, outcome(prompt, answer.text), rate)
+
+    def _reference(self, example: Example) -> str:
+        """The row's answer."""
+        after = example.input_ids[len(prompt_of(example)) :]
+        return self.ending.text(self.ending.own_tokens(after)).removeprefix(self.before_answer).strip()
 
     def _asked(self, example: Example) -> tuple[str, str]:
         """The text of a prompt without what the chat template puts around a single question, and its last question.

@@ -171,15 +171,27 @@ def test_trackers_get_the_rates_and_the_texts(llama_folder, files, tmp_path, mon
 # --- One model, without a run -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def sampler():
+# As Qwen3's: a place for thoughts before each answer.
+THINKING = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def sampler_of(template: str | None) -> TrainingSampler:
     AcceleratorState._reset_state(True)
     tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
     set_chat_template(tokenizer)
     model = BranchedModel(tiny_model(dtype=torch.float32, vocab_size=len(tokenizer)), 8).train()
     settings = Settings(model="m", train_data="t", eval_data="e", sample_steps=1, sample_tokens=5, batch_size=1)
     prepared = SimpleNamespace(settings=settings, tokenizer=tokenizer, accelerator=Accelerator(cpu=True))
     return TrainingSampler(prepared, model)
+
+
+@pytest.fixture
+def sampler():
+    return sampler_of(None)
 
 
 def examples_of(sampler, rows=ROWS):
@@ -225,15 +237,17 @@ def test_outcomes_are_told_apart(sampler):
     assert sampler.figures([replace(found[0], logprob=None)])["right_rate"] == 1 and found[0].line()["logprob"] == -1.5
 
 
-@pytest.mark.parametrize("template", ["chatml", "alpaca", "plain"])
+@pytest.mark.parametrize("template", ["chatml", "alpaca", "plain", "thinking"])
 def test_question_and_reference_are_those_of_the_file(template, sampler):
-    sampler.tokenizer.chat_template = None
-    set_chat_template(sampler.tokenizer, template)
+    if template == "thinking":
+        sampler = sampler_of(THINKING)
+    else:
+        sampler.tokenizer.chat_template = None
+        set_chat_template(sampler.tokenizer, template)
     rows = [*ROWS, ("Ünïcode  and\nlines §?", "So it is: «yes»\n\nit is.")]
     for example, row in zip(examples_of(sampler, rows), rows, strict=True):
         assert sampler._asked(example) == (row[0], row[0])
-        reference = example.input_ids[example.target_start :]
-        assert sampler.ending.text(sampler.ending.own_tokens(reference)) == row[1]
+        assert sampler._reference(example) == row[1]
 
 
 @pytest.mark.parametrize("template", ["chatml", "alpaca"])

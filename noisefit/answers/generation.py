@@ -186,7 +186,7 @@ class Answerer:
 
 
 def answer_all(
-    answerer: Any, jobs: Sequence[Job], batch_size: int, first: int = FIRST_BATCH_SIZE
+    answerer: Any, jobs: Sequence[Job], batch_size: int, first: int | None = None
 ) -> Iterator[list[Answered]]:
     """Answer all jobs, a batch at a time.
 
@@ -195,7 +195,7 @@ def answer_all(
         jobs: what to answer.
         batch_size: answers at a time; 0 starts with `first`, doubles while a GPU is at most half full, and halves
             whenever memory runs out, which changes no answer.
-        first: answers at a time, to begin with.
+        first: answers at a time, to begin with; `None` for `FIRST_BATCH_SIZE`.
 
     Yields:
         What `Answerer.answer` gives for each batch.
@@ -203,7 +203,7 @@ def answer_all(
     Raises:
         LocalError: out of memory with the batch size asked for, or with one answer at a time.
     """
-    size, may_grow = batch_size or first, not batch_size
+    size, may_grow = batch_size or first or FIRST_BATCH_SIZE, not batch_size
     batches = plan_batches(jobs, size)
     while batches:
         try:

@@ -10,6 +10,7 @@ from noisefit.answers.settings import AnswerSettings, DrawSettings
 from noisefit.base.command_line import HelpFormatter, OneLineParser, add_switches, add_token, without_token
 from noisefit.base.errors import InputError
 from noisefit.base.settings import add_flags, check_fields, setting
+from noisefit.inputs.columns import parse_columns
 from noisefit.inputs.templates import check_date
 
 
@@ -21,6 +22,10 @@ class ProbeFileSettings:
     train_data: str = setting(
         help="CSV, JSON Lines or Parquet with columns prompt and response (required)", is_path=True
     )
+    columns: list[str] | None = setting(
+        None, "what its columns are called, as in training: prompt=question response=answer; --output has our names",
+        metavar="NAME=COLUMN",
+    )  # fmt: skip
     output: str = setting(help="CSV for the rows with their scores (required)", is_path=True)
     overwrite_output: bool = setting(False, "replace a file that is already there")
     picture: str | None = setting(None, "PNG for the histogram; default: beside --output", is_path=True)
@@ -116,6 +121,7 @@ class ProbeSettings(ProbeModelSettings, ProbeSampleSettings, ProbeNoiseSettings,
         for name in ("model", "train_data", "output"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is required; see --help")
+        parse_columns(self.columns)
         if self.prompt_date is not None:
             check_date(self.prompt_date)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from noisefit.answers.scoring import Prompt
 from noisefit.base.errors import InputError
 from noisefit.base.files import read_text
-from noisefit.inputs.readers import Needed
+from noisefit.inputs.columns import Needed, check_renames, parse_columns
+from noisefit.inputs.sources import Source
 from noisefit.inputs.tables import ANY_ROWS, BEFORE_ABSTAINING, Row, asked_row, name_rows, read_records, text_cell
 from noisefit.method.decisive import words
 
@@ -83,6 +84,26 @@ def read_answers(path: str, by: str | None, before_abstaining: bool = False) -> 
         for prompt, entry in found.items()
         for facts in [entry["facts"]]
     ]  # fmt: skip
+
+
+def with_columns(path: str, columns: Sequence[str] | None) -> Source:
+    """A file as it is read under `--columns`, to be written with its other columns, none of which may be lost.
+
+    Raises:
+        InputError: as `parse_columns` and `check_renames`; a row has a column that is renamed, and one of the
+            new name; or as `read_records`.
+    """
+    renames = parse_columns(columns)
+    any_of_them: Needed = ((*renames, *renames.values()), ())
+    for number, record in read_records(path, (any_of_them,), others=False) if renames else ():
+        for name, given in renames.items():
+            if name != given and name in record and given in record and name not in renames.values():
+                raise InputError(f"{path}: row {number}: --columns {name}={given}: it has a column {name!r} too, which "
+                                 "would be lost; rename or remove one of them")  # fmt: skip
+    source = Source(path, path, renames)
+    if renames:
+        check_renames(renames, {path: source.column_names()})
+    return source
 
 
 def answer_cell(path: str, row: int, column: str, value: Any) -> str:

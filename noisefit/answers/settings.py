@@ -21,6 +21,7 @@ from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
 from noisefit.base.refusal import REFUSAL
 from noisefit.base.settings import add_flags, check_fields, fields_of, not_default, setting
+from noisefit.inputs.columns import parse_columns
 
 # In the settings that are recorded beside answers, and no flags.
 VERSION, ABOUT = "noisefit_version", "about"
@@ -42,6 +43,10 @@ class AnswerFileSettings:
         metavar="REV",
     )  # fmt: skip
     input_csv: str = setting(help="CSV, JSON Lines or Parquet with a column prompt (required)", is_path=True)
+    columns: list[str] | None = setting(
+        None, "what its columns are called, as in training: prompt=question response=answer; answers have our names",
+        metavar="NAME=COLUMN",
+    )  # fmt: skip
     output_csv: str | None = setting(
         None, "where the answers go, .csv or .jsonl; default: the adapter's folder name and _answers.csv", is_path=True
     )
@@ -184,6 +189,7 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
             raise InputError("give --model_path, an adapter's folder, or --model_id, a base model to answer alone")
         if not self.input_csv:
             raise InputError("--input_csv is required: a file with a column prompt; see --help")
+        parse_columns(self.columns)
         if self.device_map and self.noise_passes:
             raise InputError("--noise_passes does not go with --device_map; leave one of them out")
         if self.device_map and self.static_cache:

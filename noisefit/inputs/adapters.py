@@ -228,12 +228,16 @@ def as_saved(adapted: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor
         weights: of it, whole, by their names in it.
 
     Returns:
-        Both as they are, but for an adapter that began with a part of the base model.
+        The weights as they are, but for an adapter that began with a part of the base model; a copy of its
+        configuration, in which names stand in order: PEFT's sets of them have another one in each process.
     """
-    config, taken = adapted.peft_config[ADAPTER], getattr(adapted, "taken_from_base", None)
+    config, taken = copy.deepcopy(adapted.peft_config[ADAPTER]), getattr(adapted, "taken_from_base", None)
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
     if taken is None:
         return weights, config
-    weights, config = dict(weights), copy.deepcopy(config)
+    weights = dict(weights)
     for name, begun in taken.items():
         is_a = name.endswith(f".lora_A.{ADAPTER}.weight")
         weights[name] = torch.cat([weights[name].cpu(), begun if is_a else -begun], dim=0 if is_a else 1)

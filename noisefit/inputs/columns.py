@@ -99,6 +99,26 @@ def require_columns(
     return list(dict.fromkeys(back.get(name, name) for name in wanted))
 
 
+def check_renames(renames: Mapping[str, str], found: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a name that no file has, beside files that have ours: its column would be left aside in silence.
+
+    Args:
+        renames: see `parse_columns`.
+        found: the columns of each file, by its name.
+
+    Raises:
+        InputError: as said. Where ours is in no file either, whoever reads it says so.
+    """
+    for name, given in renames.items():
+        having = [where for where, columns in found.items() if name in columns]
+        if having and not any(given in columns for columns in found.values()):
+            there = list(dict.fromkeys(column for columns in found.values() for column in columns))
+            close = difflib.get_close_matches(given, there, n=1)
+            hint = f"; did you mean {name}={close[0]}?" if close else ""
+            raise InputError(f"--columns {name}={given}: no column {given!r}, and {having[0]} has one called {name!r}; "
+                             f"columns found: {', '.join(there)}{hint}")  # fmt: skip
+
+
 def _likely(column: str, found: Sequence[str], by_meaning: bool = True) -> str | None:
     """Which of the columns that were found may be meant by one that was not."""
     plain = {name.strip().lower(): name for name in reversed(found)}

@@ -44,8 +44,8 @@ def read_chat(
 
     Raises:
         InputError: the conversation has tools, thoughts apart from its contents, or answers that are not to be
-            supervised; the cell is no list of turns; a turn has a role that is not known, or a content that is no text; an
-            assistant's turn does not stand behind a user's; or the last one is a system prompt.
+            supervised; the cell is no list of turns; a turn has a role that is not known, or a content that is no text;
+            an assistant's turn does not stand behind a user's; or the last one is a system prompt.
     """
     if all(record.get(column) not in (None, "") for column in ("prompt", "response")):
         return None
@@ -93,9 +93,8 @@ def _message(where: str, turn: Any, unused: dict[str, None]) -> Message:
     if ROLES[role] == "assistant":
         for name in filter(others.__contains__, TRAINED):
             if others.pop(name) != 1:  # which true is too
-                raise InputError(f"{where}: its {name} is {turn[name]!r}, but all answers are supervised alike; end the "
-                                 "conversation before it, or give --loss_on last with answers worth learning at the "
-                                 "end, and remove it")  # fmt: skip
+                raise InputError(f"{where}: its {name} is {turn[name]!r}, but all answers are supervised alike; leave "
+                                 "such rows out, or cut them before it")  # fmt: skip
     unused |= dict.fromkeys(others)
     if content is not None and not isinstance(content, str):
         raise InputError(f"{where}: its {names[1]} is {type(content).__name__}, expected text")

@@ -6,6 +6,7 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -13,6 +14,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +23,7 @@ from noisefit.inputs.columns import Needed, renamed, require_columns
 
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # of text alone: the others are so inside
+FIRST_ROWS = 100  # of a JSON Lines file, whose columns are those that its rows have
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is not UTF-8
 
 
@@ -63,6 +66,15 @@ def stream_records(
         lzma.LZMAError,
     ) as error:  # no permission, damage
         raise InputError(f"{path}: not readable: {error}") from None
+
+
+def column_names(path: str | os.PathLike[str]) -> list[str]:
+    """The columns of a table; of JSON Lines those of its first rows. Raises `InputError` as `stream_records`."""
+    if READERS.get(suffix_of(Path(path))) in ("parquet", "arrow"):
+        with _arrow_table(Path(path), _kind_of(Path(path))) as (_, schema):
+            return [*schema.names]
+    records = itertools.islice(stream_records(path, ()), FIRST_ROWS)
+    return list(dict.fromkeys(name for _, record in records for name in record))
 
 
 def _kind_of(path: Path) -> str:
@@ -175,16 +187,22 @@ def _read_arrow(
     path: Path, kind: str, columns: Sequence[Needed], others: bool, renames: Mapping[str, str] | None
 ) -> Iterator[dict[str, Any]]:
     """Rows as Arrow has them: what the file says about a column (an image, say, at this address) is not followed."""
+    with _arrow_table(path, kind) as (file, schema):
+        wanted = wanted_columns(path, schema, columns, others, renames)
+        batches = file.iter_batches(columns=wanted) if kind == "parquet" else _batches(file)
+        for batch in batches:
+            yield from batch.select(wanted).to_pylist()
+
+
+@contextmanager
+def _arrow_table(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
+    """A Parquet or Arrow file, and its schema. Raises `InputError` where it cannot be read, also within."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) if kind == "parquet" else _arrow_file(path) as file:
-            schema = file.schema_arrow if kind == "parquet" else file.schema
-            wanted = wanted_columns(path, schema, columns, others, renames)
-            batches = file.iter_batches(columns=wanted) if kind == "parquet" else _batches(file)
-            for batch in batches:
-                yield from batch.select(wanted).to_pylist()
+            yield file, file.schema_arrow if kind == "parquet" else file.schema
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, NotImplementedError) as error:
         name = "a Parquet" if kind == "parquet" else "an Arrow"
         raise InputError(f"{path}: not {name} file that can be read: {error}") from None

@@ -87,6 +87,10 @@ class Source(os.PathLike[str]):
         except OSError:  # whoever reads it says so
             return 0
 
+    def column_names(self) -> list[str]:
+        """Its columns, as they are called there; see `noisefit.inputs.readers.column_names`."""
+        return readers.column_names(self.word) if self.dataset is None else list(self.dataset.column_names)
+
     def content(self) -> list[Any]:
         """What decides on its records, as plain values: for a file its content, wherever it lies.
 

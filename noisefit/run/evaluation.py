@@ -213,7 +213,7 @@ def check_answering(
     longest = max((len(prompt_of(example)) for example in asked), default=0)
     if limit is not None and longest + settings.sample_tokens > limit:
         raise InputError(
-            f"{flag}: a prompt of --eval_data has {longest} tokens, which with --sample_tokens "
+            f"{flag}: an evaluation prompt has {longest} tokens, which with --sample_tokens "
             f"{settings.sample_tokens} exceeds the model's {limit} positions; lower --sample_tokens or --max_length"
         )
 

@@ -6,7 +6,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from noisefit.base.errors import InputError, on_main_process
 from noisefit.base.files import alone_in, sync_folder, write_json, writing
 from noisefit.base.meeting import apart
 from noisefit.base.settings import words_of
+from noisefit.inputs.readers import column_names
 from noisefit.method.policy import CALIBRATED, FROZEN, NoisePolicy
 from noisefit.run.card import evaluation_of, model_card
 from noisefit.run.checkpoint_files import SCORES, STATE, latest_whole, list_checkpoints, read_state
@@ -246,7 +247,7 @@ def save_model(
             go_on = f"; free some space, and --resume_from_checkpoint latest goes on from {before and before.name}"
             with writing(output.path, go_on if before else ""), output.staging("model") as staged:
                 if best:
-                    copy_best(output, staged)
+                    copy_best(output, staged, linked=False)  # files that people edit
                     write_json(staged / CONFIG, _config(settings) | {"best": _told(settings, best)})
                     tokens = best.tokens
                 else:
@@ -268,7 +269,13 @@ def _told(settings: Settings, best: Best) -> dict[str, Any]:
 def where_things_are(settings: Settings, best: Best | None = None) -> list[str]:
     """What the run left and the next command, for the user's eyes."""
     files = [word for word in words_of(settings.eval_data) + words_of(settings.train_data) if Path(word).is_file()]
-    output, data = shlex.quote(settings.output_model), shlex.quote(files[0]) if files else "QUESTIONS.csv"
+    output, data = shlex.quote(settings.output_model), "QUESTIONS.csv"
+    whose = "" if files else " a file of yours with a column prompt"
+    if files:
+        columns = settings.columns or []
+        with suppress(InputError):  # of a mixture's file those that it has
+            columns = [word for word in columns if word.partition("=")[2] in column_names(files[0])]
+        data = shlex.join([files[0], *(["--columns", *columns] if columns else [])])
     what, flag = ("the model", "--model_id") if settings.full_finetune else ("the adapter", "--model_path")
     metric = METRICS[settings.eval_metric]
     kept = [f"{what} is that of step {best.step}, with the lowest {metric}: {best.value:.6g}"] if best else []
@@ -276,7 +283,7 @@ def where_things_are(settings: Settings, best: Best | None = None) -> list[str]:
         *kept,
         f"{output} holds {what} with its tokenizer and card, metrics.jsonl (losses) and layer_snr.json (layers)",
         f"pictures of it: python -m noisefit.report {output}",
-        f"next, let it answer: accelerate launch generate.py {flag} {output} --input_csv {data}",
+        f"next, let it answer{whose}: accelerate launch generate.py {flag} {output} --input_csv {data}",
     ]
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from noisefit.base.errors import InputError, notice
 from noisefit.base.meeting import apart
 from noisefit.base.settings import words_of
-from noisefit.inputs.columns import parse_columns
+from noisefit.inputs.columns import check_renames, parse_columns
 from noisefit.inputs.examples import Examples, Listed, choose, held_out, prompt_key, texts_of, weighted
 from noisefit.inputs.prompts import PromptSettings, repeated, tell_of_length, tell_of_turns, usable_examples
 from noisefit.inputs.sources import EVALUATION, Source, find_source, is_file_name
@@ -72,6 +72,8 @@ def read_data(settings: Settings) -> Data:
     config_of = dict.fromkeys(words, settings.dataset_config)  # those of another dataset are not known
     eval_sources = [find_source("--eval_data", word, renames, eval_splits, config_of.get(word), revision_of.get(word))
                     for word in words_of(settings.eval_data)]  # fmt: skip
+    if renames:
+        check_renames(renames, {str(source): source.column_names() for source in (*sources, *eval_sources)})
     always = settings.unknown_rows != "keep"  # what decides on rows needs them in a list, and their other columns
     if always:
         sources = [source.holding(ANY_ROWS) for source in sources]

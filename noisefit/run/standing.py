@@ -63,8 +63,9 @@ class Standing:
         return cls(None if state["best"] is None else Best(**state["best"]), state["stale"])
 
 
-def copy_best(output: OutputFolder, target: Path) -> None:
-    """Put the files of the output's best model into another folder.
+def copy_best(output: OutputFolder, target: Path, linked: bool = True) -> None:
+    """Put the files of the output's best model into another folder: as the same files where `linked` and possible, as
+    is right for one that nobody edits.
 
     Raises:
         LocalError: somebody changed them.
@@ -72,7 +73,7 @@ def copy_best(output: OutputFolder, target: Path) -> None:
     if not output.is_whole(BEST):
         raise LocalError(f"{output.path / BEST} was changed while the run went on, which keeps its best model there; "
                          "the last checkpoint has it, too: --resume_from_checkpoint latest")  # fmt: skip
-    _copy(output.path / BEST, output.parts(BEST), target)
+    _copy(output.path / BEST, output.parts(BEST), target, linked)
 
 
 def bring_best(output: OutputFolder, checkpoint: Path | None, names: Iterable[str]) -> None:
@@ -88,21 +89,26 @@ def bring_best(output: OutputFolder, checkpoint: Path | None, names: Iterable[st
         drop_best(output)
         return
     with output.staging(BEST) as staged:
-        _copy(checkpoint / BEST, parts, staged)
+        _copy(checkpoint / BEST, parts, staged, linked=True)
         output.place_folder(staged, BEST)
 
 
-def _copy(source: Path, parts: Iterable[str], target: Path) -> None:
-    """As the same files where that is possible, else as copies. They are only ever replaced whole, so neither folder
-    sees a change in the other."""
+def _copy(source: Path, parts: Iterable[str], target: Path, linked: bool) -> None:
+    """A run only ever replaces files whole, so of the same files neither folder sees a change in the other."""
     target.mkdir(exist_ok=True)
     for part in parts:
         (target / part).parent.mkdir(exist_ok=True)
-        try:
-            os.link(source / part, target / part)
-        except OSError:  # another disk, or one without such links
+        if not (linked and _link(source / part, target / part)):
             shutil.copyfile(source / part, target / part)
     sync_folder(target)
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without such links
+        return False
+    return True
 
 
 def drop_best(output: OutputFolder) -> None:

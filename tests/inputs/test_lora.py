@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from transformers import AutoConfig
 
 from noisefit.base.errors import InputError
-from noisefit.inputs.adapters import add_adapter
+from noisefit.inputs.adapters import add_adapter, as_saved
 from noisefit.inputs.lora import ACCEPTED, NOT_HERE, OWN_FLAGS, REFUSED, check_sharded, lora_options
 from noisefit.inputs.models import ModelSettings
 from noisefit.run.settings import Settings, parse_arguments
@@ -175,3 +175,10 @@ def test_what_does_not_go_with_sharding_is_refused():
     check_sharded(ModelSettings(), tied)
     with pytest.raises(InputError, match="target_parameters has not been tried with FSDP"):
         check_sharded(ModelSettings(lora=["target_parameters=experts.down_proj"]), apart)
+
+
+def test_names_stand_in_order_in_the_saved_configuration():
+    """PEFT keeps them as a set, whose order differs from process to process: files of the same run would, too."""
+    adapted = add_adapter(ModelSettings(target_modules=["all-linear"]), tiny_model(dtype=torch.float32), "m")
+    names = as_saved(adapted, {})[1].to_dict()["target_modules"]
+    assert names == sorted(names) and len(names) == 7 and isinstance(adapted.peft_config["default"].target_modules, set)

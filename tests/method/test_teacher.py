@@ -176,7 +176,7 @@ def test_tensors_of_another_model_are_refused():
 def test_an_adapter_on_the_head_is_refused():
     for name in ("base", "ema"):
         branched, _ = adapted(target_modules=["lm_head"])
-        with pytest.raises(InputError, match="--target_modules puts an adapter on the model's head"):
+        with pytest.raises(InputError, match="--target_modules or --lora trains the model's head"):
             teacher_of(name, branched)
 
 

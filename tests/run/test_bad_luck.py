@@ -134,7 +134,8 @@ def size_of(pid: int) -> int:
 def test_out_of_memory_is_one_line_with_what_helps_and_a_whole_checkpoint(llama_folder, tmp_path):
     data, out = tmp_path / "data.csv", tmp_path / "out"
     data.write_text("prompt,response\n" + "".join(f"Is it {i}?,{'It is so. ' * 12}\n" for i in range(256)))
-    flags = FAST | dict(num_noise_layers=1, max_length=64, max_steps=40, epochs=40, save_steps=1)
+    flags = FAST | dict(num_noise_layers=1, max_length=64, long_rows="cut", max_steps=40, epochs=40,
+                        save_steps=1)  # fmt: skip
     large = flags | dict(batch_size=128, gradient_accumulation_steps=2)
     [running] = start(llama_folder, data, out, target=train_giving_memory_back, **large)
     sizes: list[int] = []

@@ -48,6 +48,20 @@ def main(argv):
     train_loop.train(parse_arguments(argv))
 
 
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ("response=answr", "--columns response=answr: no column 'answr', and {a} has one called 'response'; columns "
+                           "found: prompt, response, question, answer; did you mean response=answer?"),
+        ("prompt=query", "--columns prompt=query: no column 'query', and {a} has one called 'prompt'"),
+    ],
+)  # fmt: skip
+def test_a_name_that_no_file_has_is_an_error_though_ours_is_there(llama_folder, files, tmp_path, columns, message):
+    done = train(llama_folder, tmp_path / "out", *files, "--columns", columns)
+    assert done.returncode == 2 and message.format(a=files[0]) in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def same(output, other):
     lines = [[{k: v for k, v in line.items() if k not in MEASURED} for line in metrics_of(o)] for o in (output, other)]
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (output, other)]
@@ -189,7 +203,7 @@ def test_the_base_model_is_asked_about_the_rows_of_all_files(llama_folder, files
     scores = (tmp_path / "out" / "knowledge.csv").read_text().splitlines()
     assert len(scores) == 31
     # Its scores are those of one file after the other, and serve again.
-    again = train(llama_folder, tmp_path / "probed", tmp_path / "out" / "knowledge.csv", files[0], *COLUMNS,
+    again = train(llama_folder, tmp_path / "probed", tmp_path / "out" / "knowledge.csv", files[0],
                   unknown_rows="drop", unknown_below=-1e6, max_steps=1)  # fmt: skip
     assert again.returncode == 0 and "knowledge.csv: its rows are probed already" in again.stderr, again.stderr
     both = (tmp_path / "probed" / "knowledge.csv").read_text().splitlines()

@@ -82,6 +82,8 @@ def test_the_output_is_the_model_of_the_best_evaluation_and_says_so(kept, capsys
     seen = sum(line["target_tokens"] for line in metrics_of(kept)[:best])
     assert f"It saw {seen} supervised tokens. It is that of step {best}, whose evaluation was the best." in card
     assert not (kept / "best").exists()
+    # Somebody who edits the output edits no checkpoint.
+    assert {path.stat().st_nlink for path in kept.iterdir() if path.is_file()} == {1}
     for step in range(1, 7):  # each checkpoint knows the best until then
         lowest = found.index(min(found[:step])) + 1
         there = (kept / f"checkpoint-{step}" / "best" / "adapter_model.safetensors").read_bytes()

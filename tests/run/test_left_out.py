@@ -39,7 +39,7 @@ FLAGS = dict(max_steps=1, max_length=120, loss_mode="basefit", save_steps=0)
 def test_a_run_records_the_rows_that_it_left_out(llama_folder, odd, tmp_path, monkeypatch, how, kind, rows, limit):
     if limit is not None:
         monkeypatch.setattr(stored, "LARGE", limit)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     run(llama_folder, odd, tmp_path / "a", long_rows=how, **FLAGS)
     [source] = rows_of(tmp_path / "a")["train"]
     assert source == {"source": str(odd), "rows": rows, "skipped": SKIPPED, "dropped": {"number": 1, "first": [3]},

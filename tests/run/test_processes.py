@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = dict(
     learning_rate=1e-2, weight_decay=0.01, logging_steps=1, lora_dropout=0, gradient_accumulation_steps=2,
     num_noise_layers=2, snr_batches=2, snr_every=2, epochs=2, lambda_consistency=0.7, temperature=1.5, save_steps=0,
+    long_rows="cut",
 )  # fmt: skip
 
 

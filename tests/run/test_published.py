@@ -38,7 +38,7 @@ BOTH = dict(
     loss_mode="full", hybrid_loss_alpha=0.5, temperature=1.0, loss_on="all", noise_scale="live", branches="separate",
     batch_size=4, gradient_accumulation_steps=4, learning_rate=5e-5, lr_scheduler_type="cosine", warmup_ratio=0.0,
     weight_decay=0.0, max_grad_norm=1.0, seed=42, lora_r=8, lora_alpha=16.0, lora_dropout=0.05,
-    target_modules=["q_proj", "v_proj"],
+    target_modules=["q_proj", "v_proj"], long_rows="cut",
 )  # fmt: skip
 DEFAULTS = {
     "v1": BOTH | dict(

@@ -56,7 +56,7 @@ def test_the_output_folder(llama_folder, questions, tmp_path):
     expected = {
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "noisefit_config.json", "layer_snr.json", "metrics.jsonl", "eval_metrics.jsonl",
-        "README.md", "checkpoint-4", "noisefit_files.json",
+        "README.md", "checkpoint-4", "noisefit_files.json", "rows.json",
     }  # fmt: skip
     assert {path.name for path in out.iterdir()} == expected
     snr = json.loads((out / "layer_snr.json").read_text())
@@ -65,9 +65,9 @@ def test_the_output_folder(llama_folder, questions, tmp_path):
         x for i, x in enumerate(snr["snr"]) if i not in snr["selected"]
     )
     assert list(lines[0]) == [
-        "step", "epoch", "loss", "ce_loss", "soft_loss", "consistency_loss", "rdrop_loss", "learning_rate",
-        "grad_norm", "target_tokens", "tokens_per_second", "noise_to_signal", "layer_noise_to_signal",
-        "hidden_rms", "peak_memory_gib", "skipped_steps",
+        "step", "epoch", "loss", "ce_loss", "soft_loss", "consistency_loss", "rdrop_loss", "token_accuracy",
+        "entropy", "learning_rate", "grad_norm", "target_tokens", "tokens_per_second", "noise_to_signal",
+        "layer_noise_to_signal", "hidden_rms", "peak_memory_gib", "skipped_steps",
     ]  # fmt: skip
     # 24 rows in steps of 16: two steps an epoch, two epochs.
     assert [line["step"] for line in lines] == [2, 4] and lines[-1]["epoch"] == 2.0
