@@ -167,7 +167,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     noise = noise_of(policy)
     packing = settings.packing and can_pack(model, calibration[0], noise, strategy, objective.branches)
     notice(memory_needed(prepared, model, policy, strategy, packing))
-    notice(f"{len(examples)} rows; {total_steps} steps of {rows_per_step} rows; processes: {num_processes}")
+    notice(f"{prepared.size}; processes: {num_processes}")
 
     # --- The loop ---------------------------------------------------------------------------------------------------
     model.train()

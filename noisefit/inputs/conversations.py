@@ -16,6 +16,12 @@ ROLES = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(
 EXPECTED = "a list of {role, content}, or of ShareGPT's {from, value}, in a CSV as JSON"
 
 
+# What the turns, and the rows, of other trainers have, and what would be wrong without a word if it were passed over.
+TOOLS = ("tools", "functions")  # columns
+REFUSED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+TRAINED = ("train", "training", "weight")  # of an assistant's turn; false or 0: not to be supervised
+
+
 class Message(NamedTuple):
     """A turn of a conversation; `role` is `system`, `user` or `assistant`."""
 
@@ -23,7 +29,9 @@ class Message(NamedTuple):
     content: str
 
 
-def read_chat(where: str, record: Mapping[str, Any]) -> tuple[Message, ...] | None:
+def read_chat(
+    where: str, record: Mapping[str, Any], unused: dict[str, None] | None = None
+) -> tuple[Message, ...] | None:  # fmt: skip
     """The conversation of a record; `None` where it has none, or prompt and response, which go before it.
 
     Contents are stripped of white space at both ends, as the cells of a prompt and a response are; those that are
@@ -32,16 +40,20 @@ def read_chat(where: str, record: Mapping[str, Any]) -> tuple[Message, ...] | No
     Args:
         where: file and row, for the line.
         record: its cells by column.
+        unused: gets the names of what turns say beside role and content, which is not used.
 
     Raises:
-        InputError: the cell is no list of turns; a turn has a role that is not known, or a content that is no text; an
-            assistant's turn does not stand behind a user's; or the last one is a system prompt.
+        InputError: the conversation has tools, thoughts apart from its contents, or answers that are not to be
+            supervised; the cell is no list of turns; a turn has a role that is not known, or a content that is no text;
+            an assistant's turn does not stand behind a user's; or the last one is a system prompt.
     """
     if all(record.get(column) not in (None, "") for column in ("prompt", "response")):
         return None
     column = next((name for name in CHATS if record.get(name) not in (None, "")), None)
     if column is None:
         return None
+    if tools := next((name for name in TOOLS if _says_something(record.get(name))), None):
+        raise InputError(f"{where} has {tools}, which are not supported; leave such rows out, or the column")
     turns, where = record[column], f"{where}: {column}"
     if isinstance(turns, str):
         try:
@@ -56,7 +68,7 @@ def read_chat(where: str, record: Mapping[str, Any]) -> tuple[Message, ...] | No
         raise InputError(f"{where} is an empty list, expected {EXPECTED}")
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
-        message = _message(f"{where}: turn {number}", turn)
+        message = _message(f"{where}: turn {number}", turn, {} if unused is None else unused)
         if message.role == "assistant" and (not messages or messages[-1].role != "user"):
             before = f"after a turn of {messages[-1].role}" if messages else "at the beginning"
             raise InputError(f"{where}: turn {number} is the assistant's, {before}; expected one of the user before it")
@@ -66,7 +78,7 @@ def read_chat(where: str, record: Mapping[str, Any]) -> tuple[Message, ...] | No
     return tuple(messages)
 
 
-def _message(where: str, turn: Any) -> Message:
+def _message(where: str, turn: Any, unused: dict[str, None]) -> Message:
     if not isinstance(turn, dict):
         raise InputError(f"{where} is {type(turn).__name__}, expected {{role, content}}")
     names = ("role", "content") if turn.get("role") is not None or turn.get("from") is None else ("from", "value")
@@ -74,11 +86,23 @@ def _message(where: str, turn: Any) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
         raise InputError(f"{where}: its {names[0]} is {str(role)[:40]!r}, expected one of {known}")
-    if turn.get("tool_calls"):
-        raise InputError(f"{where} has tool_calls, which are not supported; leave such conversations out")
+    if refused := next((name for name in REFUSED if _says_something(turn.get(name))), None):
+        instead = "" if refused in REFUSED[:2] else f", or put it into {names[1]} as the chat template writes it"
+        raise InputError(f"{where} has {refused}, which is not supported; leave such rows out{instead}")
+    others = {name: value for name, value in turn.items() if name not in names and _says_something(value)}
+    if ROLES[role] == "assistant":
+        for name in filter(others.__contains__, TRAINED):
+            if others.pop(name) != 1:  # which true is too
+                raise InputError(f"{where}: its {name} is {turn[name]!r}, but all answers are supervised alike; leave "
+                                 "such rows out, or cut them before it")  # fmt: skip
+    unused |= dict.fromkeys(others)
     if content is not None and not isinstance(content, str):
         raise InputError(f"{where}: its {names[1]} is {type(content).__name__}, expected text")
     return Message(ROLES[role], (content or "").strip())
+
+
+def _says_something(value: Any) -> bool:
+    return value not in (None, "", "[]", "{}", "null") and value != [] and value != {}
 
 
 def up_to_last(role: str, messages: Sequence[Message]) -> tuple[Message, ...]:

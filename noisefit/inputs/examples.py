@@ -22,17 +22,21 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of spli
 class Examples(Sequence[Example], ABC):
     """Tokenized rows of which some figures are known without a look at each.
 
+    A row is one text, but a conversation may be several (see `noisefit.inputs.turns`), which stand behind each other.
+
     Attributes:
-        lengths: tokens of each row, `[rows]` int32.
-        targets: supervised tokens of each row, `[rows]` int32.
-        is_cut: whether the end of an answer had no place, in this or another example of the same row, `[rows]` bool.
-        prompts: by which rows with the same prompt are known, `[rows]` int64, see `prompt_key`.
+        lengths: tokens of each text, `[texts]` int32.
+        targets: supervised tokens of each text, `[texts]` int32.
+        is_cut: whether the end of an answer had no place, in this or another text of the same row, `[texts]` bool.
+        continues: whether it is a further text of the row that the one before it is of, `[texts]` bool.
+        prompts: by which rows with the same prompt are known, `[texts]` int64, see `prompt_key`.
         digest: of all rows, in their order: by which they are known as the same, however they are kept.
     """
 
     lengths: NDArray[np.int32]
     targets: NDArray[np.int32]
     is_cut: NDArray[np.bool_]
+    continues: NDArray[np.bool_]
 
     @property
     @abstractmethod
@@ -44,12 +48,17 @@ class Examples(Sequence[Example], ABC):
 
     @abstractmethod
     def row(self, index: int) -> Example:
-        """The row at this place, counted from 0."""
+        """The text at this place, counted from 0."""
 
     @property
     def num_targets(self) -> int:
         """Supervised tokens of all rows."""
         return int(self.targets.sum(dtype=np.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, of which `len` counts the texts."""
+        return int(np.count_nonzero(~self.continues))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -67,13 +76,17 @@ class Examples(Sequence[Example], ABC):
 
 
 class Listed(Examples):
-    """Rows in a list."""
+    """Rows in a list. `numbers` has that of each example's row; without it each is a row of its own."""
 
-    def __init__(self, examples: Sequence[Example], is_cut: Sequence[bool], prompts: Sequence[int]):
+    def __init__(
+        self, examples: Sequence[Example], is_cut: Sequence[bool], prompts: Sequence[int],
+        numbers: Sequence[int] | None = None,
+    ):  # fmt: skip
         self._examples, self._prompts = examples, np.array(prompts, dtype=np.int64)
         self.lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int32)
         self.targets = np.array([example.num_targets for example in examples], dtype=np.int32)
         self.is_cut = np.array(is_cut, dtype=bool)
+        self.continues = continues(np.arange(len(examples)) if numbers is None else np.array(numbers, dtype=np.int64))
 
     @property
     def prompts(self) -> NDArray[np.int64]:
@@ -88,7 +101,8 @@ class Listed(Examples):
 
 
 class Chosen(Examples):
-    """Rows of several sequences by their numbers in all of them, one behind the other; 8 bytes a row."""
+    """Texts of several sequences by their numbers in all of them, one behind the other; 8 bytes a text. Those of a row
+    are all there, and together."""
 
     def __init__(self, parts: Sequence[Examples], numbers: NDArray[np.int64]):
         self._parts, self._numbers = parts, numbers
@@ -96,6 +110,7 @@ class Chosen(Examples):
         self.lengths = _joined([part.lengths for part in parts])[numbers]
         self.targets = _joined([part.targets for part in parts])[numbers]
         self.is_cut = _joined([part.is_cut for part in parts])[numbers]
+        self.continues = _joined([part.continues for part in parts])[numbers]
 
     @property
     def prompts(self) -> NDArray[np.int64]:
@@ -115,6 +130,24 @@ class Chosen(Examples):
 
 def _joined(arrays: Sequence[NDArray]) -> NDArray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def continues(numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """`Examples.continues` of the number of each text's row, `[texts]`."""
+    return np.concatenate([np.zeros(min(len(numbers), 1), dtype=bool), numbers[1:] == numbers[:-1]])
+
+
+def texts_of(rows: NDArray[np.int64], further: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The texts of these rows, in their order: both by their place, rows counted without further texts.
+
+    Args:
+        rows: `[chosen rows]`, a row as often as it is taken.
+        further: `Examples.continues` of all, `[texts]`.
+    """
+    firsts = np.flatnonzero(~further)
+    counts = np.diff(np.append(firsts, len(further)))[rows]
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(firsts[rows], counts) + within
 
 
 def rows_digest(examples: Iterable[Example]) -> str:
@@ -186,7 +219,9 @@ def _mixed(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return keys ^ (keys >> np.uint64(31))
 
 
-def weighted(sources: NDArray[np.int64], weights: Sequence[float], seed: int) -> NDArray[np.int64]:
+def weighted(
+    sources: NDArray[np.int64], weights: Sequence[float], seed: int, names: Sequence[object]
+) -> NDArray[np.int64]:  # fmt: skip
     """Which rows an epoch takes, and how often.
 
     Args:
@@ -194,6 +229,7 @@ def weighted(sources: NDArray[np.int64], weights: Sequence[float], seed: int) ->
         weights: how often an epoch takes the rows of each source. Of 2.5 each row is taken twice, and half of them,
             drawn by the seed, once more.
         seed: of the run.
+        names: of the sources, for the line.
 
     Returns:
         Indices of rows in order, a row as often as it is taken.
@@ -210,6 +246,6 @@ def weighted(sources: NDArray[np.int64], weights: Sequence[float], seed: int) ->
         once_more = drawn[: math.floor((weight - whole) * len(rows) + 0.5)]
         times[once_more] += 1
         if len(rows) and not times[rows].any():
-            raise InputError(f"--data_weights {weight:g} leaves none of {len(rows)} rows; give a larger weight, or "
-                             "leave the source out")  # fmt: skip
+            raise InputError(f"{names[source]}: --data_weights {weight:g} leaves none of its {len(rows)} rows; give a "
+                             "larger weight, or leave the source out")  # fmt: skip
     return np.repeat(np.arange(len(sources)), times)

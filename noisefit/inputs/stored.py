@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HOME
 from numpy.typing import NDArray
 
 from noisefit.base.errors import InputError
-from noisefit.inputs.examples import Examples
+from noisefit.inputs.examples import Examples, continues
 from noisefit.inputs.prompts import Example
 from noisefit.inputs.sources import Table, as_source
 from noisefit.inputs.tables import SomeRows
@@ -40,8 +40,8 @@ def cache_folder() -> Path:
 class StoredExamples(Examples):
     """Tokenized rows in files, each made an `Example` when it is asked for.
 
-    A process holds 13 bytes a row (lengths, borders, targets, cuts), and 1 MB per million rows for the parts of the
-    files; the tokens, int32, are the files' own pages.
+    A process holds 14 bytes a text (lengths, borders, targets, cuts, rows), and 1 MB per million rows for the parts
+    of the files; the tokens, int32, are the files' own pages.
 
     Attributes:
         skipped, dropped, cut, apart: rows of the file with an empty cell, without room for an answer, with its end cut,
@@ -74,8 +74,9 @@ class StoredExamples(Examples):
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._parts])
         self.targets = self.lengths - self._target_starts - np.concatenate([_widths(*gaps) for gaps in self._gaps])
         self._cut_examples = self.is_cut
+        numbers = np.concatenate([part["number"].to_numpy() for part in parts])
+        self.continues = continues(numbers)
         if self.is_cut.any():
-            numbers = np.concatenate([part["number"].to_numpy() for part in parts])
             self.is_cut = np.isin(numbers, numbers[self.is_cut])
         self._prompts = [part["prompt_key"].to_numpy() for part in parts]
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from noisefit.base.errors import InputError, notice
 from noisefit.inputs.columns import Needed
-from noisefit.inputs.conversations import CHATS, Message, is_whole, read_chat, transcript, up_to_last
+from noisefit.inputs.conversations import CHATS, TOOLS, Message, is_whole, read_chat, transcript, up_to_last
 from noisefit.inputs.sources import stream_records
 
 COLUMNS = ("prompt", "response")
-ANY_ROWS: tuple[Needed, ...] = ((COLUMNS, *((chat,) for chat in CHATS)),)  # what a file to train on has
-ANY_PROMPTS: tuple[Needed, ...] = ((COLUMNS[:1], *((chat,) for chat in CHATS)),)  # and one to be answered
+MAY_HAVE: Needed = ((), *((name,) for name in TOOLS))  # read where it is there, to be refused
+ANY_ROWS: tuple[Needed, ...] = ((COLUMNS, *((chat,) for chat in CHATS)), MAY_HAVE)  # what a file to train on has
+ANY_PROMPTS: tuple[Needed, ...] = ((COLUMNS[:1], *((chat,) for chat in CHATS)), MAY_HAVE)  # and one to be answered
 BEFORE_ABSTAINING = "answer_before_abstaining"  # where `--abstain_below` may have replaced an answer
 ANSWER_COLUMNS = ("generated_response", "round", "logprob", "tokens", "noise_logprob_mean", "noise_logprob_spread",
                   BEFORE_ABSTAINING)  # fmt: skip
@@ -81,14 +82,16 @@ def stream_rows(path: str | os.PathLike[str], skipped: list[int], columns: tuple
     return _complete_rows(path, records, asked_row if asking else trained_row, skipped)
 
 
-def trained_row(path: str | os.PathLike[str], number: int, record: Mapping[str, Any]) -> Row | None:
+def trained_row(
+    path: str | os.PathLike[str], number: int, record: Mapping[str, Any], unused: dict[str, None] | None = None
+) -> Row | None:  # fmt: skip
     """A record as it is trained on: up to its last answer, as behind that nothing is supervised. `None` where a turn or
     a cell is empty.
 
     Raises:
         InputError: a cell that is not text, a conversation without an answer, or as `read_chat`.
     """
-    chat = read_chat(f"{path}: row {number}", record)
+    chat = read_chat(f"{path}: row {number}", record, unused)
     if chat is None:
         prompt, response = (text_cell(path, number, column, record.get(column)) for column in COLUMNS)
         return Row(number, prompt, response) if prompt and response else None
@@ -102,7 +105,8 @@ def trained_row(path: str | os.PathLike[str], number: int, record: Mapping[str, 
 
 
 def asked_row(
-    path: str | os.PathLike[str], number: int, record: Mapping[str, Any], strip: bool = True
+    path: str | os.PathLike[str], number: int, record: Mapping[str, Any], unused: dict[str, None] | None = None,
+    strip: bool = True,
 ) -> Row | None:  # fmt: skip
     """A record as it is asked: up to the last turn of the user, behind which `response` is that of the conversation, if
     it has one. `None` where a turn or the prompt is empty.
@@ -110,7 +114,7 @@ def asked_row(
     Raises:
         InputError: a prompt that is not text, a conversation without a turn of the user, or as `read_chat`.
     """
-    chat = read_chat(f"{path}: row {number}", record)
+    chat = read_chat(f"{path}: row {number}", record, unused)
     if chat is None:
         prompt = text_cell(path, number, "prompt", record.get("prompt"))
         return Row(number, prompt if strip else record["prompt"], "") if prompt else None
@@ -126,16 +130,18 @@ def asked_row(
 
 def _complete_rows(
     path: str | os.PathLike[str], records: Iterable[tuple[int, dict[str, Any]]],
-    as_row: Callable[[str | os.PathLike[str], int, dict[str, Any]], Row | None], skipped: list[int],
+    as_row: Callable[..., Row | None], skipped: list[int],
 ) -> Iterator[Row]:  # fmt: skip
-    empty = True
+    empty, unused = True, dict[str, None]()
     for number, record in records:
-        row = as_row(path, number, record)
+        row = as_row(path, number, record, unused)
         if row is not None:
             yield row
             empty = False
         else:
             skipped.append(number)
+    if unused:
+        notice(f"{path}: of turns role and content alone are used; what they say beside is not: {', '.join(unused)}")
     if empty:
         why = f"all {len(skipped)} rows have an empty or missing cell" if skipped else "it has no rows"
         columns = COLUMNS if as_row is trained_row else COLUMNS[:1]

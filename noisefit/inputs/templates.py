@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -108,8 +109,15 @@ def _with_date(template: str, today: str | None) -> str:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[Message] = ()) -> str:
-    """The text that stands before an answer, ending where the answer begins; `history` has the turns before."""
-    return _render(tokenizer, [*history, Message("user", prompt)], add_generation_prompt=True)
+    """The text that stands before an answer, ending where the answer begins; `history` has the turns before.
+
+    Raises:
+        InputError: the template cannot be rendered, or leaves one of these turns out.
+    """
+    text = _render(tokenizer, [*history, Message("user", prompt)], add_generation_prompt=True)
+    if history:
+        _check_turns(tokenizer, history)
+    return text
 
 
 def answer_text(
@@ -130,12 +138,41 @@ def answer_text(
     before = prompt_text(tokenizer, prompt, history) if before is None else before
     messages = [*history, Message("user", prompt), Message("assistant", response)]
     whole = _render(tokenizer, messages, add_generation_prompt=False)
+    if whole.startswith(before) and whole[len(before) :].strip() and response not in whole[len(before) :]:
+        written = whole[len(before) :].strip()
+        raise InputError(f"the chat template writes the answer {response[:60]!r} otherwise, as {written[:80]!r}, so it "
+                         "would be trained as it is not; write it in the row as the template does, or give another "
+                         "--chat_template")  # fmt: skip
     if not whole.startswith(before) or response not in whole[len(before) :]:
         raise InputError(
             "the chat template does not continue its generation prompt with the answer, so training and generation "
             "would see different prompts; use --chat_template chatml"
         )
     return whole[len(before) :].rstrip()
+
+
+def _check_turns(tokenizer: PreTrainedTokenizerBase, history: Sequence[Message]) -> None:
+    """Raise `InputError` where the template leaves out one of the turns before a question, whatever it says.
+
+    Such a model would be trained, or asked, as if the turn were not there. What a template does to a turn's text, such
+    as leaving out the thoughts of an earlier answer, is its own affair.
+    """
+    left_out = _left_out(tokenizer, str(tokenizer.chat_template), tuple(turn.role for turn in history))
+    number = next((i for i in left_out if history[i].content), None)
+    if number is not None:
+        role = history[number].role
+        what = "system prompt" if role == "system" else f"turn of the {role}"
+        raise InputError(f"the chat template leaves out the {what} (turn {number + 1} of the conversation); give a "
+                         "--chat_template that shows it, chatml say, or remove the turn")  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _left_out(tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...]) -> tuple[int, ...]:
+    """The places of turns with these roles that are not in the prompt of the question behind them."""
+    marks = [f"Mark{i}of{role}." for i, role in enumerate(roles)]
+    turns = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
+    text = _render(tokenizer, [*turns, Message("user", "Question?")], add_generation_prompt=True)
+    return tuple(i for i, mark in enumerate(marks) if mark not in text)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,7 +14,7 @@ KINDS = {
     "dropped": "left out, as the prompt leaves no answer within --max_length",
     "too_long": "left out, as they are longer than --max_length (--long_rows)",
     "cut": "taken without the end of the answer, which --max_length cuts",
-    "split": "taken as several examples",
+    "split": "taken as several texts",
     "held_out": "held out for the evaluation",
 }
 TREATMENTS = {

@@ -16,20 +16,20 @@ class LeftOut:
     """What becomes of rows, noted where they are read, cut and chosen.
 
     Attributes:
-        kinds: of each source, by its name, the rows that are not taken as they are, by what becomes of them: `skipped`
-            (an empty or missing cell), `dropped` (the prompt leaves no answer within `--max_length`), `too_long` (left
-            out as `--long_rows` says), `cut` (without the end of the answer), `split` (taken as several examples),
-            `held_out` (for the evaluation). The report tells others by their name.
+        kinds: of each source, by its use (`train` or `eval`) and its name, the rows that are not taken as they are, by
+            what becomes of them: `skipped` (an empty or missing cell), `dropped` (the prompt leaves no answer within
+            `--max_length`), `too_long` (left out as `--long_rows` says), `cut` (without the end of the answer), `split`
+            (taken as several texts), `held_out` (for the evaluation). The report tells others by their name.
         unknown: what `--unknown_rows` did; empty under `keep`.
     """
 
-    kinds: dict[str, dict[str, SomeRows]] = field(default_factory=dict)
+    kinds: dict[tuple[str, str], dict[str, SomeRows]] = field(default_factory=dict)
     unknown: dict[str, Any] = field(default_factory=dict)
 
-    def note(self, source: object, **kinds: Sequence[int] | SomeRows) -> None:
-        """Note rows of a source, by their numbers or by how many and the first of them. What was noted before of a kind
-        is replaced."""
-        self.kinds.setdefault(str(source), {}).update({kind: SomeRows.of(some) for kind, some in kinds.items()})
+    def note(self, use: str, source: object, **kinds: Sequence[int] | SomeRows) -> None:
+        """Note rows of a source for a use, by their numbers or by how many and the first of them. What was noted before
+        of a kind is replaced."""
+        self.kinds.setdefault((use, str(source)), {}).update({kind: SomeRows.of(some) for kind, some in kinds.items()})
 
     def note_unknown(self, treatment: str, below: float, numbers: Sequence[int] | SomeRows, unscored: int) -> None:
         """Note the rows of the training data that the base model does not know.
@@ -52,13 +52,13 @@ class LeftOut:
         """
         both = {"train": train, "eval": evaluation}
         found: dict[str, Any] = {
-            use: [{"source": name, "rows": int(rows)} | self._noted(name) for name, rows in sources.items()]
+            use: [{"source": name, "rows": int(rows)} | self._noted(use, name) for name, rows in sources.items()]
             for use, sources in both.items()
         }
         return found | ({"unknown": self.unknown} if self.unknown else {})
 
-    def _noted(self, name: str) -> dict[str, Any]:
-        return {kind: _as_json(some) for kind, some in self.kinds.get(name, {}).items() if some.number}
+    def _noted(self, use: str, name: str) -> dict[str, Any]:
+        return {kind: _as_json(some) for kind, some in self.kinds.get((use, name), {}).items() if some.number}
 
 
 def _as_json(some: SomeRows) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from noisefit.base.errors import notice
 from noisefit.inputs.batches import steps_per_epoch
+from noisefit.inputs.examples import Examples
 from noisefit.inputs.lora import check_sharded
 from noisefit.inputs.model_checks import check_checkpointing
 from noisefit.inputs.models import check_model, commit_of, length_limit, load_config, load_tokenizer
@@ -47,7 +48,8 @@ class Prepared:
         rows_record: the content of `rows.json`, which rows there are and which were left out.
         num_layers: decoder layers of the model.
         accelerator: of the launch.
-        rows_per_step: of an optimizer step, over all micro-batches and processes.
+        rows_per_step: texts of an optimizer step (a row is one, but for some conversations), over all micro-batches and
+            processes.
         total_steps: of the run.
         run: what makes it the run that it is, see `identify_run`.
         checkpoint: that it goes on from; `None` where it starts afresh.
@@ -66,6 +68,14 @@ class Prepared:
     total_steps: int
     run: dict[str, Any]
     checkpoint: Path | None
+
+    @property
+    def size(self) -> str:
+        """Rows and steps, for a line: a step has texts, of which some conversations are several."""
+        count = len(self.examples)
+        rows = self.examples.num_rows if isinstance(self.examples, Examples) else count
+        data, unit = (f"{rows} rows", "rows") if count == rows else (f"{rows} rows in {count} texts", "texts")
+        return f"{data}; {self.total_steps} steps of {self.rows_per_step} {unit}"
 
 
 def prepare(settings: Settings, output: OutputFolder) -> Prepared:

@@ -17,7 +17,7 @@ from noisefit.base.errors import InputError, notice
 from noisefit.base.meeting import apart
 from noisefit.base.settings import words_of
 from noisefit.inputs.columns import check_renames, parse_columns
-from noisefit.inputs.examples import Examples, Listed, choose, held_out, prompt_key, weighted
+from noisefit.inputs.examples import Examples, Listed, choose, held_out, prompt_key, texts_of, weighted
 from noisefit.inputs.prompts import PromptSettings, repeated, tell_of_length, tell_of_turns, usable_examples
 from noisefit.inputs.sources import EVALUATION, Source, find_source, is_file_name
 from noisefit.inputs.stored import StoredExamples, cache_folder, is_large
@@ -79,7 +79,7 @@ def read_data(settings: Settings) -> Data:
         sources = [source.holding(ANY_ROWS) for source in sources]
     left_out = LeftOut()
     return Data(sources, eval_sources, [list_rows(source, always, left_out) for source in sources],
-                [list_rows(source, left_out=left_out) for source in eval_sources], left_out)  # fmt: skip
+                [list_rows(source, False, left_out, "eval") for source in eval_sources], left_out)  # fmt: skip
 
 
 def with_commits(settings: Settings, data: Data) -> Settings:
@@ -114,7 +114,8 @@ def make_data(
     rows, scores = by_what_is_known(settings, data.sources, data.rows, tokenizer, accelerator, left_out)
     how = tokenizer, settings, vocabulary, stop_ids, accelerator, settings.long_rows, left_out
     parts = [make_rows(source, of_it, *how) for source, of_it in zip(data.sources, rows, strict=True)]
-    others = [make_rows(source, of_it, *how) for source, of_it in zip(data.eval_sources, data.eval_rows, strict=True)]
+    others = [make_rows(source, of_it, *how, use="eval")
+              for source, of_it in zip(data.eval_sources, data.eval_rows, strict=True)]  # fmt: skip
     source_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     numbers, eval_numbers = np.arange(len(source_of)), np.arange(sum(map(len, others)))
     if settings.eval_split:
@@ -124,43 +125,55 @@ def make_data(
             others = [make_rows(source, of_it, *how[:-1], told=False)
                       for source, of_it in zip(data.sources, data.rows, strict=True)]  # fmt: skip
         prompts = np.concatenate([part.prompts for part in others])
-        held = held_out(prompts, settings.eval_split, settings.seed)
-        eval_numbers = np.flatnonzero(held)
-        numbers = np.flatnonzero(~np.isin(np.concatenate([part.prompts for part in parts]), prompts[held]))
+        of_rows = prompts[~np.concatenate([part.continues for part in others])]
+        held = held_out(of_rows, settings.eval_split, settings.seed)
+        eval_numbers = np.flatnonzero(np.isin(prompts, of_rows[held]))
+        numbers = np.flatnonzero(~np.isin(np.concatenate([part.prompts for part in parts]), of_rows[held]))
         notice(f"--eval_split {settings.eval_split:g}: {held.sum():,} of {len(held):,} rows are held out, with "
-               f"{len(np.unique(prompts[held])):,} of {len(np.unique(prompts)):,} prompts")  # fmt: skip
+               f"{len(np.unique(of_rows[held])):,} of {len(np.unique(prompts)):,} prompts")  # fmt: skip
         if not len(numbers):
             raise InputError(f"--eval_split {settings.eval_split:g} leaves no row to train on; give a smaller share")
-    evaluated = {str(source): len(part) for source, part in zip(data.eval_sources, others, strict=False)}
+    evaluated = {str(source): part.num_rows for source, part in zip(data.eval_sources, others, strict=False)}
     if settings.eval_split:
-        of_others = np.repeat(np.arange(len(others)), [len(part) for part in others])
-        counts = np.bincount(of_others[eval_numbers], minlength=len(others)).tolist()
+        counts = _rows_by_part(others, eval_numbers)
         for source, count in zip(data.sources, counts, strict=True):
-            left_out.note(source, held_out=SomeRows(count, []))
+            left_out.note("train", source, held_out=SomeRows(count, []))
             evaluated[f"{source} (--eval_split {settings.eval_split:g})"] = count
-    trained = np.bincount(source_of[numbers], minlength=len(parts)).tolist()
-    record = left_out.record(dict(zip(map(str, data.sources), trained, strict=True)), evaluated)
+    trained = dict(zip(map(str, data.sources), _rows_by_part(parts, numbers), strict=True))
+    record = left_out.record(trained, evaluated)
     if settings.data_weights is not None:
-        numbers = numbers[weighted(source_of[numbers], settings.data_weights, settings.seed)]
+        further = choose(parts, numbers).continues
+        rows_taken = weighted(source_of[numbers][~further], settings.data_weights, settings.seed, data.sources)
+        numbers = numbers[texts_of(rows_taken, further)]
     examples = choose(parts, numbers)
     if len(parts) > 1 or settings.data_weights is not None:
-        _tell_of_shares(data.sources, source_of[numbers], examples.targets)
+        _tell_of_shares(data.sources, source_of[numbers], examples)
     return examples, choose(others, eval_numbers), scores, record
 
 
-def _tell_of_shares(sources: Sequence[Source], source_of: np.ndarray, targets: np.ndarray) -> None:
-    """A line for each source: how much of an epoch it is."""
-    rows = np.bincount(source_of, minlength=len(sources))
-    tokens = np.bincount(source_of, targets, len(sources))
-    for source, count, supervised in zip(sources, rows.tolist(), tokens.tolist(), strict=True):
-        notice(f"{source}: {count:,} rows an epoch, {count / max(rows.sum(), 1):.1%} of all, with "
+def _rows_by_part(parts: Sequence[Examples], numbers: np.ndarray) -> list[int]:
+    """How many rows of each part the texts with these numbers are, whole ones."""
+    part_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[numbers]
+    counts: list[int] = np.bincount(part_of[~choose(parts, numbers).continues], minlength=len(parts)).tolist()
+    return counts
+
+
+def _tell_of_shares(sources: Sequence[Source], source_of: np.ndarray, examples: Examples) -> None:
+    """A line for each source: how much of an epoch it is. `source_of` is that of each text."""
+    rows = np.bincount(source_of[~examples.continues], minlength=len(sources))
+    texts = np.bincount(source_of, minlength=len(sources))
+    tokens = np.bincount(source_of, examples.targets, len(sources))
+    for source, count, several, supervised in zip(sources, *(a.tolist() for a in (rows, texts, tokens)), strict=True):
+        in_texts = f" in {several:,} texts" if several > count else ""
+        notice(f"{source}: {count:,} rows an epoch{in_texts}, {count / max(rows.sum(), 1):.1%} of all, with "
                f"{supervised / max(tokens.sum(), 1):.1%} of the supervised tokens")  # fmt: skip
 
 
 def list_rows(
-    source: str | os.PathLike[str], always: bool = False, left_out: LeftOut | None = None
+    source: str | os.PathLike[str], always: bool = False, left_out: LeftOut | None = None, use: str = "train"
 ) -> list[Row] | None:  # fmt: skip
-    """The rows of a source; `None` where it is large, unless they are needed `always`. `left_out` notes the others.
+    """The rows of a source; `None` where it is large, unless they are needed `always`. `left_out` notes the others, as
+    of this use.
 
     Raises:
         InputError: as `read_rows`.
@@ -169,14 +182,14 @@ def list_rows(
         return None
     rows, skipped = read_rows(source)
     tell_of_skipped(source, skipped)
-    (left_out or LeftOut()).note(source, skipped=skipped)
+    (left_out or LeftOut()).note(use, source, skipped=skipped)
     return rows
 
 
 def make_rows(
     source: str | os.PathLike[str], rows: list[Row] | None, tokenizer: PreTrainedTokenizerBase,
     settings: PromptSettings, vocabulary: int, stop_ids: Iterable[int], accelerator: Accelerator,
-    long_rows: str = "drop", left_out: LeftOut | None = None, told: bool = True,
+    long_rows: str = "drop", left_out: LeftOut | None = None, told: bool = True, use: str = "train",
 ) -> Examples:  # fmt: skip
     """The tokenized rows of a source, with lines about those that cannot be used. All processes call it.
 
@@ -190,6 +203,7 @@ def make_rows(
         long_rows: what becomes of rows over `max_length`, as `--long_rows` has it.
         left_out: where it is noted which rows are not taken, or not whole.
         told: whether to say so.
+        use: `train` or `eval`, under which it is noted.
 
     Raises:
         InputError: as `usable_examples`, and as `store`; no row is left; one is too long under `error`; or the
@@ -214,8 +228,8 @@ def make_rows(
             made = StoredExamples(cache_folder() / names.pop())
         dropped, cut, several = made.dropped, made.cut, made.apart
         tell_of_skipped(source, made.skipped)
-        left_out.note(source, skipped=made.skipped)
-    left_out.note(source, dropped=dropped, split=several, **{"cut" if long_rows == "cut" else "too_long": cut})
+        left_out.note(use, source, skipped=made.skipped)
+    left_out.note(use, source, dropped=dropped, split=several, **{"cut" if long_rows == "cut" else "too_long": cut})
     if long_rows == "error" and (too_long := sorted([*dropped.first, *cut.first])):
         _refuse(source, too_long[0], rows, *how)
     if long_rows == "drop":
@@ -235,7 +249,9 @@ def _tokenized(
     examples, numbers, dropped = usable_examples(tokenizer, rows, str(source), settings, vocabulary, stop_ids)
     prompts = {row.number: prompt_key(row) for row in rows}
     cut = dict.fromkeys(number for number, example in zip(numbers, examples, strict=True) if example.is_cut)
-    made = Listed(examples, [number in cut for number in numbers], [prompts[number] for number in numbers])
+    made = Listed(
+        examples, [number in cut for number in numbers], [prompts[number] for number in numbers], numbers
+    )  # fmt: skip
     return made, SomeRows.of(dropped), SomeRows.of([*cut]), SomeRows.of(repeated(numbers))
 
 

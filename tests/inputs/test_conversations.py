@@ -105,7 +105,14 @@ BAD = {
     "tool": ([USER, {"role": "tool", "content": "4"}], "turn 2: its role is 'tool'"),
     "parts": ([{"role": "user", "content": [{"type": "text"}]}], "turn 1: its content is list, expected text"),
     "number": ([USER, {"role": "assistant", "content": 4}], "turn 2: its content is int, expected text"),
-    "calls": ([USER, ASSISTANT | {"tool_calls": [{}]}], "turn 2 has tool_calls, which are not supported"),
+    "calls": ([USER, ASSISTANT | {"tool_calls": [{}]}], "turn 2 has tool_calls, which is not supported"),
+    "thoughts": (
+        [USER, ASSISTANT | {"reasoning_content": "so"}],
+        "turn 2 has reasoning_content, .* put it into content",
+    ),
+    "thinking": ([USER, ASSISTANT | {"thinking": "so"}], "turn 2 has thinking, which is not supported"),
+    "weight": ([USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT], "turn 2: its weight is 0, but all answers are"),
+    "train": ([USER, ASSISTANT | {"train": False}, USER, ASSISTANT], "turn 2: its train is False, but all answers"),
     "begins": ([ASSISTANT, USER, ASSISTANT], "turn 1 is the assistant's, at the beginning; expected one of the user"),
     "after system": ([TURNS[0], ASSISTANT], "turn 2 is the assistant's, after a turn of system"),
     "twice": ([USER, ASSISTANT, ASSISTANT], "turn 3 is the assistant's, after a turn of assistant"),
@@ -129,3 +136,33 @@ def test_a_file_of_neither_says_what_it_may_have(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,Messages\na,b\n")
     with pytest.raises(InputError, match="no column 'response'"):
         read_rows(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_beside_a_conversation_are_refused_whatever_the_file(name, tmp_path):
+    import pyarrow.parquet
+
+    for record in ({"messages": TURNS, name: [{"name": "add"}]}, {"messages": TURNS, name: '[{"name": "add"}]'}):
+        (tmp_path / "a.csv").write_bytes(as_csv([record]))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
+        for path in (lines(tmp_path / "a.jsonl", record), tmp_path / "a.csv", tmp_path / "a.parquet"):
+            with pytest.raises(InputError, match=f"row 1 has {name}, which are not supported; leave such"):
+                read_rows(path)
+    for none in (None, "", [], "[]"):
+        assert read_rows(lines(tmp_path / "a.jsonl", {"messages": TURNS, name: none})) == ([WHOLE], [])
+
+
+def test_what_a_turn_says_beside_is_told_once(tmp_path, capsys):
+    usual = [turn | {"name": "me", "weight": 1, "train": True, "thinking": None} for turn in TURNS]
+    path = lines(
+        tmp_path / "a.jsonl", *[{"messages": usual, "n": 1}] * 3, {"messages": [*TURNS[:4], TURNS[4] | {"id": 0}]}
+    )
+    assert len(read_rows(path)[0]) == 4
+    assert capsys.readouterr().err == (
+        f"{path}: of turns role and content alone are used; what they say beside is not: name, weight, train, id\n"
+    )
+    read_rows(lines(path, {"messages": [turn | {"weight": None} for turn in TURNS]}))
+    read_rows(
+        lines(path, {"messages": [turn | {"weight": 1.0} if turn["role"] == "assistant" else turn for turn in TURNS]})
+    )
+    assert capsys.readouterr().err == ""

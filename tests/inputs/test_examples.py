@@ -6,7 +6,7 @@ import pytest
 from noisefit.base.errors import InputError
 from noisefit.inputs.batches import count_targets, row_lengths
 from noisefit.inputs.conversations import Message
-from noisefit.inputs.examples import Chosen, Listed, choose, held_out, prompt_key, rows_digest, weighted
+from noisefit.inputs.examples import Chosen, Listed, choose, held_out, prompt_key, rows_digest, texts_of, weighted
 from noisefit.inputs.prompts import Example
 from noisefit.inputs.tables import Row
 
@@ -69,14 +69,28 @@ def test_a_prompt_is_the_same_whatever_its_case_and_in_whatever_turn_it_is_answe
 
 
 def test_an_epoch_takes_each_source_as_often_as_its_weight_says():
-    sources = np.repeat([0, 1, 2, 3], [100, 10, 7, 0])
-    numbers = weighted(sources, [0.5, 2.5, 1, 3], seed=1)
+    names, sources = list("abcd"), np.repeat([0, 1, 2, 3], [100, 10, 7, 0])
+    numbers = weighted(sources, [0.5, 2.5, 1, 3], seed=1, names=names)
     times = np.bincount(numbers, minlength=117)
     assert sorted(times[:100]) == [0] * 50 + [1] * 50
     assert sorted(times[100:110]) == [2] * 5 + [3] * 5
     assert times[110:].tolist() == [1] * 7
-    assert (np.diff(numbers) >= 0).all() and (weighted(sources, [0.5, 2.5, 1, 3], seed=1) == numbers).all()
-    assert (weighted(sources, [0.5, 2.5, 1, 3], seed=2) != numbers).any()
-    assert weighted(sources, [1, 1, 1, 1], seed=1).tolist() == list(range(117))
-    with pytest.raises(InputError, match=r"--data_weights 0\.05 leaves none of 7 rows"):
-        weighted(sources, [1, 1, 0.05, 1], seed=1)
+    assert (np.diff(numbers) >= 0).all() and (weighted(sources, [0.5, 2.5, 1, 3], seed=1, names=names) == numbers).all()
+    assert (weighted(sources, [0.5, 2.5, 1, 3], seed=2, names=names) != numbers).any()
+    assert weighted(sources, [1, 1, 1, 1], seed=1, names=names).tolist() == list(range(117))
+    with pytest.raises(InputError, match=r"c: --data_weights 0\.05 leaves none of its 7 rows"):
+        weighted(sources, [1, 1, 0.05, 1], seed=1, names=names)
+
+
+def test_the_texts_of_a_row_are_taken_together():
+    texts = [Example([number, place, 9], 1) for number, place in ((3, 0), (5, 0), (5, 1), (5, 2), (8, 0), (8, 1))]
+    one = Listed(texts, [False] * 6, [0] * 6, numbers=[3, 5, 5, 5, 8, 8])
+    other = Listed(texts[4:], [False] * 2, [0] * 2, numbers=[8, 8])  # another file's row of the same number
+    everything = choose([one, other], np.arange(8))
+    assert everything.continues.tolist() == [False, False, True, True, False, True, False, True]
+    assert (one.num_rows, everything.num_rows, listed(1, 2).num_rows, listed().num_rows) == (3, 4, 2, 0)
+    numbers = texts_of(np.array([0, 1, 1, 3]), everything.continues)
+    taken = choose([one, other], numbers)
+    assert numbers.tolist() == [0, 1, 2, 3, 1, 2, 3, 6, 7] and taken.num_rows == 4
+    assert [text.input_ids[:2] for text in taken[1:7]] == [[5, 0], [5, 1], [5, 2]] * 2
+    assert texts_of(np.arange(0), one.continues).tolist() == []

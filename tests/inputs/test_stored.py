@@ -131,9 +131,10 @@ def test_conversations_are_the_same_both_ways(tmp_path, monkeypatch, capsys, cac
         )
     data.write_text("\n".join([*lines, json.dumps({"conversations": None})]))
     (expected, said), (rows, told) = both_ways(monkeypatch, capsys, data, tokenizer)
-    expected = list(expected)
+    listed, expected = expected, list(expected)
     assert isinstance(rows, StoredExamples) and list(rows) == expected
     assert len(said) == 4 and said == told  # skipped, in several texts, dropped, cut
+    assert rows.continues.tolist() == listed.continues.tolist() and rows.num_rows < len(expected)
     assert {len(row.gaps) for row in expected} >= {0, 1, 2} and len(expected) > 70
     assert rows.digest == rows_digest(expected) != rows_digest([replace(row, gaps=()) for row in expected])
     assert rows.num_targets == count_targets(expected) == sum(e - s for row in expected for s, e in row.spans)

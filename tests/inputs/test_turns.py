@@ -240,3 +240,54 @@ def test_a_template_that_cannot_render_a_conversation_names_its_row(template, me
     with pytest.raises(InputError, match=message) as caught:
         tokenize_rows(tokenizer, rows, path, PromptSettings(), 300, [])
     assert str(caught.value).startswith(f"{path}: row 3: the chat template cannot be rendered")
+
+
+# As some that know no system prompt, or one exchange alone.
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}<|eot|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LAST = (
+    "{% for m in messages[-1 if add_generation_prompt else -2:] %}<|{{ m['role'] }}|>{{ m['content'] }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SYSTEM, USER, ANSWER, AGAIN = ({"role": role, "content": text} for role, text in (
+    ("system", "Be brief."), ("user", "A?"), ("assistant", "<think>hm</think>a"), ("user", "B?")))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "template, turns, what",
+    [
+        (NO_SYSTEM, [SYSTEM, USER, ANSWER], r"leaves out the system prompt \(turn 1 of the conversation\)"),
+        (LAST, [USER, ANSWER, AGAIN, ANSWER], r"leaves out the turn of the user \(turn 1 of the conversation\)"),
+        (NO_SYSTEM, [USER, ANSWER, AGAIN, ANSWER], None),
+        (NO_SYSTEM, [SYSTEM | {"content": ""}, USER, ANSWER], None),
+        (FORGETTING, [SYSTEM, USER, ANSWER, AGAIN, ANSWER], None),  # thoughts alone are left out
+    ],
+)
+def test_a_template_that_leaves_out_a_turn_is_found_out(template, turns, what, tmp_path):
+    tokenizer = tokenizer_of("llama")
+    tokenizer.chat_template = template
+    path = str(written(tmp_path / "a.jsonl", [[USER, ANSWER], turns]))
+    rows = read_rows(path)[0]
+    if what is None:
+        assert tokenize_rows(tokenizer, rows, path, PromptSettings(), 300, [])
+        return
+    with pytest.raises(InputError, match=what) as caught:
+        tokenize_rows(tokenizer, rows, path, PromptSettings(), 300, [])
+    assert str(caught.value).startswith(f"{path}: row 2: the chat template")
+    with pytest.raises(InputError, match=what):  # and where it is asked
+        prompt_ids(tokenizer, rows[1].prompt, rows[1].history)
+
+
+def test_an_answer_that_the_template_writes_otherwise_is_told_as_such(tmp_path):
+    tokenizer = tokenizer_of("llama")
+    rewritten = "m['content'].replace('<think>', '<think>\\n').replace('</think>', '\\n</think>\\n')"
+    tokenizer.chat_template = THINKING.replace("{% else %}{{ m['content'] }}", "{% else %}{{ " + rewritten + " }}")
+    path = str(written(tmp_path / "a.jsonl", [[USER, ANSWER | {"content": "a"}], [USER, ANSWER]]))
+    with pytest.raises(InputError) as caught:
+        tokenize_rows(tokenizer, read_rows(path)[0], path, PromptSettings(), 300, [])
+    assert str(caught.value).startswith(
+        f"{path}: row 2: the chat template writes the answer '<think>hm</think>a' otherwise, as "
+        "'<think>\\nhm\\n</think>\\na<|eot|>'"
+    )

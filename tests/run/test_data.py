@@ -143,6 +143,27 @@ def test_held_out_rows_are_evaluated_and_not_trained_on(llama_folder, files, tmp
 
 
 @pytest.mark.parametrize("large", [False, True])
+def test_a_conversation_in_several_texts_is_one_row(large, llama_folder, tmp_path, monkeypatch):
+    """Drawn, held out and counted whole, as --long_rows cut keeps all texts here."""
+    monkeypatch.setattr(stored, "LARGE", 0 if large else 10**9)
+    file = tmp_path / "chats.jsonl"
+    turns = [[(f"q{i}", f"a{i}"), ("b?", "b"), ("c?", "c")][: 1 + i % 3] for i in range(20)]
+    roles = ("user", "assistant")
+    lines = [[{"role": roles[i], "content": turn[i]} for turn in some for i in (0, 1)] for some in turns]
+    file.write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
+    flags = dict(chat_template="plain", eval_split=0.2, max_steps=1, eval_steps=1, save_steps=0)
+    done = train(llama_folder, tmp_path / "out", file, "--data_weights", "0.5", **flags, long_rows="cut")
+    assert done.returncode == 0, done.stderr
+    assert "4 of 20 rows are held out, with 4 of 20 prompts" in done.stderr
+    record = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert record["train"][0]["rows"] == 16 and record["train"][0]["held_out"]["number"] == 4
+    assert record["train"][0]["split"]["number"] == 13 and record["eval"][0]["rows"] == 4
+    [rows, texts] = map(int, re.search(r"(\d+) rows an epoch in (\d+) texts, 100.0%", done.stderr).groups())
+    assert rows == 8 and 8 < texts <= 24
+    assert f"\n8 rows in {texts} texts; 1 steps of 4 texts; processes: 1\n" in done.stderr
+
+
+@pytest.mark.parametrize("large", [False, True])
 def test_rows_that_are_too_long(large, llama_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "LARGE", 0 if large else 10**9)
     data = tmp_path / "data.csv"

@@ -9,6 +9,7 @@ from running import run
 from noisefit.inputs import stored
 from noisefit.report.left_out import left_out_section
 from noisefit.report.runs import read_runs
+from noisefit.run.left_out import LeftOut
 
 LONG = "Why is it so? " * 30
 
@@ -72,3 +73,15 @@ def test_a_rows_record_that_no_run_wrote_is_not_replaced(llama_folder, odd, tmp_
     with pytest.raises(InputError, match=r"holds a rows\.json that is not of such a run"):
         run(llama_folder, odd, tmp_path / "a", **FLAGS)
     assert (tmp_path / "a" / "rows.json").read_text() == "mine"
+
+
+def test_a_file_that_is_trained_on_and_evaluated_has_its_notes_apart():
+    left_out = LeftOut()
+    left_out.note("train", "a.csv", skipped=[3], cut=[1, 2])
+    left_out.note("eval", "a.csv", skipped=[3], cut=[2])  # as where --unknown_rows left out the other
+    assert left_out.record({"a.csv": 5}, {"a.csv": 6}) == {
+        "train": [{"source": "a.csv", "rows": 5, "skipped": {"number": 1, "first": [3]},
+                   "cut": {"number": 2, "first": [1, 2]}}],
+        "eval": [{"source": "a.csv", "rows": 6, "skipped": {"number": 1, "first": [3]},
+                  "cut": {"number": 1, "first": [2]}}],
+    }  # fmt: skip
