@@ -50,6 +50,7 @@ from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path, add
 from noisefit.base.errors import InputError, notice, one_line_errors
 from noisefit.base.files import alone_in, sync_folder, writing
 from noisefit.base.settings import add_flags, check_fields, setting
+from noisefit.inputs.templates import prompt_text
 from noisefit.run.card import merged_card
 from noisefit.run.contradictions import check_hub
 from noisefit.run.file_record import RECORD
@@ -100,7 +101,9 @@ class MergeSettings(HubSettings, MergeFileSettings):
         check_fields(self)
         if not self.output.strip():
             raise InputError("--output is required: a folder for the merged model")
-        if self.max_shard_size is not None and not SIZE.fullmatch(self.max_shard_size):
+        if self.max_shard_size is not None and not (
+            SIZE.fullmatch(self.max_shard_size) and float(self.max_shard_size[:-2]) > 0
+        ):
             raise InputError(f"--max_shard_size: {self.max_shard_size[:40]!r} is no size; expected one as 5GB")
         check_hub(self)
 
@@ -125,6 +128,8 @@ def merge(settings: MergeSettings) -> None:
             base = find_base(settings.answers)
             dtype = saved_dtype(settings.answers, base, settings.dtype)
             tokenizer = load_answer_tokenizer(settings.answers, base)
+            if tokenizer.chat_template:
+                prompt_text(tokenizer, "Question?")  # a model whose template is broken is not saved
         notice(trained_beside(Path(settings.adapter)))
         check_repository(settings)
         lines = merge_into(output, settings, base, dtype, tokenizer)
@@ -176,7 +181,9 @@ def merge_into(
     with writing(output.path), output.staging("model") as staged:
         write_merged(staged, merged, tokenizer, settings.max_shard_size)
         revision = base_revision(settings.answers, base)
-        card = merged_card(output.path.resolve().name, base, revision, Path(settings.adapter), name, lines)
+        card = merged_card(
+            settings.push_to_hub or output.path.resolve().name, base, revision, Path(settings.adapter), name, lines
+        )
         (staged / "README.md").write_text(card, encoding="utf-8")
         record = Path(settings.adapter) / "noisefit_config.json"
         if record.is_file():

@@ -17,7 +17,7 @@ from noisefit.base.command_line import HelpFormatter, OneLineParser, a_path, add
 from noisefit.base.errors import InputError, one_line_errors
 from noisefit.base.files import alone_in
 from noisefit.run.contradictions import check_hub
-from noisefit.run.hub import check_repository, push
+from noisefit.run.hub import check_repository, publishable, push
 from noisefit.run.output import RECORDS
 from noisefit.run.output_folder import OutputFolder
 from noisefit.run.run_settings import HubSettings
@@ -37,6 +37,7 @@ def push_folder(folder: Path, settings: HubSettings) -> None:
         if not output.holds_model():
             raise InputError(f"{folder}: no run left a whole model there; expected the output of train_loop.py or "
                              "noisefit-merge, with its noisefit_files.json")  # fmt: skip
+        publishable(output, RECORDS)  # before anybody is asked
         check_repository(settings)
         push(settings, output, RECORDS)
 

@@ -171,6 +171,12 @@ def choose(parts: Sequence[Examples], numbers: NDArray[np.int64]) -> Examples:
     return Chosen(parts, numbers)
 
 
+def last_texts(examples: Examples) -> Examples:
+    """The last text of each row: the one that ends with its last answer."""
+    further = np.append(examples.continues[1:], False)
+    return choose([examples], np.flatnonzero(~further[: len(examples)]))
+
+
 def prompt_key(row: Row) -> int:
     """63 bits of a digest of what a row asks first, whatever its case and its white space."""
     asked = next((turn.content for turn in row.history if turn.role == "user"), row.prompt)

@@ -36,7 +36,7 @@ def model_card(
         best_step: of which step they are, where they are those of the best evaluation.
     """
     whole, name = settings.full_finetune, settings.model
-    base, output = json.dumps(name), json.dumps(settings.output_model)
+    base, output = json.dumps(name), json.dumps(settings.push_to_hub or settings.output_model)
     pinned, at = base, ""
     if settings.model_revision is not None:
         pinned, at = f"{base}, revision={json.dumps(settings.model_revision)}", f" at {code(settings.model_revision)}"

@@ -17,6 +17,7 @@ from noisefit.base.meeting import apart
 from noisefit.fork.branches import CLEAN, Logits, Losses
 from noisefit.fork.tally import TokenTally
 from noisefit.inputs.batches import collate, count_targets, cut_step, steps_per_epoch
+from noisefit.inputs.examples import last_texts
 from noisefit.inputs.models import length_limit
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import cross_entropy
@@ -62,6 +63,7 @@ class Watch:
         self.sampler, self.settings = sampler, prepared.settings
         self.epoch_length = steps_per_epoch(len(prepared.examples), prepared.rows_per_step)
         self.standing = Standing()
+        self.asked = last_texts(prepared.eval_examples)  # each row once, as its last answer is asked for
 
     @property
     def kept(self) -> Best | None:
@@ -109,7 +111,7 @@ class Watch:
         held_out = examples, settings.batch_size, prepared.tokenizer.pad_token_id
         figures = evaluate(accelerator, self.model, strategy, *held_out)
         if settings.scores_answers and self.sampler:
-            answered = self.sampler.answer(examples, step)
+            answered = self.sampler.answer(self.asked, step)
             figures |= self.sampler.figures(answered)
         self.metrics.log_evaluation(step, step / self.epoch_length, figures)
         before = self.standing
@@ -123,7 +125,7 @@ class Watch:
         assert self.sampler is not None
         number = self.settings.sample_prompts
         if answered is None:
-            answered = self.sampler.answer(self.prepared.eval_examples[:number], step)
+            answered = self.sampler.answer(self.asked[:number], step)
         samples = answered[:number]
         lines = [sample.line() for sample in samples]
         self.metrics.log_samples(step, step / self.epoch_length, lines, self.sampler.figures(samples))

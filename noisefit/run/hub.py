@@ -25,7 +25,7 @@ from noisefit.run.run_settings import HubSettings
 PUBLISHED = ("noisefit_config.json", "layer_snr.json", "noise_policy.json", "metrics.jsonl", "eval_metrics.jsonl")
 # What the files of a model, its tokenizer and its card end in; and the one folder that a tokenizer has.
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".py")
-TEMPLATES = "additional_chat_templates/"
+TEMPLATES, CARD = "additional_chat_templates/", "README.md"
 
 
 def publishable(output: OutputFolder, records: Collection[str]) -> list[str]:
@@ -38,9 +38,22 @@ def publishable(output: OutputFolder, records: Collection[str]) -> list[str]:
 
     Returns:
         Paths in the folder, sorted.
+
+    Raises:
+        InputError: one of them is a link, is missing, or was changed since a run wrote it: what would be there is not
+            what was trained. A card may be edited.
     """
-    names = [name for name in output.files() if name in PUBLISHED or name not in records]
-    names = [name for name in names if name in PUBLISHED or name.endswith(MODEL_FILES)]
+
+    def is_published(name: str) -> bool:
+        return name in PUBLISHED or (name not in records and name.endswith(MODEL_FILES))
+
+    edited = (output.path / CARD).is_file() and not (output.path / CARD).is_symlink()
+    changed = [name for name in output.changed() if is_published(name) and not (name == CARD and edited)]
+    changed += [TEMPLATES] if output.is_own(TEMPLATES) and not output.is_whole(TEMPLATES.rstrip("/")) else []
+    if changed:
+        raise InputError(f"{output.path / changed[0]}: not as the run wrote it (missing, changed, or a link): nothing "
+                         "is pushed; put it back, or train or merge again")  # fmt: skip
+    names = [name for name in output.files() if is_published(name)]
     if output.is_own(TEMPLATES):
         names += [f"{TEMPLATES}{path.name}" for path in (output.path / TEMPLATES).glob("*.jinja")]
     return sorted(names)

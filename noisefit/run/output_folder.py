@@ -77,6 +77,12 @@ class OutputFolder:
         """The names of the files here that runs wrote."""
         return [name for name in self._entries if not name.endswith("/") and os.path.lexists(self.path / name)]
 
+    def changed(self) -> list[str]:
+        """The names of the files that runs wrote here and that are links now, are missing, or were changed since."""
+        files = {name: entry for name, entry in self._entries.items() if not name.endswith("/")}
+        return [name for name, entry in files.items() if (self.path / name).is_symlink()
+                or (entry is not None and not is_as_written(self.path / name, entry))]  # fmt: skip
+
     def holds_model(self) -> bool:
         """Whether a run's model is here, whole."""
         weights = [name for name in self._entries if name.endswith(".safetensors")]

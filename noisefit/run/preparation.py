@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from noisefit.base.errors import notice
 from noisefit.inputs.batches import steps_per_epoch
-from noisefit.inputs.examples import Examples
+from noisefit.inputs.examples import Examples, last_texts
 from noisefit.inputs.lora import check_sharded
 from noisefit.inputs.model_checks import check_checkpointing
 from noisefit.inputs.models import check_model, commit_of, length_limit, load_config, load_tokenizer
@@ -59,7 +59,7 @@ class Prepared:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     examples: Sequence[Example]
-    eval_examples: Sequence[Example]
+    eval_examples: Examples
     scores: str | None
     rows_record: dict[str, Any]
     num_layers: int
@@ -114,7 +114,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
     stops = stop_token_ids(model, settings.model_revision)
     made = make_data(settings, data, tokenizer, vocabulary, stops, accelerator)
     examples, eval_examples, scores, rows_record = made
-    check_answering(settings, config, accelerator, eval_examples)
+    check_answering(settings, config, accelerator, last_texts(eval_examples))
 
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     total_steps = settings.epochs * steps_per_epoch(len(examples), rows_per_step)

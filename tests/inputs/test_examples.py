@@ -6,7 +6,17 @@ import pytest
 from noisefit.base.errors import InputError
 from noisefit.inputs.batches import count_targets, row_lengths
 from noisefit.inputs.conversations import Message
-from noisefit.inputs.examples import Chosen, Listed, choose, held_out, prompt_key, rows_digest, texts_of, weighted
+from noisefit.inputs.examples import (
+    Chosen,
+    Listed,
+    choose,
+    held_out,
+    last_texts,
+    prompt_key,
+    rows_digest,
+    texts_of,
+    weighted,
+)
 from noisefit.inputs.prompts import Example
 from noisefit.inputs.tables import Row
 
@@ -94,3 +104,11 @@ def test_the_texts_of_a_row_are_taken_together():
     assert numbers.tolist() == [0, 1, 2, 3, 1, 2, 3, 6, 7] and taken.num_rows == 4
     assert [text.input_ids[:2] for text in taken[1:7]] == [[5, 0], [5, 1], [5, 2]] * 2
     assert texts_of(np.arange(0), one.continues).tolist() == []
+
+
+def test_a_row_is_asked_for_its_last_text_alone():
+    examples = [Example([i, i + 1], 1) for i in range(6)]
+    rows = Listed(examples, [False] * 6, list(range(6)), [3, 3, 4, 7, 7, 7])
+    assert list(last_texts(rows)) == [examples[1], examples[2], examples[5]]
+    assert list(last_texts(choose([rows], np.array([2, 3, 4, 5])))) == [examples[2], examples[5]]
+    assert len(last_texts(choose([], np.arange(0)))) == 0

@@ -72,8 +72,10 @@ def test_samples_that_are_none_are_counted_and_a_torn_one_is_told(tmp_path):
 
 def test_rows_that_a_run_left_out_are_told_as_it_recorded_them(tmp_path):
     run, left_out = write_run(tmp_path / "a", [line(5)]), LeftOut()
-    left_out.note("q.csv", skipped=[1])
-    left_out.note("q.csv", skipped=[4, 9, 12, 15, 16, 17], cut=np.array([2]), dropped=[], other_kind=SomeRows(1, [1]))
+    left_out.note("train", "q.csv", skipped=[1])
+    left_out.note(
+        "train", "q.csv", skipped=[4, 9, 12, 15, 16, 17], cut=np.array([2]), dropped=[], other_kind=SomeRows(1, [1])
+    )
     left_out.note_unknown("refuse", -0.7123, [3, 8], unscored=2)
     record = left_out.record({"q.csv": 812}, {"q.csv (5% held out)": np.int64(43)})
     (run / ROWS).write_text(json.dumps(record))

@@ -108,6 +108,34 @@ def test_no_record_that_is_not_named_for_it_is_published(tmp_path):
     assert set(publishable(output, records)) == {*PUBLISHED, "adapter_model.safetensors", "vocab.txt"}
 
 
+@pytest.mark.parametrize("how", ["a link", "changed", "missing"])
+def test_what_is_not_as_the_run_wrote_it_is_not_published(how, tmp_path):
+    """Nor what somebody's link leads to. A card may be edited."""
+    folder, elsewhere = tmp_path / "out", tmp_path / "secret"
+    output = OutputFolder(folder)
+    (tmp_path / "staged").mkdir()
+    for name in ("README.md", "config.json", "model.safetensors"):
+        (tmp_path / "staged" / name).write_text(name)
+    output.start()
+    output.move_in(tmp_path / "staged")
+    (folder / "README.md").write_text("My own words.")
+    assert publishable(output, RECORDS) == ["README.md", "config.json", "model.safetensors"]
+    for name in ("config.json", "README.md"):
+        before = (folder / name).read_bytes()
+        elsewhere.write_bytes(before)
+        (folder / name).unlink()
+        if how == "a link":
+            (folder / name).symlink_to(elsewhere)
+        elif how == "changed" and name != "README.md":
+            (folder / name).write_text("{}")
+        elif how == "changed":
+            continue
+        with pytest.raises(InputError, match=f"{name}: not as the run wrote it"):
+            publishable(output, RECORDS)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(before)
+
+
 def test_a_folder_of_templates_goes_along(tmp_path):
     output = OutputFolder(tmp_path)
     (tmp_path / "staged" / "additional_chat_templates").mkdir(parents=True)
@@ -363,7 +391,7 @@ def test_a_merged_model_is_pushed_with_its_card(hub, output, tmp_path):
     assert hub.files(NAME) == {name: (tmp_path / "model" / name).read_bytes() for name in names}
     assert {"model.safetensors", "config.json", "tokenizer.json", "noisefit_config.json"} < hub.files(NAME).keys()
     [entry] = metadata_of(hub.files(NAME)["README.md"].decode())["model-index"]
-    assert entry["name"] == "model" and entry["results"][0]["metrics"]
+    assert entry["name"] == "mine" and entry["results"][0]["metrics"]
     hub.broken = lambda method, path: 403 if "/commit/" in path else None
     done = call(merge_program.main, output, "--output", tmp_path / "other", "--push_to_hub", "mine")
     assert done.returncode == 2 and "not pushed: the token may not do that" in done.stderr
