@@ -53,7 +53,8 @@ def page() -> Iterator[str]:
                 text = f"{field.rule.help}{choices}".replace("|", "\\|")
                 yield f"| `--{field.name}` | {default} | {text[0].upper()}{text[1:]} |"
             yield ""
-    yield "`--hf_token` is a token for the hub; safer in the environment as `HF_TOKEN`. It is never written anywhere.\n"
+    yield ("`--hf_token` is a token for the hub; safer in the environment as `HF_TOKEN`: others on the machine see a "
+           "running program's command line. It is never written anywhere.\n")  # fmt: skip
     yield "## Names that other programs have for them\n"
     yield "| theirs | ours |\n|---|---|"
     switches = {name: f"{flag} {value}" for name, (flag, value) in SWITCHES.items()}

@@ -207,7 +207,8 @@ def parse_flags(
 
 def add_token(group: Any) -> None:
     """Add `--hf_token` to a parser, or a group of its flags."""
-    help_text = "token for the hub; safer in the environment as HF_TOKEN. It is never written anywhere"
+    help_text = "token for the hub; safer in the environment as HF_TOKEN: others on the machine see a running " \
+                "program's command line. It is never written anywhere"  # fmt: skip
     group.add_argument("--hf_token", help=help_text)
 
 
