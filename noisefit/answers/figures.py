@@ -84,7 +84,7 @@ def figures(assessed: Sequence[Assessed], counts: np.ndarray) -> dict[str, np.nd
         confidences takes all attempted answers together.
     """
     total = counts.sum(1)
-    shares = {kind: np.array([np.mean([o == kind for o in item.outcomes]) for item in assessed])
+    shares = {kind: np.array([item.outcomes.count(kind) / len(item.outcomes) for item in assessed])
               for kind in (RIGHT, WRONG, NOT_ATTEMPTED)}  # fmt: skip
     right, wrong, none = (counts @ shares[kind] / total for kind in (RIGHT, WRONG, NOT_ATTEMPTED))
     found = {"right_rate": right, "wrong_rate": wrong, "not_attempted_rate": none, "attempted_rate": right + wrong}
@@ -189,6 +189,8 @@ def _blocks(score: np.ndarray, wrong: np.ndarray, weights: np.ndarray) -> tuple[
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.inf))
     ordered = weights[:, order]
+    if len(starts) == len(order):  # all scores differ, as they do of most answers
+        return ordered, ordered * wrong[order], score[order]
     of_wrong = np.add.reduceat(ordered * wrong[order], starts, axis=1)
     return np.add.reduceat(ordered, starts, axis=1), of_wrong, score[order][starts]
 
