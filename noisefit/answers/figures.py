@@ -84,7 +84,7 @@ def figures(assessed: Sequence[Assessed], counts: np.ndarray) -> dict[str, np.nd
         confidences takes all attempted answers together.
     """
     total = counts.sum(1)
-    shares = {kind: np.array([np.mean([o == kind for o in item.outcomes]) for item in assessed])
+    shares = {kind: np.array([item.outcomes.count(kind) / len(item.outcomes) for item in assessed])
               for kind in (RIGHT, WRONG, NOT_ATTEMPTED)}  # fmt: skip
     right, wrong, none = (counts @ shares[kind] / total for kind in (RIGHT, WRONG, NOT_ATTEMPTED))
     found = {"right_rate": right, "wrong_rate": wrong, "not_attempted_rate": none, "attempted_rate": right + wrong}
@@ -143,13 +143,17 @@ def risk_at(confidence: np.ndarray, wrong: np.ndarray, weights: np.ndarray, perc
         `[len(percents), R]`, not a number where there is no weight.
     """
     all_weight, of_wrong, _ = _blocks(confidence, wrong, weights)
-    total = all_weight.sum(1)
-    kept, found = [-(-percent * total // 100) for percent in percents], []
-    for count in kept:
-        before = all_weight.cumsum(1) - all_weight
-        share = np.clip((count[:, None] - before) / np.maximum(all_weight, 1), 0, 1)
-        found.append(_ratio((share * of_wrong).sum(1), count))
-    return np.array(found)
+    if not all_weight.shape[1]:
+        return np.full((len(percents), len(weights)), np.nan)
+    end, wrong_end = all_weight.cumsum(1), of_wrong.cumsum(1)
+    kept = -(-np.array(percents)[:, None] * end[:, -1] // 100)
+    # The block in which the last answer kept is: all before it count whole. Searched, as whole answers are too many.
+    last = np.array([np.searchsorted(end[row], kept[:, row]) for row in range(len(end))]).T
+    all_last, of_last, end_last, wrong_last = (
+        np.take_along_axis(values, last.T, 1).T for values in (all_weight, of_wrong, end, wrong_end)
+    )
+    share = (kept - (end_last - all_last)) / np.maximum(all_last, 1)
+    return _ratio(wrong_last - of_last + share * of_last, kept)
 
 
 def _confidence_figures(confidence: np.ndarray, wrong: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -185,6 +189,8 @@ def _blocks(score: np.ndarray, wrong: np.ndarray, weights: np.ndarray) -> tuple[
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.inf))
     ordered = weights[:, order]
+    if len(starts) == len(order):  # all scores differ, as they do of most answers
+        return ordered, ordered * wrong[order], score[order]
     of_wrong = np.add.reduceat(ordered * wrong[order], starts, axis=1)
     return np.add.reduceat(ordered, starts, axis=1), of_wrong, score[order][starts]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 LONGEST = 500  # letters of a prompt or an answer on the page
+LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 SIGNS = {"right": "✓ right", "wrong": "✗ wrong", "not_attempted": "– not attempted"}
 # No script and no request, whatever stands in a text.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -28,10 +30,14 @@ h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.25rem; margin-top:
 p, li, h1, h3, td, th, summary { unicode-bidi: plaintext } img { display: block; width: 100%; height: auto }
 .curve { max-width: 760px } .soft { color: var(--soft) } .said { white-space: pre-wrap }
 summary { cursor: pointer; font-weight: 600; padding: .4em 0 }
-.scroll { overflow-x: auto; overflow-wrap: normal } table { border-collapse: collapse; font-size: .92rem }
+.scroll { overflow-x: auto; overflow-wrap: normal; background:
+  linear-gradient(to right, var(--paper) 2rem, transparent) local, linear-gradient(to left, var(--paper) 2rem,
+  transparent) 100% 0 / 4rem 100% local no-repeat, linear-gradient(to left, var(--line), transparent) 100% 0 / 1rem
+  100% scroll no-repeat }
+table { border-collapse: collapse; font-size: .92rem }
 th, td { padding: .3em .7em; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom } th:first-child, td:first-child { text-align: left }
-.scroll td { max-width: 26rem; overflow-wrap: break-word }
+.scroll td { max-width: 26rem; overflow-wrap: break-word } .scroll .number { white-space: nowrap }
 .card { background: var(--card); border-radius: 8px; padding: .8em 1em; margin: .8em 0 }
 .card p { margin: .3em 0 } .card table { width: 100% } .card td, .card th { padding: .3em .4em; text-align: left }
 .card th, .card td:not(.said), .run { white-space: nowrap } .card td:not(.said) { width: 1% }
@@ -42,7 +48,11 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom } th:first-chi
 
 
 def text(words: str, longest: int | None = None) -> str:
-    """Text as HTML; without the control characters that it has no place for, and cut with a word on how much."""
+    """Text as HTML; without the control characters that it has no place for, and cut with a word on how much.
+
+    Every kind of line end is one of HTML, as a browser shows some of them as nothing.
+    """
+    words = LINE_ENDS.sub("\n", words)
     cut = "" if longest is None or len(words) <= longest else f" … ({len(words) - longest:,} more letters)"
     kept = words[:longest] if cut else words
     return escape("".join(letter if letter >= " " or letter in "\n\t" else "\ufffd" for letter in kept) + cut)
@@ -68,7 +78,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], colours: Sequenc
     for place, row in enumerate(cells):
         dot = f'<b class="dot" style="background: {colours[place]}"></b>' if colours else ""
         start = f'<td class="run">{dot}' if colours else "<td>"
-        lines.append("".join(f"{start if i == 0 else '<td>'}{text(row[i])}</td>" for i in kept))
+        starts = [start if i == 0 else "<td>" if isinstance(rows[place][i], str) else '<td class="number">' for i in kept]
+        lines.append("".join(f"{opened}{text(row[i])}</td>" for opened, i in zip(starts, kept, strict=True)))
     inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
     name = f"table: {header[0]}, {len(rows)} rows"
     return f'<div class="scroll" role="region" aria-label="{text(name)}" tabindex="0"><table>\n{inside}\n</table></div>'

@@ -212,7 +212,9 @@ def test_answers_that_cannot_be_used_end_in_one_line(tmp_path):
 
 def test_text_is_cut_and_escaped_and_an_unknown_outcome_is_a_word():
     assert text("<a & 'b'>\x00\n") == "&lt;a &amp; &#x27;b&#x27;&gt;\ufffd\n"
+    assert text("a\r\nb\u2028c\u2029d\re\x85f") == "a\nb\nc\nd\ne\nf"
     assert text("abcdef", 4) == "abcd … (2 more letters)" and text("abcd", 4) == "abcd"
     assert words_of(outcome("odd<")) == ["odd<"]
     assert rows_of(card("p", "", "Step", [("1", "", 0.001, "right")]))[1] == ["1", "(nothing)", "<1%", "✓ right"]
+    assert '<td class="number">8.003e-05</td>' in table(["a", "b"], [["x", 8.003e-05]])
     assert rows_of(table(["a", "b"], [["x", float("nan")]])) == [["a"], ["x"]] and table(["a"], []) == "<p>none</p>"
