@@ -78,7 +78,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], colours: Sequenc
     for place, row in enumerate(cells):
         dot = f'<b class="dot" style="background: {colours[place]}"></b>' if colours else ""
         start = f'<td class="run">{dot}' if colours else "<td>"
-        starts = [start if i == 0 else "<td>" if isinstance(rows[place][i], str) else '<td class="number">' for i in kept]
+        of_cell = ["<td>" if isinstance(rows[place][i], str) else '<td class="number">' for i in kept]
+        starts = [start if i == 0 else cell for i, cell in zip(kept, of_cell, strict=True)]
         lines.append("".join(f"{opened}{text(row[i])}</td>" for opened, i in zip(starts, kept, strict=True)))
     inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
     name = f"table: {header[0]}, {len(rows)} rows"
