@@ -180,7 +180,7 @@ def lacking(files: Sequence[AnswerFile]) -> Mapping[str, list[str]]:
         lines += file.not_read
         if file.drawing is None and not file.not_read:
             lines.append("No settings are recorded beside it, so the page does not say how the answers were drawn.")
-        elif file.drawing[1][0]:
+        elif file.drawing is not None and file.drawing[1][0]:
             number, first = file.drawing[1]
             rows = "1 row of its input has" if number == 1 else f"{number:,} rows of its input have"
             lines.append(
