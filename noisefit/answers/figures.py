@@ -91,7 +91,8 @@ def figures(assessed: Sequence[Assessed], counts: np.ndarray) -> dict[str, np.nd
     found["right_given_attempted"] = _ratio(right, right + wrong)
     rows, is_wrong = attempted(assessed)
     if (confidence := confidences(assessed)) is not None:
-        found |= _confidence_figures(confidence, is_wrong, counts[:, rows])
+        order = np.argsort(-confidence, kind="stable")  # once for all of them
+        found |= _confidence_figures(confidence[order], is_wrong[order], counts[:, rows[order]])
     if all(item.entropy is not None for item in assessed):
         entropy = np.array([item.entropy for item in assessed], float)
         found["semantic_entropy"] = counts @ entropy / total
@@ -186,6 +187,8 @@ def _blocks(score: np.ndarray, wrong: np.ndarray, weights: np.ndarray) -> tuple[
     """Answers of equal score together, the highest first: their weight, that of the wrong ones, and the scores."""
     if not len(score):
         return np.zeros((len(weights), 0), int), np.zeros((len(weights), 0), int), score
+    if (np.diff(score) < 0).all():  # in order, and all differ
+        return weights, weights * wrong, score
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.inf))
     ordered = weights[:, order]

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from noisefit.answers.reading import read_answers
 from noisefit.answers.reading import read_phrases as read_phrases  # for the program
 from noisefit.answers.scoring import summarize
 from noisefit.report.drawing import as_png
+from noisefit.report.files import or_noted
 from noisefit.report.html import card, details, picture, section, table, text
 from noisefit.report.records import read_drawing
 from noisefit.report.runs import short_names
@@ -40,12 +42,14 @@ PLAIN = {"auroc": "AUROC of confidence", "brier": "Brier score", "ece": "Calibra
 @dataclass(frozen=True)
 class AnswerFile:
     """A file of answers: what tells it from the others, its prompts with their outcomes, all figures with their
-    intervals, and what is recorded beside it, where that is there: the settings, and the rows without a prompt."""
+    intervals, and what is recorded beside it, where that is there: the settings, and the rows without a prompt; and
+    sentences on why it could not be read."""
 
     name: str
     assessed: list[Assessed]
     figures: dict[str, Any]
     drawing: tuple[dict[str, str], tuple[int, list[int]]] | None
+    not_read: list[str]
 
     @property
     def has_curve(self) -> bool:
@@ -69,8 +73,10 @@ def read_answer_files(paths: Sequence[str], more: Sequence[str] = ()) -> list[An
         assessed = with_entropy(assess(read_answers(path, None), more), same_by_words(more))
         figures = dict(summarize([item.prompt for item in assessed])) | with_intervals(assessed)
         figures |= {kind: sum(item.outcomes.count(kind) for item in assessed) for kind in OUTCOMES}
-        drawing = read_drawing(Path(f"{os.path.realpath(path)}.settings.json"))
-        found.append(AnswerFile(name, assessed, figures, drawing))
+        notes: list[str] = []
+        beside = Path(f"{os.path.realpath(path)}.settings.json")
+        drawing = or_noted(partial(read_drawing, beside), "how the answers were drawn", notes)
+        found.append(AnswerFile(name, assessed, figures, drawing, notes))
     return found
 
 
@@ -171,9 +177,10 @@ def lacking(files: Sequence[AnswerFile]) -> Mapping[str, list[str]]:
             without = confidences(file.assessed) is None
             why = "there is no column logprob, so no confidence" if without else "no answer is an attempt"
             lines.append(f"No curve of risk and coverage: {why}.")
-        if file.drawing is None:
+        lines += file.not_read
+        if file.drawing is None and not file.not_read:
             lines.append("No settings are recorded beside it, so the page does not say how the answers were drawn.")
-        elif file.drawing[1][0]:
+        elif file.drawing is not None and file.drawing[1][0]:
             number, first = file.drawing[1]
             rows = "1 row of its input has" if number == 1 else f"{number:,} rows of its input have"
             lines.append(

@@ -25,6 +25,7 @@ FROM_ZERO = ("tokens_per_second", "peak_memory_gib")  # the others have differen
 LOGARITHMIC = ("snr", "kl", "noise_to_signal", "hidden_rms")  # where they span more than a decade
 # Okabe and Ito's without yellow, and three far from them for any colour vision. Further runs repeat them, dash-dotted.
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #000000 #8000E0 #602000 #002080".split()
+LAST_SHADE = 0.58  # of viridis, for layers: brighter ones have a contrast under 3 with white
 MANY = 60  # logged lines from which on a running mean is drawn over them
 FEW = 8  # noisy layers up to which each has an entry in the legend
 
@@ -213,5 +214,5 @@ def look_of(index: int) -> dict[str, Any]:
 def _layer_colours(run: Run) -> dict[str, Any]:
     from matplotlib import colormaps
 
-    places = [i / max(len(run.noise) - 1, 1) for i in range(len(run.noise))]  # darkest first, without the bright yellow
-    return {layer: colormaps["viridis"](0.85 * place) for layer, place in zip(run.noise, places, strict=True)}
+    places = [i / max(len(run.noise) - 1, 1) for i in range(len(run.noise))]  # darkest first
+    return {layer: colormaps["viridis"](LAST_SHADE * place) for layer, place in zip(run.noise, places, strict=True)}

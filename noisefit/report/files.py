@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from noisefit.base.errors import InputError
 from noisefit.base.files import check_regular
 from noisefit.base.schema import checked
+
+T = TypeVar("T")
 
 
 def parse(text: bytes) -> Any:
@@ -62,6 +64,18 @@ def read_object(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         raise InputError(f"{path}: not JSON") from None
     return content | checked(content, shape, str(path))
+
+
+def or_noted(read: Callable[[], T], lost: str, notes: list[str]) -> T | None:
+    """What `read` reads; where that cannot be used `None`, and a sentence in `notes` on why and on what is lost by it.
+
+    For what a page can do without: one broken record is no reason to show nothing.
+    """
+    try:
+        return read()
+    except InputError as error:
+        notes.append(f"{error}; the page does not show {lost}.")
+        return None
 
 
 def read_bytes(path: Path) -> bytes | None:

@@ -31,9 +31,8 @@ p, li, h1, h3, td, th, summary { unicode-bidi: plaintext } img { display: block;
 .curve { max-width: 760px } .soft { color: var(--soft) } .said { white-space: pre-wrap }
 summary { cursor: pointer; font-weight: 600; padding: .4em 0 }
 .scroll { overflow-x: auto; overflow-wrap: normal; background:
-  linear-gradient(to right, var(--paper) 2rem, transparent) local, linear-gradient(to left, var(--paper) 2rem,
-  transparent) 100% 0 / 4rem 100% local no-repeat, linear-gradient(to left, var(--line), transparent) 100% 0 / 1rem
-  100% scroll no-repeat }
+  linear-gradient(to left, var(--paper) 2rem, transparent) 100% 0 / 4rem 100% local no-repeat,
+  linear-gradient(to left, var(--line), transparent) 100% 0 / 1rem 100% scroll no-repeat }
 table { border-collapse: collapse; font-size: .92rem }
 th, td { padding: .3em .7em; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom } th:first-child, td:first-child { text-align: left }
@@ -78,8 +77,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], colours: Sequenc
     for place, row in enumerate(cells):
         dot = f'<b class="dot" style="background: {colours[place]}"></b>' if colours else ""
         start = f'<td class="run">{dot}' if colours else "<td>"
-        of_cell = ["<td>" if isinstance(rows[place][i], str) else '<td class="number">' for i in kept]
-        starts = [start if i == 0 else cell for i, cell in zip(kept, of_cell, strict=True)]
+        cell = ["<td>" if isinstance(value, str) else '<td class="number">' for value in rows[place]]
+        starts = [start if i == 0 else cell[i] for i in kept]
         lines.append("".join(f"{opened}{text(row[i])}</td>" for opened, i in zip(starts, kept, strict=True)))
     inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
     name = f"table: {header[0]}, {len(rows)} rows"

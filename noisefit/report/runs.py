@@ -13,7 +13,7 @@ from typing import Any
 
 from noisefit.base.errors import InputError
 from noisefit.base.schema import EACH, INDEX, MEASURE, NUMBER
-from noisefit.report.files import ends_torn, read_bytes, read_lines, read_object
+from noisefit.report.files import ends_torn, or_noted, read_bytes, read_lines, read_object
 from noisefit.report.records import RowsRecord, Sample, read_rows_record, read_samples
 
 LONGEST = 40  # letters of a run's name in the picture
@@ -86,7 +86,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     """The runs in the order given, each folder once.
 
     Raises:
-        InputError: a folder is none, holds no logged step, or a file in it cannot be used.
+        InputError: a folder is none, holds no logged step, or a file with its numbers cannot be used.
     """
     for folder in folders:
         if not os.path.isdir(folder):
@@ -135,6 +135,8 @@ def read_run(folder: Path, name: str) -> Run:
     evaluations = read_lines(folder / "eval_metrics.jsonl", EVALUATION)
     layers = read_layers(folder)
     samples, unreadable = read_samples(folder / "samples.jsonl")
+    settings = or_noted(lambda: read_object(folder / "noisefit_config.json", {}), "its settings", unreadable)
+    rows = or_noted(lambda: read_rows_record(folder / "rows.json"), "which rows were left out", unreadable)
     of_layers = [line.pop("layer_noise_to_signal") for line in lines]
     rms = [
         dict(zip(values, line.pop("hidden_rms"), strict=False)) for values, line in zip(of_layers, lines, strict=True)
@@ -156,14 +158,14 @@ def read_run(folder: Path, name: str) -> Run:
         sizes={key: values for key, values in sizes.items() if not all(map(math.isnan, values))},
         evaluation=([line["step"] for line in evaluations], [line["eval_ce_loss"] for line in evaluations]),
         layers=layers,
-        settings=read_object(folder / "noisefit_config.json", {}) or {},
+        settings=settings or {},
         evaluated={
             panel: values
             for key, panel in EVALUATED.items()
             if not all(map(math.isnan, values := [line[key] for line in evaluations]))
         },
         samples=samples,
-        rows=read_rows_record(folder / "rows.json"),
+        rows=rows,
         not_shown=[*_not_there(folder, layers), *unreadable],
     )
 

@@ -152,7 +152,6 @@ BAD_FILES = [
     (POLICY, json.dumps(policy() | {"layers": [3]}), "layers[0]: expected an object, found 3"),
     (POLICY, json.dumps(policy()).replace('"kl": 2.05', '"kl": "x"'), "layers[0]: grid[0]: kl: expected a number"),
     (POLICY, json.dumps(policy()).replace('"layer": 3', '"layer": 30'), "and none of index 30"),
-    ("noisefit_config.json", "full", "noisefit_config.json: not JSON"),
 ]
 
 

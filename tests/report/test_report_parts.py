@@ -108,11 +108,14 @@ def test_rows_that_a_run_left_out_are_told_as_it_recorded_them(tmp_path):
         ('{"train": [], "unknown": {"treatment": "drop"}}', "rows.json: unknown: it lacks"),
     ],
 )
-def test_a_record_of_rows_that_is_none_ends_in_one_line(tmp_path, content, message):
+def test_a_record_of_rows_that_is_none_is_noted(tmp_path, content, message):
     run = write_run(tmp_path / "a", [line(5)])
     (run / "rows.json").write_text(content)
-    done = call(report, run, "--output", tmp_path / "r")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+    (run / "noisefit_config.json").write_text("full")
+    assert call(report, run, "--output", tmp_path / "r").returncode == 0
+    said = words_of((tmp_path / "r.html").read_text())
+    assert [s for s in said if message in s and s.endswith("; the page does not show which rows were left out.")]
+    assert [s for s in said if s.endswith("noisefit_config.json: not JSON; the page does not show its settings.")]
 
 
 PROMPTS = [(f"Where is {name}?", f"It is in {name}land.") for name in ("Ada", "Bea", "Cia", "Dea")]
@@ -204,10 +207,15 @@ def test_answers_that_cannot_be_used_end_in_one_line(tmp_path):
         done = call(report, *words, "--output", tmp_path / "r")
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, (words, done.stderr)
     (tmp_path / "a.jsonl.settings.json").write_text('{"mine": 1}')
-    assert (
-        "a.jsonl.settings.json: it lacks 'about'" in call(report, "--answers", good, "--output", tmp_path / "r").stderr
-    )
     assert not (tmp_path / "r.html").exists()
+
+
+def test_settings_of_answers_that_are_none_are_noted(tmp_path):
+    good = write_answers(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl.settings.json").write_text('{"mine": 1}')
+    [why, *others] = lacking(read_answer_files([good]))["a.jsonl"]
+    assert why.endswith("settings.json: it lacks 'about'; the page does not show how the answers were drawn.")
+    assert others == []
 
 
 def test_text_is_cut_and_escaped_and_an_unknown_outcome_is_a_word():

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from report_runs import (
     LOSSES,
     NOISELESS,
@@ -61,6 +61,36 @@ def test_one_run_has_a_line_for_each_noisy_layer_and_several_have_their_means(tm
     embedding = write_run(tmp_path / "c", [line(5, layer_noise_to_signal={"embedding": 0.4})])
     assert points(lines_of(draw_folders(embedding)[0]["noise_to_signal"])["embedding"]) == [(5, 0.4)]
     assert noisy_layers(read_runs([str(embedding)])[0]) == "embedding"
+
+
+def contrast(first, second):
+    """The ratio of WCAG 2.2 of two colours of three shares."""
+    weights = (0.2126, 0.7152, 0.0722)
+    low, high = sorted(
+        sum(
+            w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+            for w, c in zip(weights, colour, strict=True)
+        )
+        for colour in (first, second)
+    )
+    return (high + 0.05) / (low + 0.05)
+
+
+def in_the_dark(colour):
+    """What the page's filter, `invert(.905) hue-rotate(180deg)`, makes of a colour, by the standard's matrix."""
+    inverted = [0.905 * (1 - c) + 0.095 * c for c in colour]
+    turned = np.array([[-0.574, 1.43, 0.144], [0.426, 0.43, 0.144], [0.426, 1.43, -0.856]]) @ inverted
+    return np.clip(turned, 0, 1).tolist()
+
+
+def test_the_line_of_each_layer_is_seen_on_the_paper_light_and_dark(tmp_path):
+    noise = {str(layer): 0.1 for layer in range(32)}
+    axes, _ = draw_folders(write_run(tmp_path / "a", [line(5, layer_noise_to_signal=noise)]))
+    shades = [to_rgb(drawn.get_color()) for drawn in lines_of(axes["noise_to_signal"]).values()]
+    assert len(set(shades)) == 32
+    for shade in shades:
+        assert contrast(shade, (1, 1, 1)) >= 3
+        assert contrast(in_the_dark(shade), (0x18 / 255,) * 3) >= 3
 
 
 def test_the_chosen_layers_are_marked(tmp_path):
