@@ -246,8 +246,9 @@ def empty_folder(path: Path) -> Iterator[OutputFolder]:
     if path.exists() and not path.is_dir():
         raise InputError(f"--output {path}: a file, expected a folder")
     with alone_in(path):
+        unfinished = OutputFolder(path)  # outside of what is cleared up after: a list that is not ours stays
         try:
-            with OutputFolder(path) as output:
+            with unfinished as output:
                 others = sorted(entry.name for entry in path.iterdir() if entry.name not in (RECORD, SCRATCH))
                 if others or output.foreign([f"{SCRATCH}/"]):
                     raise InputError(f"--output {path}: holds {(others or [SCRATCH])[0]}; expected a new or an empty "

@@ -97,7 +97,7 @@ def report(argv: Sequence[str] | None = None) -> None:
             pictures = [answers.curves_picture([file for file in files if file.has_curve])]
     page = make_page(runs, pictures, sections, lacking).encode(errors="replace")
     write_files({png: pictures[0], html: page} if pictures else {html: page})
-    if not pictures:
+    if not pictures and png.is_file() and MADE_BY.encode() in png.read_bytes():  # as it stands now
         png.unlink(missing_ok=True)  # an older report's, which would not go with the page
     print(*(readable(str(path)) for path in ((png, html) if pictures else (html,))), sep="\n")
 

@@ -55,7 +55,7 @@ def publishable(output: OutputFolder, records: Collection[str]) -> list[str]:
                          "is pushed; put it back, or train or merge again")  # fmt: skip
     names = [name for name in output.files() if is_published(name)]
     if output.is_own(TEMPLATES):
-        names += [f"{TEMPLATES}{path.name}" for path in (output.path / TEMPLATES).glob("*.jinja")]
+        names += [f"{TEMPLATES}{part}" for part in output.parts(TEMPLATES.rstrip("/"))]
     return sorted(names)
 
 

@@ -21,6 +21,8 @@ import generate
 import noisefit.answers.merging as merging
 from noisefit import merge as program
 from noisefit.answers.settings import parse_arguments
+from noisefit.base.errors import InputError
+from noisefit.merge import empty_folder
 from noisefit.run.output_folder import SCRATCH, OutputFolder
 
 IDS = torch.tensor([[5, 17, 40, 99, 3, 64, 201, 33, 7]])
@@ -308,6 +310,15 @@ def test_only_a_new_or_empty_folder_is_written_to(llama_folder, small, tmp_path)
     assert "a link to a folder that does not exist" in refused(small, tmp_path / "link")
     (tmp_path / "model" / SCRATCH).mkdir(parents=True)  # no merge made it
     assert f"holds {SCRATCH}" in refused(small, tmp_path / "model")
+
+
+def test_a_record_that_is_somebody_else_s_is_not_removed(tmp_path):
+    theirs = tmp_path / "out" / "noisefit_files.json"
+    theirs.parent.mkdir()
+    theirs.write_text("my own list")
+    with pytest.raises(InputError, match="this is none"), empty_folder(theirs.parent):
+        pass
+    assert theirs.read_text() == "my own list"
 
 
 def test_what_a_killed_merge_left_is_removed(llama_folder, small, tmp_path):

@@ -143,6 +143,7 @@ def test_a_folder_of_templates_goes_along(tmp_path):
     (tmp_path / "staged" / "model.safetensors").write_text("x")
     output.start()
     output.move_in(tmp_path / "staged")
+    (tmp_path / "additional_chat_templates" / "mine.jinja").write_text("somebody else's")
     assert publishable(output, RECORDS) == ["additional_chat_templates/tool.jinja", "model.safetensors"]
 
 
