@@ -229,6 +229,12 @@ def sync_folder(folder: Path) -> None:
                 os.close(descriptor)
 
 
+def files_in(folder: Path) -> list[str]:
+    """The paths of all files in a folder and its folders, relative to it; also of links and the like."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
 def ends_of(path: Path) -> bytes:
     """The first and the last megabyte of a file, by which another one of its size is told from it."""
     with path.open("rb") as file:

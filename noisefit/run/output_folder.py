@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from noisefit.base.errors import LocalError, notice
-from noisefit.base.files import fingerprint, replacing, sync_folder, write_json, writing
+from noisefit.base.files import files_in, fingerprint, replacing, sync_folder, write_json, writing
 from noisefit.run.checkpoint_files import STATE, list_checkpoints
 from noisefit.run.file_record import RECORD, Entry, is_as_written, read_record, write_record
 from noisefit.run.standing import drop_best
@@ -36,6 +36,7 @@ class OutputFolder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._entries = read_record(self.path / RECORD)
+        self._scratch_is_noted = f"{SCRATCH}/" in self._entries  # in the record as it is on the disk
         self._started = False
 
     def __enter__(self) -> OutputFolder:
@@ -71,7 +72,8 @@ class OutputFolder:
 
     def foreign(self, names: Iterable[str]) -> list[str]:
         """Those of the names that are taken by what no run wrote, or by what was changed since."""
-        return [name for name in names if os.path.lexists(self.path / name) and not self.is_own(name)]
+        taken = [name for name in names if os.path.lexists(self.path / name) and not self.is_own(name)]
+        return [name for name in taken if name != f"{SCRATCH}/" or not _is_empty(self.path / name)]  # a kill leaves it
 
     def files(self) -> list[str]:
         """The names of the files here that runs wrote."""
@@ -169,7 +171,7 @@ class OutputFolder:
         if f"{name}/" in self._entries and os.path.lexists(folder):
             self.remove_folder(folder)
         self._make_room(f"{name}/")
-        self._note({f"{name}/": {part: fingerprint(staged / part) for part in _files_in(staged)}})
+        self._note({f"{name}/": {part: fingerprint(staged / part) for part in files_in(staged)}})
         os.replace(staged, folder)
         sync_folder(self.path)
         return folder
@@ -181,7 +183,7 @@ class OutputFolder:
         else:
             entry: dict[str, Any] = dict(self._entries.get(f"{folder.name}/") or {})
             written = {name for name in entry if is_as_written(folder / name, entry[name])}
-            if set(_files_in(folder)) <= written:
+            if set(files_in(folder)) <= written:
                 with self._scratch() as scratch:  # moved at once, so that a kill leaves no half of it
                     removed = scratch / f"removed-{folder.name}"
                     _clear(removed)
@@ -261,10 +263,10 @@ class OutputFolder:
             self._save()
 
     def _save(self) -> None:
-        # The first time nothing is noted yet, not even the scratch folder.
-        first = not (self.path / RECORD).exists()
-        with nullcontext() if first else self._scratch() as scratch:
+        # What a kill leaves in a scratch folder that is not noted would pass for somebody's.
+        with self._scratch() if self._scratch_is_noted else nullcontext() as scratch:
             write_record(self.path / RECORD, self._entries, scratch)
+        self._scratch_is_noted = f"{SCRATCH}/" in self._entries
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -287,10 +289,8 @@ class OutputFolder:
         self.expect(name)
 
 
-def _files_in(folder: Path) -> list[str]:
-    """The paths of all files in a folder and its folders, relative to it; also of links and the like."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def _clear(folder: Path) -> None:

@@ -308,7 +308,7 @@ def test_only_a_new_or_empty_folder_is_written_to(llama_folder, small, tmp_path)
     assert refused(small, kept / "notes.txt") == f"--output {kept / 'notes.txt'}: a file, expected a folder"
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert "a link to a folder that does not exist" in refused(small, tmp_path / "link")
-    (tmp_path / "model" / SCRATCH).mkdir(parents=True)  # no merge made it
+    (tmp_path / "model" / SCRATCH / "notes").mkdir(parents=True)  # no merge made it
     assert f"holds {SCRATCH}" in refused(small, tmp_path / "model")
 
 

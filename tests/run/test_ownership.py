@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -314,6 +315,37 @@ def test_killed_at_each_act_of_setting_a_model_aside_nothing_is_lost(llama_folde
         assert not (out / SCRATCH).exists() or not any((out / SCRATCH).iterdir())
         shutil.rmtree(out)
     assert status == 0 and n > 20
+
+
+@pytest.mark.parametrize("has_record", [False, True])
+def test_killed_at_each_act_of_a_run_s_start_and_end_the_folder_is_free_for_the_next(has_record, tmp_path):
+    n, status = 0, None
+    while status != 0:
+        n += 1
+        out = tmp_path / str(n)
+        if has_record:  # of a run that ended, which has no scratch folder
+            write_notes(OutputFolder(out), "before")
+        child = os.fork()
+        if child == 0:
+            try:
+                die_at(n, out)
+                write_notes(OutputFolder(out), "new")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL), n
+        output = OutputFolder(out)
+        assert output.foreign([f"{SCRATCH}/", "notes"]) == [], n
+        write_notes(output, "again")
+        assert not (out / SCRATCH).exists() and (out / "notes").read_text() == "again", n
+    assert n > 10
+
+
+def write_notes(output: OutputFolder, text: str) -> None:
+    with output:
+        output.start()
+        output.write_text("notes", text)
 
 
 def test_a_model_folder_as_output_is_refused(finished, tmp_path):
