@@ -55,9 +55,11 @@ PARTS: dict[str, tuple[Part, int]] = {
     "noise": (launches.noise, 60),
     "adamw": (launches.adamw, 20),
     "head": (head.head, 45),
+    "losses": (head.losses, 45),
     "packing": (packing.packing, 60),
     "training-8bit": (functools.partial(training.train_and_resume, precision="bf16", quantization="8bit"), 60),
     "training-4bit": (functools.partial(training.train_and_resume, precision="bf16", quantization="4bit"), 60),
+    "training-paged": (functools.partial(training.train_and_resume, precision="bf16", optim="paged_adamw_8bit"), 60),
     "steps-1b-checkpointing": (functools.partial(steps.step_costs, shape="llama-1b", gradient_checkpointing=True), 60),
     "trl-1b": (functools.partial(steps.trl, shape="llama-1b"), 60),
     "vllm": (answers.vllm, 150),
@@ -158,16 +160,19 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def same_machine(parser: argparse.ArgumentParser, results: Path, found: dict[str, Any]) -> None:
-    """Write the machine at the top of the results; refuse those of another."""
-    lines = read(results)
-    if not lines:
+    """Write the machine at the top of the results; refuse those of another. Libraries may have been installed since."""
+    machines = [line["machine"] for line in read(results) if "machine" in line]
+    if machines and machines[-1] != found:
+        before = machines[-1]
+        others = [name for name in {**before, **found} if before.get(name) != found.get(name)]
+        if other := next((name for name in others if name not in LIBRARIES or before.get(name) is not None), None):
+            which = f"{other} {before.get(other)}, here {found.get(other)}"
+            parser.error(
+                f"--results {results}: these are of another machine ({which}); name another file, or delete it"
+            )
+    if not machines or machines[-1] != found:
         results.parent.mkdir(parents=True, exist_ok=True)
         append_json_line(results, {"machine": found, "date": datetime.date.today().isoformat()})
-    elif lines[0]["machine"] != found:
-        before = lines[0]["machine"]
-        other = next(name for name in {**before, **found} if before.get(name) != found.get(name))
-        which = f"{other} {before.get(other)}, here {found.get(other)}"
-        parser.error(f"--results {results}: these are of another machine ({which}); name another file, or delete it")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

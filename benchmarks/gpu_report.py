@@ -37,6 +37,7 @@ SECTIONS = {
     "training-bf16": ("Training and resuming in bf16", RESUMED),
     "training-fp16": ("Training and resuming in fp16", RESUMED),
     "training-8bit": ("Training and resuming with `--quantization 8bit`", RESUMED),
+    "training-paged": ("Training and resuming with `--optim paged_adamw_8bit`", RESUMED),
     "training-4bit": ("Training and resuming with `--quantization 4bit`", RESUMED),
     "syncs": (
         "Where a step waits for the GPU",
@@ -64,6 +65,10 @@ SECTIONS = {
         "The head, for the cross-entropy alone",
         "Forward and backward pass of a frozen head, to the gradient of the hidden states. Ours forms the logits of a "
         "chunk again in backward; the fused ones form the gradient at once, for this one loss.",
+    ),
+    "losses": (
+        "The head and the losses of three branches",
+        "The same with NoiseFiT's three losses, the loss functions as they are and compiled, as a GPU has them.",
     ),
     "packing": ("Packing", "Rows of mixed lengths through `train_loop.py`, padded and packed."),
 }
@@ -101,7 +106,11 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         what = "**Not run yet**: no GPU has been at hand. One command measures, and writes this page:"
         return f"# On a GPU\n\n{what}\n\n{HOW}\n"
     found = attempts(lines)
-    texts = ["# On a GPU", wrapped(machine(lines[0])), f"How it was made:\n\n{HOW}"]
+    texts = [
+        "# On a GPU",
+        wrapped(machine([line for line in lines if "machine" in line][-1])),
+        f"How it was made:\n\n{HOW}",
+    ]
     missing = [name for name in SECTIONS if name not in found or found[name].status is None]
     if missing:
         texts.append(wrapped(f"Not run: {', '.join(missing)}."))

@@ -1,8 +1,10 @@
-"""The head where the cross-entropy alone is wanted: our chunks, torch's and Liger's fused ones, all logits at once."""
+"""The head and the losses: of the three branches by chunk, compiled and as they are; and where the cross-entropy alone
+is wanted, against torch's and Liger's fused ones and all logits at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -10,9 +12,10 @@ import torch.nn.functional as F
 from sizes import LLAMA_1B, LLAMA_7B, TINY, Size
 from step_cost import Costs
 from torch import Tensor
-from ways import Steps, plain_losses
+from ways import Steps, noisefit_losses, plain_losses
 
 from gpu_parts.material import GIB, Row, forget, installed, is_full, milliseconds, one_line
+from noisefit.base import compiling
 from noisefit.fork.branches import CLEAN
 from noisefit.fork.decoder import find_causal_lm
 
@@ -29,15 +32,61 @@ def head(device: str, size: str) -> Iterator[Row]:
         forget(device)
 
 
+def losses(device: str, size: str) -> Iterator[Row]:
+    """The same for the three losses of three branches, the loss functions compiled and as they are."""
+    chunks, repeats = ((256, 1024, 4096), 10) if is_full(size) else ((32,), 2)
+    for of in (LLAMA_7B, LLAMA_1B) if is_full(size) else (TINY,):
+        steps, states, targets, shape = one_layer(device, of, of.rows * of.length)
+        apart = [states, *(states + 0.3 * torch.randn_like(states) for _ in range(2))]
+
+        def ours(branches: Tensor, chunk: int, steps: Steps = steps, targets: Tensor = targets) -> Tensor:
+            steps.branched.loss_chunk_size = chunk
+            return sum(
+                steps.branched.sum_losses(branches, targets, noisefit_losses).values(),
+                start=torch.zeros((), device=branches.device),
+            )
+
+        expected = None
+        for compiled in (False, True) if device == "cuda" else (False,):
+            how = "compiled" if compiled else "as they are"
+            with compiling_on((device,) if compiled else ()):
+                found = {f"chunks of {n}, {how}": (lambda h, n=n, of=ours: of(h, n)) for n in chunks}
+                expected = yield from rows_of(device, shape, found, torch.stack(apart), repeats, expected)
+        del steps, states, apart, expected
+        forget(device)
+
+
+@contextmanager
+def compiling_on(devices: tuple[str, ...]) -> Iterator[None]:
+    """On these kinds of devices `fused` functions are compiled."""
+    before, compiling.DEVICES = compiling.DEVICES, devices
+    try:
+        yield
+    finally:
+        compiling.DEVICES = before
+
+
 def compare(device: str, of: Size, tokens: int, chunks: tuple[int, ...], repeats: int) -> Iterator[Row]:
-    one_layer = type(of.config)(**of.config.to_dict() | {"num_hidden_layers": 1})
-    steps = Steps(replace(of, config=one_layer), device)
-    weight, vocabulary, width = lm_head(steps), of.config.vocab_size, of.config.hidden_size
+    steps, states, targets, shape = one_layer(device, of, tokens)
+    yield from rows_of(device, shape, ways(steps, lm_head(steps), targets, chunks), states, repeats)
+
+
+def one_layer(device: str, of: Size, tokens: int) -> tuple[Steps, Tensor, Tensor, str]:
+    """A model of this shape and of one layer, hidden states and targets for its head, and what they are in words."""
+    config = type(of.config)(**of.config.to_dict() | {"num_hidden_layers": 1})
+    steps = Steps(replace(of, config=config), device)
+    vocabulary, width = config.vocab_size, config.hidden_size
     states = torch.randn(tokens, width, dtype=of.dtype, device=device)
     targets = torch.randint(0, vocabulary, (tokens,), device=device)
     shape = f"{tokens} x {width}, vocabulary {vocabulary:,}, {str(of.dtype).removeprefix('torch.')}"
-    expected = None
-    for name, loss in ways(steps, weight, targets, chunks).items():
+    return steps, states, targets, shape
+
+
+def rows_of(
+    device: str, shape: str, found: dict[str, Loss], states: Tensor, repeats: int, expected: Tensor | None = None
+) -> Generator[Row, None, Tensor | None]:
+    """A row for each way; returns the gradient that the others are compared with, by default that of the first."""
+    for name, loss in found.items():
         row: Row = {"states": shape, "head": name}
         try:
             value, gradient = run(loss, states)
@@ -49,18 +98,19 @@ def compare(device: str, of: Size, tokens: int, chunks: tuple[int, ...], repeats
                 run(loss, states)
             # On a CPU tensors are counted, and what an operation makes and frees within itself is not seen.
             row |= {"ms": milliseconds(lambda loss=loss: run(loss, states), device, repeats)}
-            row |= {"GiB over states": costs.memory[name] / GIB, "loss a token": value / tokens}
+            row |= {"GiB over states": costs.memory[name] / GIB, "loss a token": value / states.shape[-2]}
             row |= {"gradient differs by": off}
         except Exception as error:  # a library's own, or memory that ran out
             row |= {"ms": one_line(error)}
         forget(device)
         yield row
+    return expected
 
 
 def run(loss: Loss, states: Tensor) -> tuple[float, Tensor]:
     own = states.detach().requires_grad_()
     total = loss(own)
-    (total / len(own)).backward()
+    (total / own.shape[-2]).backward()
     assert own.grad is not None
     return total.item(), own.grad
 

@@ -43,10 +43,10 @@ def flags(folder: Path, size: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def train_and_resume(device: str, size: str, precision: str, quantization: str = "none") -> Iterator[Row]:
-    """Train; train the same again, stopped after its first checkpoint and resumed; compare the two."""
+def train_and_resume(device: str, size: str, precision: str, **more: Any) -> Iterator[Row]:
+    """Train; train the same again, stopped after its first checkpoint and resumed; compare the two. `more`: flags."""
     with scratch() as folder:
-        settings = flags(folder, size) | {"quantization": quantization}
+        settings = flags(folder, size) | more
         try:
             whole = train(device, precision, **settings, output_model=str(folder / "whole"))
         except InputError as error:  # a library or a device that is not there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch import Tensor
 from noisefit.base.errors import is_out_of_memory, notice
 
 DEVICES = ("cuda",)  # kinds of devices; on a CPU an operation costs little to start, and a compiler may be missing
+Result = TypeVar("Result")  # a tensor, or several
 _failed: list[str] = []  # with what compiling failed
 
 
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def fused(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function as it is, and on a GPU compiled by `torch.compile` at its first call.
 
     Its first argument is a tensor, whose device decides. It must draw no random numbers: a compiled function draws
@@ -25,7 +26,7 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @functools.cache
-    def compiled() -> Callable[..., Tensor]:
+    def compiled() -> Callable[..., Result]:
         return torch.compile(function, dynamic=True)
 
     def number(value: Any, like: Tensor) -> Any:
@@ -33,7 +34,7 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.full((), value, dtype=dtype, device=like.device) if isinstance(value, float) else value
 
     @functools.wraps(function)
-    def call(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def call(first: Tensor, *args: Any, **kwargs: Any) -> Result:
         if torch.compiler.is_compiling() or first.device.type not in DEVICES or _failed:
             return function(first, *args, **kwargs)
         try:
@@ -44,7 +45,7 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 raise
             result = function(first, *args, **kwargs)  # where it fails as well, the input is to blame
             _failed.append(" ".join(str(error).split())[:200] or type(error).__name__)
-            notice(f"torch.compile failed, so the noise takes more and smaller steps on the GPU: {_failed[0]}")
+            notice(f"torch.compile failed, so noise and losses take more and smaller steps on the GPU: {_failed[0]}")
             return result
 
     return call

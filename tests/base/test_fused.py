@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from noisefit.base import compiling
 from noisefit.base.precision import add_noise, mean_change, mean_magnitude, root_mean_square
+from noisefit.method.losses import consistency_loss, cross_entropy, soft_target_loss, symmetric_kl
 from noisefit.method.noise import noise_scale, snr_base_std
 
 SIZES = (3, 7), (4, 9), (12, 33)
@@ -54,6 +55,42 @@ def test_compiled_functions_give_what_they_give_as_they_are(counter, monkeypatch
     for tensors, each in zip(found, given, strict=True):
         for one, other in zip(tensors, results(*each), strict=True):
             torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+
+
+def losses(tokens: int, temperature: float, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Each loss, its gradients added up in the logits of three branches."""
+    generator = torch.Generator().manual_seed(tokens)
+    logits = [torch.randn(tokens, 50, generator=generator).to(DEVICE, dtype).requires_grad_() for _ in range(3)]
+    targets = torch.randint(0, 50, (tokens,), generator=generator).to(DEVICE)
+    clean, noisy_1, noisy_2 = logits
+    values = [
+        cross_entropy(clean, targets),
+        cross_entropy(noisy_1, targets, torch.rand(tokens, generator=generator).to(DEVICE)),
+        soft_target_loss(clean, noisy_1, temperature),
+        soft_target_loss(clean, noisy_1, temperature, teacher_gradient=True),
+        consistency_loss(noisy_1, noisy_2, temperature),
+        symmetric_kl(noisy_1, noisy_2, temperature),
+    ]
+    torch.stack(values).sum().backward()
+    return [*(value.detach() for value in values), *(z.grad.float() for z in logits)]
+
+
+@pytest.mark.slow
+def test_compiled_losses_are_the_losses_with_their_gradients(counter, monkeypatch):
+    given = [(9, 1.0), (5, 1.0), (9, 2.0), (5, 3.0)]  # an uneven division's rest, and another temperature
+    for dtype, near in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+        before = counter.frame_count
+        found = [losses(*given[0], dtype)]
+        compiled = counter.frame_count
+        assert compiled == before + 5  # cross-entropy and divergence both ways, and the symmetric one
+        found += [losses(*each, dtype) for each in given[1:]]
+        assert counter.frame_count == compiled, "compiled anew for another number of tokens or temperature"
+        with monkeypatch.context() as patch:
+            patch.setattr(compiling, "DEVICES", ())
+            for tensors, each in zip(found, given, strict=True):
+                for one, other in zip(tensors, losses(*each, dtype), strict=True):
+                    torch.testing.assert_close(one, other, rtol=near, atol=1e-5)
+    assert losses(0, 1.0, torch.float32)[0] == 0
 
 
 def test_where_compiling_fails_one_line_says_so_and_the_functions_go_on(monkeypatch, capsys):

@@ -23,8 +23,8 @@ from step_cost import PLAIN
 pytestmark = pytest.mark.slow
 
 # The others are these at another size, or told as not being here.
-RUN = ("training-bf16", "training-4bit", "syncs", "steps-7b-checkpointing", "noise", "adamw", "head", "generation",
-       "packing", "fsdp", "trl-1b", "vllm")  # fmt: skip
+RUN = ("training-bf16", "training-4bit", "syncs", "steps-7b-checkpointing", "noise", "adamw", "head", "losses",
+       "generation", "packing", "fsdp", "trl-1b", "vllm")  # fmt: skip
 
 
 def run(results, *flags):
@@ -122,7 +122,8 @@ def test_the_published_way_takes_its_hooks_off_where_it_fails(monkeypatch):
 
 
 def test_heads_are_compared_and_agree(found):
-    rows = found["head"].rows
+    rows, of_branches = found["head"].rows, found["losses"].rows
+    assert len(of_branches) == 1 and of_branches[0]["loss a token"] > 0 and of_branches[0]["ms"] > 0
     fused = [row for row in rows if "linear_cross_entropy" in row["head"]]
     assert len(fused) == hasattr(torch.nn, "LinearCrossEntropyOptions")
     for row in rows:
@@ -245,7 +246,18 @@ def test_results_of_another_machine_are_refused(tmp_path, monkeypatch):
     results.write_text(json.dumps({"machine": other, "date": "2020-01-01"}) + "\n")
     done = run(results, "--here")
     assert done.returncode == 2 and not calls
-    assert f"these are of another machine (torch 1.0, here {gpu.machine('cpu', 'tiny')['torch']})" in done.stderr
+    assert f"of another machine (torch 1.0, here {gpu.machine('cpu', 'tiny')['torch']})" in done.stderr
+
+
+def test_a_library_that_was_installed_since_is_told_at_the_top(tmp_path, monkeypatch):
+    results, found = tmp_path / "gpu.jsonl", gpu.machine("cpu", "tiny")
+    results.write_text(json.dumps({"machine": found | {"torch": None}, "date": "2020-01-01"}) + "\n")
+    monkeypatch.setitem(gpu.PARTS, "adamw", (lambda device, size: iter([]), 0))
+    for _ in range(2):
+        assert run(results, "--here", "--parts", "adamw").returncode == 0
+    lines = gpu.read(results)
+    assert [line["machine"] for line in lines if "machine" in line] == [found | {"torch": None}, found]
+    assert f"torch {found['torch']}" in gpu_report.page(lines) and "without torch" not in gpu_report.page(lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
