@@ -2,9 +2,8 @@
 
     accelerate launch train_loop.py --model MODEL --train_data questions.csv
 
-Read it top to bottom: it is the algorithm. Prepare; measure every layer and choose those that get noise; then, step by
-step, run the clean and the noisy branches of each micro-batch, combine the losses, go backward, clip, step, log. Which
-branches and losses a `--loss_mode` has is a line of `noisefit/method/objectives.py`. Edit it in place: docs/editing.md.
+It is the algorithm: measure every layer and choose those that get noise; then, step by step, run the branches of each
+micro-batch, combine the losses, go backward, clip, step, log. To edit it in place, docs/editing.md.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
+from noisefit.base.compiling import fused
 from noisefit.base.errors import Stopped, notice, one_line_errors
 from noisefit.base.precision import keeping_tf32, set_precision
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, TEACHER, BranchedModel, Logits, Losses
@@ -125,12 +125,12 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         notice(*describe(settings, policy, num_layers, strategy), reason)
         return policy, strategy
 
+    @fused  # into few kernels, on a GPU
     def chunk_losses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:
         """The losses of one chunk of supervised tokens, by name: each a sum over the tokens.
 
-        `logits` has the `[N, V]` of each branch by its kind, and those of a teacher of its own; targets are `[N]`, and
-        so are their weights in the cross-entropy, where they are not all 1. What is not in the result is not in the
-        loss; each name in it needs a weight.
+        `logits` has the `[N, V]` of each branch by its kind, and those of a teacher of its own; targets, and weights in
+        the cross-entropy that are not all 1, are `[N]`. What is not in the result is not in the loss.
         """
         clean, noisy, dropout = logits[CLEAN], logits[NOISY], logits[DROPOUT]
         losses: Losses = {}

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from noisefit.base.compiling import fused
 from noisefit.fork.branches import CLEAN, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.fork.hooks import pop_noise_sizes
@@ -101,10 +102,11 @@ class Steps:
 
     def ours(
         self, layers: Sequence[int] = (), strategy: str = "fork", kind: TokenScaledNoise | None = None,
-        counting: bool = False,
+        counting: bool = False, chunk: int = LOSS_CHUNK_SIZE,
     ) -> Tensor:  # fmt: skip
         """A step as in `train_loop.py`; without noisy layers, plain fine-tuning. `kind` is the noise, if not live;
-        `counting` accuracy and entropy, as a step does whose metrics are logged."""
+        `counting` accuracy and entropy, as a step does whose metrics are logged; `chunk` the `--loss_chunk_size`."""
+        self.branched.loss_chunk_size = chunk
         noise = {layer: kind or TokenScaledNoise(NOISE_STD) for layer in layers}
         losses = noisefit_losses if noise else plain_losses
         tally = TokenTally(self.device) if counting else None
@@ -157,15 +159,18 @@ class Steps:
         return loss.detach()
 
 
+@fused
 def plain_losses(logits: Logits, targets: Tensor) -> Losses:
     return {"ce": cross_entropy(logits[CLEAN][0], targets)}
 
 
+@fused
 def teacher_losses(logits: Logits, targets: Tensor) -> Losses:
     [clean], [teacher] = logits[CLEAN], logits[TEACHER]
     return {"ce": 0.5 * cross_entropy(clean, targets), "soft": 0.5 * soft_target_loss(teacher, clean, 1.0)}
 
 
+@fused
 def noisefit_losses(logits: Logits, targets: Tensor) -> Losses:
     [clean], (noisy_1, noisy_2) = logits[CLEAN], logits[NOISY]
     soft = soft_target_loss(clean, noisy_1, 1.0) + soft_target_loss(clean, noisy_2, 1.0)

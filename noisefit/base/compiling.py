@@ -12,6 +12,7 @@ from torch import Tensor
 from noisefit.base.errors import is_out_of_memory, notice
 
 DEVICES = ("cuda",)  # kinds of devices; on a CPU an operation costs little to start, and a compiler may be missing
+FRAMES = 64  # ways to call a function, past which torch would run it as it is; its own limit of 8 is soon reached
 Result = TypeVar("Result")  # a tensor, or several
 _failed: list[str] = []  # with what compiling failed
 
@@ -19,14 +20,17 @@ _failed: list[str] = []  # with what compiling failed
 def fused(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function as it is, and on a GPU compiled by `torch.compile` at its first call.
 
-    Its first argument is a tensor, whose device decides. It must draw no random numbers: a compiled function draws
+    The first tensor among its arguments decides where. It must draw no random numbers: a compiled function draws
     others. Shapes are dynamic and numbers are handed over as tensors, so that neither another length nor another
-    strength is compiled anew. Where compiling fails, for want of a C compiler say, all such functions go on as they
-    are, and a line says so.
+    strength is compiled anew. Fused functions that it calls are compiled with it. Where compiling fails, for want of a
+    C compiler say, all such functions go on as they are, and a line says so.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Result]:
+        from torch._dynamo import config as dynamo  # here, as it takes a second to import
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, FRAMES)
         return torch.compile(function, dynamic=True)
 
     def number(value: Any, like: Tensor) -> Any:
@@ -34,16 +38,17 @@ def fused(function: Callable[..., Result]) -> Callable[..., Result]:
         return torch.full((), value, dtype=dtype, device=like.device) if isinstance(value, float) else value
 
     @functools.wraps(function)
-    def call(first: Tensor, *args: Any, **kwargs: Any) -> Result:
+    def call(*args: Any, **kwargs: Any) -> Result:
+        first = next(value for value in args if isinstance(value, Tensor))
         if torch.compiler.is_compiling() or first.device.type not in DEVICES or _failed:
-            return function(first, *args, **kwargs)
+            return function(*args, **kwargs)
         try:
             more = {name: number(value, first) for name, value in kwargs.items()}
-            return compiled()(first, *(number(value, first) for value in args), **more)
+            return compiled()(*(number(value, first) for value in args), **more)
         except Exception as error:  # of dynamo, inductor, Triton, a C compiler
             if is_out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":  # its way to stop early
                 raise
-            result = function(first, *args, **kwargs)  # where it fails as well, the input is to blame
+            result = function(*args, **kwargs)  # where it fails as well, the input is to blame
             _failed.append(" ".join(str(error).split())[:200] or type(error).__name__)
             notice(f"torch.compile failed, so noise and losses take more and smaller steps on the GPU: {_failed[0]}")
             return result

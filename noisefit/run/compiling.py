@@ -9,10 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
 
+from noisefit.base.compiling import FRAMES
 from noisefit.base.errors import InputError
 from noisefit.fork.decoder import find_decoder_layers
-
-FRAMES = 64  # past torch's own limit of 8 a block would silently run as it is
 
 
 def check_compiling(accelerator: Accelerator, gradient_checkpointing: bool) -> None:
