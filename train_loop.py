@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import get_scheduler
 
-from noisefit.base.compiling import fused
+from noisefit.base.compiling import fused_losses
 from noisefit.base.errors import Stopped, notice, one_line_errors
 from noisefit.base.precision import keeping_tf32, set_precision
 from noisefit.fork.branches import CLEAN, DROPOUT, NOISY, TEACHER, BranchedModel, Logits, Losses
@@ -125,7 +125,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
         notice(*describe(settings, policy, num_layers, strategy), reason)
         return policy, strategy
 
-    @fused  # into few kernels, on a GPU
+    @fused_losses  # compiled, on a GPU
     def chunk_losses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:
         """The losses of one chunk of supervised tokens, by name: each a sum over the tokens.
 

@@ -44,11 +44,11 @@ Part = Callable[[str, str], Iterator[dict[str, Any]]]
 
 # By importance: what does not fit into the time is at the end. With the seconds that each takes, about, at full size.
 PARTS: dict[str, tuple[Part, int]] = {
-    "training-bf16": (functools.partial(training.train_and_resume, precision="bf16"), 45),
+    "training-bf16": (functools.partial(training.train_and_resume, precision="bf16"), 80),
     "training-fp16": (functools.partial(training.train_and_resume, precision="fp16"), 45),
     "syncs": (syncs.syncs, 40),
     "steps-1b": (functools.partial(steps.step_costs, shape="llama-1b"), 60),
-    "steps-7b": (functools.partial(steps.step_costs, shape="llama-7b"), 90),
+    "steps-7b": (functools.partial(steps.step_costs, shape="llama-7b"), 55),
     "steps-7b-checkpointing": (functools.partial(steps.step_costs, shape="llama-7b", gradient_checkpointing=True), 90),
     "generation": (answers.generation, 90),
     "fsdp": (training.fsdp, 60),
@@ -133,10 +133,14 @@ def run_parts(names: Sequence[str], device: str, args: argparse.Namespace) -> No
     """Run the parts that have no results yet, as long as the time lasts."""
     end, log = time.monotonic() + 60 * args.minutes, args.results.with_suffix(".log")
     for name in names:
-        if not args.again and attempts(read(args.results)).get(name, Entry()).status in (DONE, FAILED):
+        has_results = attempts(read(args.results)).get(name, Entry()).status in (DONE, FAILED)
+        if not args.again and has_results:
             print(f"{name}: has results already; --again runs it again")
             continue
         needs, left = PARTS[name][1] * (1 if args.size == "full" else 0.2), end - time.monotonic()
+        if left < needs and has_results:
+            print(f"{name}: keeps the results that it has; it takes about {needs:.0f} seconds")
+            continue
         append_json_line(args.results, {"part": name, "status": "started"})
         if left < needs:
             status, why = NOT_RUN, f"it takes about {needs:.0f} seconds, and --minutes left {max(left, 0):.0f}"

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from step_cost import Costs
-from ways import LOSS_CHUNK_SIZE, NOISE_STD, SIZES, Steps, noisefit_losses, plain_losses
+from ways import NOISE_STD, SIZES, Steps, noisefit_losses, plain_losses
 
+from noisefit.base.compiling import chunk_size_on
 from noisefit.fork.branches import CLEAN, BranchedModel
 from noisefit.fork.hooks import pop_noise_sizes
 from noisefit.inputs.batches import Batch, collate, count_tokens, cut_step
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = type(size.config)(**size.config.to_dict() | {"max_position_embeddings": options.longest})
     config._attn_implementation = options.attention
     model = BranchedModel(Steps(replace(size, config=config, rows=1, length=8, supervised=4), device).model,
-                          LOSS_CHUNK_SIZE)  # fmt: skip
+                          chunk_size_on(device))  # fmt: skip
     rows = mixed_rows(options.longest, config.vocab_size)
     costs = Costs(device)
 

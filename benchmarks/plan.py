@@ -15,7 +15,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from counting import Model, Weights, model_of
 from sizes import SHAPES
 
+from noisefit.base.compiling import chunk_size_on
 from noisefit.base.errors import one_line_errors
 from noisefit.fork.branches import NOISY
 from noisefit.fork.hooks import EMBEDDING
@@ -187,7 +188,8 @@ def way_of(settings: Settings, layers: int, noisy: Sequence[int] | None, strateg
     else:
         first = first_eligible(settings.prefer_late_layers, layers)
         chosen = tuple(range(first, min(first + settings.num_noise_layers, layers))) if settings.noise_std else ()
-    return Way(objective.branches, chosen, strategy, settings.gradient_checkpointing, settings.loss_chunk_size)
+    again, chunk = settings.gradient_checkpointing, settings.loss_chunk_size
+    return Way(objective.branches, chosen, strategy, again, chunk, compiled=True)
 
 
 def tables(name: str, found: Plan, mesh: Mesh, way: Way, settings: Settings, length: int) -> Iterator[str]:
@@ -246,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected 1 or more")
     settings = parse_arguments(["--model", args.model, "--train_data", "none", *flags])
+    settings = replace(settings, loss_chunk_size=settings.loss_chunk_size or chunk_size_on("cuda"))
     config = SHAPES.get(args.model) or load_config(args.model, settings.trust_remote_code)
     mesh = Mesh(args.gpus, args.nodes, args.sharding, args.mixed_precision)
     if mesh.sharded and settings.quantization != "none":

@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from ways import LOSS_CHUNK_SIZE, noisefit_losses
+from ways import noisefit_losses
 from world_runs import WorldRun, add_world_flags, check_world_flags, words, world_run
 
+from noisefit.base.compiling import chunk_size_on
 from noisefit.base.errors import one_line_errors
 from noisefit.fork.branches import BranchedModel
 from noisefit.fork.hooks import pop_noise_sizes
@@ -127,7 +128,7 @@ def load(adapter: Path, world: Path) -> tuple[BranchedModel, Batch]:
     examples = tokenize_rows(tokenizer, rows, settings.train_data, settings, len(tokenizer), stops)
     model = load_model(settings, settings.model, Accelerator(), adapter)
     rows_of_step = next(epoch_steps(examples, ROWS, seed=0, epoch=0))
-    return BranchedModel(model, LOSS_CHUNK_SIZE).train(), collate(rows_of_step, tokenizer.pad_token_id)
+    return BranchedModel(model, chunk_size_on("cpu")).train(), collate(rows_of_step, tokenizer.pad_token_id)
 
 
 def make_runs(args: argparse.Namespace) -> Runs:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from noisefit.base.compiling import fused
+from noisefit.base.compiling import chunk_size_on, fused_losses
 from noisefit.fork.branches import CLEAN, NOISY, TEACHER, BranchedModel, Logits, Losses
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.fork.hooks import pop_noise_sizes
@@ -37,7 +37,6 @@ from noisefit.method.teacher import BaseModel, MovingAverage, OtherTeacher
 from noisefit.method.top_k import TopK
 
 NOISE_STD = 0.1
-LOSS_CHUNK_SIZE = 256  # the default of train_loop.py
 CACHED = 64  # tokens that are kept of a teacher's predictions
 
 
@@ -86,7 +85,8 @@ class Steps:
         self, size: Size, device: str, gradient_checkpointing: bool = False, model: nn.Module | None = None
     ):  # fmt: skip
         self.model = build_model(size, device, gradient_checkpointing) if model is None else model
-        self.branched = BranchedModel(self.model, LOSS_CHUNK_SIZE)
+        self.chunk = chunk_size_on(device)  # the default of train_loop.py
+        self.branched = BranchedModel(self.model, self.chunk)
         self.rows = example_rows(size)
         self.target_tokens = count_targets(self.rows)
         self.device = device
@@ -102,11 +102,11 @@ class Steps:
 
     def ours(
         self, layers: Sequence[int] = (), strategy: str = "fork", kind: TokenScaledNoise | None = None,
-        counting: bool = False, chunk: int = LOSS_CHUNK_SIZE,
+        counting: bool = False, chunk: int = 0,
     ) -> Tensor:  # fmt: skip
         """A step as in `train_loop.py`; without noisy layers, plain fine-tuning. `kind` is the noise, if not live;
         `counting` accuracy and entropy, as a step does whose metrics are logged; `chunk` the `--loss_chunk_size`."""
-        self.branched.loss_chunk_size = chunk
+        self.branched.loss_chunk_size = chunk or self.chunk
         noise = {layer: kind or TokenScaledNoise(NOISE_STD) for layer in layers}
         losses = noisefit_losses if noise else plain_losses
         tally = TokenTally(self.device) if counting else None
@@ -159,18 +159,18 @@ class Steps:
         return loss.detach()
 
 
-@fused
+@fused_losses
 def plain_losses(logits: Logits, targets: Tensor) -> Losses:
     return {"ce": cross_entropy(logits[CLEAN][0], targets)}
 
 
-@fused
+@fused_losses
 def teacher_losses(logits: Logits, targets: Tensor) -> Losses:
     [clean], [teacher] = logits[CLEAN], logits[TEACHER]
     return {"ce": 0.5 * cross_entropy(clean, targets), "soft": 0.5 * soft_target_loss(teacher, clean, 1.0)}
 
 
-@fused
+@fused_losses
 def noisefit_losses(logits: Logits, targets: Tensor) -> Losses:
     [clean], (noisy_1, noisy_2) = logits[CLEAN], logits[NOISY]
     soft = soft_target_loss(clean, noisy_1, 1.0) + soft_target_loss(clean, noisy_2, 1.0)

@@ -19,7 +19,7 @@ from noisefit.base import compiling
 from noisefit.fork.branches import CLEAN
 from noisefit.fork.decoder import find_causal_lm
 
-CHUNKS = (256, 1024)  # tokens; the first is the default of --loss_chunk_size
+CHUNKS = (1024, 256)  # tokens; the first is the default of --loss_chunk_size on a GPU
 Loss = Callable[[Tensor], Tensor]
 """`[N, H]` hidden states to the summed cross-entropy."""
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from sizes import SIZES, Size
 from step_cost import NOISY, PLAIN, TRL, Costs, measure
-from ways import LOSS_CHUNK_SIZE, Steps, floor, head_share
+from ways import Steps, floor, head_share
 
 from gpu_parts.material import GIB, Row, forget, installed, one_line
 from noisefit.base.errors import is_out_of_memory
 
-MORE = 1024  # tokens a chunk of the losses, where a GPU has memory to spare
+LESS = 256  # tokens a chunk of the losses, where a GPU has no memory to spare
 
 
 def step_costs(device: str, size: str, shape: str, gradient_checkpointing: bool = False) -> Iterator[Row]:
@@ -34,9 +34,9 @@ def step_costs(device: str, size: str, shape: str, gradient_checkpointing: bool 
         f"the published way, layers 0-{NOISY - 1}": functools.partial(steps.published, early),
     }
     yield {"text": about(of, steps, gradient_checkpointing)}
-    if size != "tiny" and of.supervised > LOSS_CHUNK_SIZE:
-        for name, layers in zip(list(forks), (early, late), strict=True):
-            ways[f"{name}, --loss_chunk_size {MORE}"] = functools.partial(steps.ours, layers, chunk=MORE)
+    if size != "tiny":
+        for name, layers in zip(forks, (early, late), strict=True):
+            ways[f"{name}, --loss_chunk_size {LESS}"] = functools.partial(steps.ours, layers, chunk=LESS)
     measures = [contextlib.nullcontext, costs.weighed, *[costs.timed] * (2 if size == "tiny" else 5)]
     for kind in measures:
         for name in list(ways):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,13 +18,17 @@ Result = TypeVar("Result")  # a tensor, or several
 _failed: list[str] = []  # with what compiling failed
 
 
-def fused(function: Callable[..., Result]) -> Callable[..., Result]:
+def fused(function: Callable[..., Result], dynamic: bool | None = True) -> Callable[..., Result]:
     """The function as it is, and on a GPU compiled by `torch.compile` at its first call.
 
     The first tensor among its arguments decides where. It must draw no random numbers: a compiled function draws
-    others. Shapes are dynamic and numbers are handed over as tensors, so that neither another length nor another
-    strength is compiled anew. Fused functions that it calls are compiled with it. Where compiling fails, for want of a
-    C compiler say, all such functions go on as they are, and a line says so.
+    others. Numbers are handed over as tensors, so that another strength is not compiled anew. Fused functions that it
+    calls are compiled with it. Where compiling fails, for want of a C compiler say, all such functions go on as they
+    are, and a line says so.
+
+    Args:
+        function: the first tensor among its arguments decides on the device.
+        dynamic: whether all sizes vary, so that another one is not compiled anew; `None`: those that are seen to vary.
     """
 
     @functools.cache
@@ -31,7 +36,8 @@ def fused(function: Callable[..., Result]) -> Callable[..., Result]:
         from torch._dynamo import config as dynamo  # here, as it takes a second to import
 
         dynamo.recompile_limit = max(dynamo.recompile_limit, FRAMES)
-        return torch.compile(function, dynamic=True)
+        warnings.filterwarnings("ignore", "(?s).*Online softmax is disabled")  # of how a kernel goes over few tokens
+        return torch.compile(function, dynamic=dynamic)
 
     def number(value: Any, like: Tensor) -> Any:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -54,3 +60,18 @@ def fused(function: Callable[..., Result]) -> Callable[..., Result]:
             return result
 
     return call
+
+
+def fused_losses(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`fused` for the losses of a chunk of tokens: their number varies, and the vocabulary, which does not, makes the
+    kernels faster where it is known."""
+    return fused(function, dynamic=None)
+
+
+def chunk_size_on(kind: str) -> int:
+    """How many tokens have their logits in memory at a time by default, on this kind of device.
+
+    Compiled, the losses of 1024 tokens take about the memory that those of 400 take as they are, and a GPU is not kept
+    waiting for their start.
+    """
+    return 1024 if kind in DEVICES else 256

@@ -232,10 +232,10 @@ class LossSettings:
         high=0.99,
     )
     loss_chunk_size: int = setting(
-        256,
-        "supervised tokens whose logits are in memory at a time. The memory is 3 x this x vocabulary; on a GPU "
-        "with memory to spare 1024 is faster",
-        **POSITIVE,
+        0,
+        "supervised tokens whose logits are in memory at a time; 0: 256, and 1024 on a GPU, where the losses are "
+        "compiled. The memory is 3 x this x vocabulary; a larger one keeps a GPU busier",
+        low=0,
     )
 
     @property

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from noisefit.base.compiling import chunk_size_on
 from noisefit.base.errors import notice
 from noisefit.inputs.batches import steps_per_epoch
 from noisefit.inputs.examples import Examples, last_texts
@@ -40,7 +41,8 @@ class Prepared:
     """What a run begins with.
 
     Attributes:
-        settings: as they are after the checks: `max_length` within the model's positions, the date of the prompts.
+        settings: as they are after the checks: `max_length` within the model's positions, the date of the prompts, the
+            chunk size of the losses on this device.
         config: the base model's.
         tokenizer: with its chat template.
         examples, eval_examples: the tokenized rows.
@@ -108,7 +110,8 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
         check_sharded(settings, config)
     check_repository(settings, base=None if settings.full_finetune else model)
 
-    settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer))
+    chunk_size = settings.loss_chunk_size or chunk_size_on(accelerator.device.type)
+    settings = replace(settings, prompt_date=_prompt_date(settings, tokenizer), loss_chunk_size=chunk_size)
     set_chat_template(tokenizer, settings.chat_template, settings.prompt_date)
     check_tokenizer_names(tokenizer, output)
     stops = stop_token_ids(model, settings.model_revision)
