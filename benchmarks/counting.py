@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from noisefit.base.compiling import chunk_size_on
 from noisefit.fork.branches import BranchedModel
 from noisefit.fork.decoder import find_causal_lm, find_decoder_layers
 from noisefit.method.losses import cross_entropy
@@ -83,7 +84,7 @@ def model_of(config: PreTrainedConfig, settings: Settings, precision: str, as_on
 
     blocks, outside = weights_by_part(shape_of(measured, settings, frozen), settings)
     with in_shape_alone(as_on_gpu):
-        chunk, dropout = settings.loss_chunk_size, settings.rdrop_dropout
+        chunk, dropout = settings.loss_chunk_size or chunk_size_on("cuda"), settings.rdrop_dropout
         model = branched_shape(measured, settings, frozen, chunk, precision, dropout)
         noise = make_noise(settings, NoisePolicy(layers=[0]))
         footprint = measure(model, torch.zeros(1, dtype=torch.long), 3 * UNIT, noise, settings.objective.branches)

@@ -187,7 +187,7 @@ SEVEN_B = Footprint(
 
 
 def told(free=70.0, update=0.0, noisy=(0, 1, 2), strategy="fork", longest=1024, **flags):
-    settings = Settings(model="m", train_data="d", **flags)
+    settings = Settings(model="m", train_data="d", **{"loss_chunk_size": 256} | flags)
     return memory_needed.told(settings, SEVEN_B, noisy, strategy, lambda rows: (rows, longest), update, free)
 
 
