@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def read_record(path: Path) -> dict[str, Entry]:
 def write_record(path: Path, entries: Mapping[str, Entry], scratch: Path | None) -> None:
     """Write it whole, by way of the folder `scratch`."""
     write_json(path, {"about": ABOUT, "files": dict(entries)}, scratch)
+
+
+def is_on_its_way(scratch: Path) -> bool:
+    """Whether it is a folder with nothing in it but a record that was on its way through it when the run was killed."""
+    is_folder = scratch.is_dir() and not scratch.is_symlink()
+    return is_folder and all(fnmatchcase(path.name, f".{RECORD}.*.tmp") for path in scratch.iterdir())
 
 
 def _is_entry(name: str, entry: Any) -> bool:

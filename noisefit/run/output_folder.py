@@ -12,7 +12,7 @@ from typing import Any
 from noisefit.base.errors import LocalError, notice
 from noisefit.base.files import files_in, fingerprint, replacing, sync_folder, write_json, writing
 from noisefit.run.checkpoint_files import STATE, list_checkpoints
-from noisefit.run.file_record import RECORD, Entry, is_as_written, read_record, write_record
+from noisefit.run.file_record import RECORD, Entry, is_as_written, is_on_its_way, read_record, write_record
 from noisefit.run.standing import drop_best
 
 SCRATCH = ".noisefit_unfinished"  # a folder of what is being written; what a kill leaves in it, the next run removes
@@ -36,7 +36,6 @@ class OutputFolder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._entries = read_record(self.path / RECORD)
-        self._scratch_is_noted = f"{SCRATCH}/" in self._entries  # in the record as it is on the disk
         self._started = False
 
     def __enter__(self) -> OutputFolder:
@@ -73,7 +72,7 @@ class OutputFolder:
     def foreign(self, names: Iterable[str]) -> list[str]:
         """Those of the names that are taken by what no run wrote, or by what was changed since."""
         taken = [name for name in names if os.path.lexists(self.path / name) and not self.is_own(name)]
-        return [name for name in taken if name != f"{SCRATCH}/" or not _is_empty(self.path / name)]  # a kill leaves it
+        return [name for name in taken if name != f"{SCRATCH}/" or not is_on_its_way(self.path / name)]
 
     def files(self) -> list[str]:
         """The names of the files here that runs wrote."""
@@ -263,10 +262,10 @@ class OutputFolder:
             self._save()
 
     def _save(self) -> None:
-        # What a kill leaves in a scratch folder that is not noted would pass for somebody's.
-        with self._scratch() if self._scratch_is_noted else nullcontext() as scratch:
+        # The first time nothing is noted yet, not even the scratch folder.
+        first = not (self.path / RECORD).exists()
+        with nullcontext() if first else self._scratch() as scratch:
             write_record(self.path / RECORD, self._entries, scratch)
-        self._scratch_is_noted = f"{SCRATCH}/" in self._entries
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -287,10 +286,6 @@ class OutputFolder:
             os.replace(path, kept)
             notice(f"{path} is not of this run, which needs the name: it is {kept.name} now")
         self.expect(name)
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def _clear(folder: Path) -> None:

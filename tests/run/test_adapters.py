@@ -98,7 +98,7 @@ def test_it_resumes_bit_for_bit_and_peft_loads_what_was_trained(
     if low == "bf16":  # what was rounded in training is not rounded here: only that is to differ
         own = own.float()
     base = AutoModelForCausalLM.from_pretrained(model)
-    before, expected, tolerance = logits(base), logits(own), 0.3 if low == "bf16" else 2e-5
+    before, expected, tolerance = logits(base), logits(own), 0.3 if low == "bf16" else 5e-5
     loaded = PeftModel.from_pretrained(base, tmp_path / "whole")
     assert (expected - before).abs().max() > 0.5  # it has learnt
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=tolerance)

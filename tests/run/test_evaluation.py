@@ -23,8 +23,8 @@ from noisefit.run.standing import Best, Standing
 
 # The learning rate rises until the model is worse off than before.
 RISING = dict(
-    learning_rate=2.0, warmup_ratio=1.0, batch_size=2, gradient_accumulation_steps=2, epochs=9, max_steps=6,
-    logging_steps=1, eval_steps=1, save_steps=1, save_total_limit=0, sample_steps=2, sample_prompts=2, sample_tokens=4,
+    learning_rate=0.3, warmup_ratio=1.0, batch_size=2, gradient_accumulation_steps=2, epochs=9, max_steps=6,
+    noise_scale="frozen", logging_steps=1, eval_steps=1, save_steps=1, save_total_limit=0, sample_steps=2, sample_prompts=2, sample_tokens=4,
     lora_dropout=0.1,
 )  # fmt: skip
 
@@ -39,10 +39,15 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def kept(llama_folder, files, tmp_path_factory) -> Path:
-    """The output of a run that keeps its best model, with a checkpoint after each step."""
-    out = tmp_path_factory.mktemp("kept") / "out"
-    run(llama_folder, output=out, **files, **RISING, keep_best=True)
-    return out
+    """The output of a run that keeps its best model, with a checkpoint after each step; the best is neither the first
+    nor the last. A seed has other random numbers on another processor, so the first such one is taken."""
+    folder = tmp_path_factory.mktemp("kept")
+    for seed in range(1, 9):
+        RISING["seed"] = seed
+        run(llama_folder, output=(out := folder / str(seed)), **files, **RISING, keep_best=True)
+        if 1 < best_of(out)["step"] < RISING["max_steps"]:
+            return out
+    raise AssertionError("no seed's best model is in its midst")
 
 
 def evaluations(out: Path, name: str = "eval_ce_loss") -> list[float]:
@@ -73,7 +78,6 @@ def test_the_best_is_the_first_of_the_lowest_and_what_is_no_number_is_no_better(
 def test_the_output_is_the_model_of_the_best_evaluation_and_says_so(kept, capsys):
     found = evaluations(kept)
     best = found.index(min(found)) + 1
-    assert 1 < best < 6
     assert best_of(kept) == {"step": best, "eval_metric": "ce", "value": min(found)}
     weights = (kept / "adapter_model.safetensors").read_bytes()
     assert weights == (kept / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
