@@ -24,8 +24,8 @@ from noisefit.run.standing import Best, Standing
 # The learning rate rises until the model is worse off than before.
 RISING = dict(
     learning_rate=0.3, warmup_ratio=1.0, batch_size=2, gradient_accumulation_steps=2, epochs=9, max_steps=6,
-    noise_scale="frozen", logging_steps=1, eval_steps=1, save_steps=1, save_total_limit=0, sample_steps=2, sample_prompts=2, sample_tokens=4,
-    lora_dropout=0.1,
+    noise_scale="frozen", lora_dropout=0.1, logging_steps=1, eval_steps=1, save_steps=1, save_total_limit=0,
+    sample_steps=2, sample_prompts=2, sample_tokens=4,
 )  # fmt: skip
 
 
