@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import noisefit
+from noisefit.base.errors import notice
 from noisefit.base.settings import words_of
 from noisefit.fork.branches import NOISY
 from noisefit.run.settings import Settings
@@ -116,11 +117,20 @@ NoiseFiT {noisefit.__version__}, torch {torch.__version__.split("+")[0]}.
 
 
 def card_data(folder: Path) -> Any:
-    """The metadata of the card in a folder; empty where there is none, or it cannot be read."""
-    try:
-        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
-    except Exception:  # whatever is in a file that anybody may have written
-        return {}
+    """The metadata of the card in a folder, empty where there is none. What cannot be read is left out, with a line."""
+    path, reason = folder / "README.md", ""
+    for lenient in (False, True) if path.exists() else ():
+        try:
+            found = ModelCard.load(path, ignore_metadata_errors=lenient).data
+        except Exception as error:  # whatever is in a file that anybody may have written
+            reason = reason or " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
+            continue
+        if lenient:
+            notice(f"{path}: the new card goes without what cannot be read of its metadata: {reason}")
+        return found
+    if reason:
+        notice(f"{path}: the new card goes without its metadata, which cannot be read: {reason}")
+    return {}
 
 
 def what_it_learnt(settings: Settings) -> str:

@@ -23,6 +23,7 @@ from noisefit import merge as program
 from noisefit.answers.settings import parse_arguments
 from noisefit.base.errors import InputError
 from noisefit.merge import empty_folder
+from noisefit.run.card import card_data
 from noisefit.run.output_folder import SCRATCH, OutputFolder
 
 IDS = torch.tensor([[5, 17, 40, 99, 3, 64, 201, 33, 7]])
@@ -130,6 +131,18 @@ def test_the_card_says_what_it_is_and_keeps_the_evaluation(trained, tmp_path):
     assert card.data.base_model is None  # a folder of this machine
     assert config["base_model_name_or_path"] in card.text and "with the adapter `out` merged into" in card.text
     assert "- Merged in float32: logits differ" in card.text and "noisefit_config.json" in card.text
+
+
+@pytest.mark.parametrize(
+    ("metadata", "left"),
+    [("license: mit\nmodel-index: 5", {"license": "mit"}), ("license: [mit", {}), ("- a", {}), ("license: mit", None)],
+)
+def test_what_cannot_be_read_of_an_adapter_s_card_is_told(metadata, left, tmp_path, capsys):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\nMine.\n")
+    found = card_data(tmp_path)
+    assert (found.to_dict() if found else {}) == (left if left is not None else {"license": "mit"})
+    said = [line for line in capsys.readouterr().err.splitlines() if str(tmp_path) in line]
+    assert len(said) == (left is not None) and all("the new card goes without" in line for line in said)
 
 
 KINDS = {
