@@ -129,6 +129,7 @@ def answer_file(settings: AnswerSettings, output: Path, accelerator: Accelerator
         }
         commit = None if Path(base).is_dir() else getattr(base_config(settings, base), "_commit_hash", None)
     record = agreed(record)
+    notice(settings.changed_since(record["input"], record["model"]))
     with apart("reading unfinished answers"):
         journal.check(record)
 

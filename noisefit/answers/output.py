@@ -8,20 +8,19 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 from noisefit import __version__
 from noisefit.answers.jobs import Abstention, Answer
 from noisefit.answers.journal import Answers, partial_folder
+from noisefit.answers.repeating import versions
 from noisefit.answers.settings import ABOUT, VERSION, AnswerSettings
 from noisefit.base.errors import InputError
 from noisefit.base.files import check_regular, sync_file, writing
 from noisefit.inputs.tables import BEFORE_ABSTAINING, csv_cells, csv_writer
 
 SUFFIXES = (".csv", ".jsonl")
-LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "vllm")  # whose versions may change answers
 
 
 def default_output(settings: AnswerSettings) -> str:
@@ -87,15 +86,7 @@ def settings_record(settings: AnswerSettings, about: Mapping[str, Any]) -> dict[
         settings: of the answers, without a token.
         about: facts that are no flags, by name.
     """
-    libraries = {name: found for name in LIBRARIES if (found := _version(name)) is not None}
-    return {VERSION: __version__, ABOUT: {**about, "versions": libraries}} | settings.record()
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
+    return {VERSION: __version__, ABOUT: {**about, "versions": versions()}} | settings.record()
 
 
 def write_answers(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from noisefit.answers.repeating import Repeated
 from noisefit.base.command_line import (
     HelpFormatter,
     OneLineParser,
@@ -20,7 +21,7 @@ from noisefit.base.command_line import (
 from noisefit.base.errors import InputError
 from noisefit.base.help import add_help
 from noisefit.base.refusal import REFUSAL
-from noisefit.base.settings import add_flags, check_fields, fields_of, not_default, setting
+from noisefit.base.settings import add_flags, check_fields, fields_of, names_of, not_default, setting
 from noisefit.inputs.columns import parse_columns
 
 # In the settings that are recorded beside answers, and no flags.
@@ -182,6 +183,7 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
     """
 
     base_flag: ClassVar[str] = "--model_id"  # by which errors name the base model
+    repeats: Repeated | None = field(default=None, repr=False, compare=False)  # no flag: the answers drawn again
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -213,6 +215,11 @@ class AnswerSettings(AnswerModelSettings, ConfidenceSettings, DrawSettings, Answ
         found = asdict(self)
         names = [field.name for cls in GROUPS.values() for field in fields_of(cls)]
         return {name: found[name] for name in names if name not in NOT_REPEATED}
+
+    def changed_since(self, input_sha256: str, model_fingerprint: str) -> str | None:
+        """A line that says what is not as it was for the answers that are drawn again; `None` where all is."""
+        of_model = {"model_path", "model_id", "model_revision", *names_of(AnswerModelSettings)}
+        return None if self.repeats is None else self.repeats.changes(input_sha256, model_fingerprint, of_model)
 
     def _check_engine(self) -> None:
         if self.engine != "vllm":
@@ -262,5 +269,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> AnswerSettings:
         InputError: an unknown flag, a value out of range, or neither adapter nor base model.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = parse_flags(build_parser(), argv, (VERSION, ABOUT), {"train_data": "a training, for train_loop.py"})
-    return AnswerSettings(**{"input_csv": ""} | without_token(dict(given)))
+    parser = build_parser()
+    given = parse_flags(parser, argv, (VERSION, ABOUT), {"train_data": "a training, for train_loop.py"})
+    of_command_line = vars(parser.parse_args(argv))
+    repeats = Repeated.by(of_command_line.pop("config", None), ABOUT, of_command_line)
+    return AnswerSettings(**{"input_csv": ""} | without_token(dict(given)), repeats=repeats)

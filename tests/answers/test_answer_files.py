@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import yaml
 from running import words
@@ -135,6 +137,36 @@ def test_the_settings_beside_the_answers_repeat_them(llama_folder, asked, tmp_pa
     assert (tmp_path / "c.jsonl").read_bytes() != (tmp_path / "a.jsonl").read_bytes()
     answer(config=config, overwrite_output=True, rounds=1)
     assert len(lines_of(tmp_path / "a.jsonl")) == 3 and json.loads(config.read_text())["rounds"] == 1
+
+
+def test_what_has_changed_since_the_answers_that_are_repeated_is_told(llama_folder, asked, tmp_path, capsys):
+    data = tmp_path / "copy.jsonl"
+    data.write_bytes(asked.read_bytes())
+    model = shutil.copytree(llama_folder, tmp_path / "model")
+    answer(model_id=model, input_csv=data, output_csv=tmp_path / "a.csv", **FAST)
+    config, said = tmp_path / "a.csv.settings.json", f"--config {tmp_path / 'a.csv.settings.json'}: answers may be"
+
+    def told(name: str, **flags: object) -> str | None:
+        capsys.readouterr()
+        answer(config=config, output_csv=tmp_path / name, **flags)
+        return next((line for line in capsys.readouterr().err.splitlines() if line.startswith(said)), None)
+
+    assert told("b.csv") is None and told("c.csv", rounds=1) is None
+    data.write_text(data.read_text() + data.read_text())
+    assert told("d.csv") == f"{said} others than its own, as the input has changed"
+    assert told("e.csv", input_csv=data) is None  # as it was asked for
+    (model / "generation_config.json").write_text('{"max_length": 99}')
+    recorded = json.loads(config.read_text())
+    recorded["about"]["versions"] |= {"torch": "1.0", "gone": "2"}
+    config.write_text(json.dumps(recorded))
+    changes = ["the model, or what it is computed on, has changed", f"torch was 1.0 and is {torch.__version__}",
+               "gone was 2 and is not there"]  # fmt: skip
+    assert told("f.csv", input_csv=data) == f"{said} others than its own, as {' and '.join(changes)}"
+    assert changes[0] not in (told("g.csv", model_id=model) or "")
+    for about in ("5", "[]", '{"versions": 5}'):
+        config.write_text(json.dumps(recorded | {"about": json.loads(about)}))
+        line = told(f"{len(about)}.csv")
+        assert line is None or "versions" not in line
 
 
 def test_flags_from_a_file(tmp_path, monkeypatch):
