@@ -260,6 +260,7 @@ def train_from_files(argv: list[str]) -> None:
     train(argv)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_lists_to_files_and_back(llama_folder, questions, tmp_path, monkeypatch):
     lines = {}
     for name, ways in {"lists": {6: 10**9}, "mixed": {2: 0, 4: 10**9, 6: 0}}.items():

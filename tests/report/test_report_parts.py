@@ -98,6 +98,7 @@ def test_rows_that_a_run_left_out_are_told_as_it_recorded_them(tmp_path):
     assert "All rows were taken whole." in words_of(left_out_section(read_runs([str(run)]), {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -250,6 +250,7 @@ def test_accuracy_and_entropy_are_those_of_the_model_however_a_step_is_cut(cut, 
     assert evaluations(tmp_path / "o", "eval_entropy")[-1] == pytest.approx(entropy, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_that_are_packed_and_two_processes_have_the_same(llama_folder, files, tmp_path):
     flags = dict(max_steps=2, epochs=9, learning_rate=1e-2, logging_steps=1, save_steps=0, lora_dropout=0,
                  num_noise_layers=0)  # fmt: skip

@@ -27,6 +27,8 @@ from noisefit.run.output_folder import OutputFolder
 from noisefit.run.run_settings import HubSettings
 from noisefit.run.settings import Settings, parse_arguments
 
+pytestmark = pytest.mark.slow
+
 NAME = f"{USER}/mine"
 NOWHERE = {"HTTPS_PROXY": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
 
@@ -169,7 +171,6 @@ def test_a_training_pushes_what_it_leaves(hub, llama_folder, questions, tmp_path
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
 
 
-@pytest.mark.slow
 def test_a_launch_of_two_processes_pushes_once(llama_folder, questions, tmp_path):
     """As a user does it, with the client's own ways to find the hub and the token."""
     out = tmp_path / "out"

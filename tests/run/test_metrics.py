@@ -117,6 +117,7 @@ def test_what_is_no_training_does_not_count_in_the_speed(clock, metrics):
     assert log(metrics)["tokens_per_second"] == 20 / 2  # up to the pause, and after it
 
 
+@pytest.mark.slow
 def test_the_memory_is_what_this_process_has_held(metrics):
     held = torch.ones(64 * 2**20)  # a quarter of a GiB
     add(metrics, [6.0, 3.0, 0.0])
