@@ -26,6 +26,8 @@ from noisefit.merge import empty_folder
 from noisefit.run.card import card_data
 from noisefit.run.output_folder import SCRATCH, OutputFolder
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 17, 40, 99, 3, 64, 201, 33, 7]])
 
 

@@ -17,6 +17,8 @@ from noisefit.inputs.examples import held_out, prompt_key
 from noisefit.inputs.tables import as_csv, read_rows
 from noisefit.run.settings import Settings, parse_arguments
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ from noisefit.run.evaluation import check_answering
 from noisefit.run.settings import Settings
 from noisefit.run.standing import Best, Standing
 
+pytestmark = pytest.mark.slow
+
 # The learning rate rises until the model is worse off than before.
 RISING = dict(
     learning_rate=0.3, warmup_ratio=1.0, batch_size=2, gradient_accumulation_steps=2, epochs=9, max_steps=6,
@@ -158,7 +160,6 @@ def test_somebody_s_folder_of_that_name_is_refused_and_ours_is_removed(kept, lla
     assert not (other / "best").exists() and best_of(other)["step"] == 1
 
 
-@pytest.mark.slow
 def test_a_whole_model_is_kept_as_well(llama_folder, files, tmp_path):
     flags = RISING | dict(max_steps=3, learning_rate=0.3, full_finetune=True, keep_best=True)
     out, again = tmp_path / "out", tmp_path / "again"
@@ -250,7 +251,6 @@ def test_accuracy_and_entropy_are_those_of_the_model_however_a_step_is_cut(cut, 
     assert evaluations(tmp_path / "o", "eval_entropy")[-1] == pytest.approx(entropy, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_rows_that_are_packed_and_two_processes_have_the_same(llama_folder, files, tmp_path):
     flags = dict(max_steps=2, epochs=9, learning_rate=1e-2, logging_steps=1, save_steps=0, lora_dropout=0,
                  num_noise_layers=0)  # fmt: skip
