@@ -169,7 +169,9 @@ def _flops(model: Model, settings: Settings, way: Way, length: int, supervised: 
         yield "teacher", micro * (blocks(flops.forward, [1] * len(copies)) + (tokens + again) * flops.head)
 
 
-def way_of(settings: Settings, layers: int, noisy: Sequence[int] | None, strategy: str) -> Way:
+def way_of(
+    settings: Settings, layers: int, noisy: Sequence[int] | None, strategy: str, precision: str = "bf16"
+) -> Way:  # fmt: skip
     """How the run computes a micro-batch.
 
     Args:
@@ -177,6 +179,7 @@ def way_of(settings: Settings, layers: int, noisy: Sequence[int] | None, strateg
         layers: of the model.
         noisy: the layers with noise; `None`: as many as the settings say, from the first that may have it.
         strategy: `fork` or `separate`.
+        precision: the launch's mixed precision.
     """
     objective = settings.objective
     if objective.noise == "embedding":
@@ -189,7 +192,7 @@ def way_of(settings: Settings, layers: int, noisy: Sequence[int] | None, strateg
         first = first_eligible(settings.prefer_late_layers, layers)
         chosen = tuple(range(first, min(first + settings.num_noise_layers, layers))) if settings.noise_std else ()
     again, chunk = settings.gradient_checkpointing, settings.loss_chunk_size
-    return Way(objective.branches, chosen, strategy, again, chunk, compiled=True)
+    return Way(objective.branches, chosen, strategy, again, chunk, compiled=BYTES[precision])
 
 
 def tables(name: str, found: Plan, mesh: Mesh, way: Way, settings: Settings, length: int) -> Iterator[str]:
@@ -257,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not all(0 <= layer < layers for layer in args.noisy_layers or ()):
         parser.error(f"--noisy_layers: {args.model} has layers 0 to {layers - 1}")
     model = model_of(config, settings, mesh.precision)
-    way = way_of(settings, layers, args.noisy_layers, "separate" if settings.branches == "separate" else "fork")
+    strategy = "separate" if settings.branches == "separate" else "fork"
+    way = way_of(settings, layers, args.noisy_layers, strategy, mesh.precision)
     supervised = args.supervised or max(args.length - 1, 1)
     found = plan(model, settings, mesh, way, args.length, supervised)
     print("\n".join(tables(args.model, found, mesh, way, settings, args.length)))

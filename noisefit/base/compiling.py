@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +16,11 @@ from noisefit.base.errors import is_out_of_memory, notice
 
 DEVICES = ("cuda",)  # kinds of devices; on a CPU an operation costs little to start, and a compiler may be missing
 FRAMES = 64  # ways to call a function, past which torch would run it as it is; its own limit of 8 is soon reached
+COMPILERS = ("torch._dynamo", "torch._functorch", "torch._inductor", "torch.utils.checkpoint", "triton")
 Result = TypeVar("Result")  # a tensor, or several
 _failed: list[str] = []  # with what compiling failed
+_runs = 0  # that have begun in this process
+_wanted: ContextVar[bool | None] = ContextVar("wanted", default=None)  # see `compiling_if`
 
 
 def fused(function: Callable[..., Result], dynamic: bool | None = True) -> Callable[..., Result]:
@@ -24,14 +29,15 @@ def fused(function: Callable[..., Result], dynamic: bool | None = True) -> Calla
     The first tensor among its arguments decides where. It must draw no random numbers: a compiled function draws
     others. Numbers are handed over as tensors, so that another strength is not compiled anew. Fused functions that it
     calls are compiled with it. Where compiling fails, for want of a C compiler say, all such functions go on as they
-    are, and a line says so.
+    are, and a line says so; but not where that of a backward pass fails, see `failure_of_compiler`.
 
     Args:
         function: the first tensor among its arguments decides on the device.
         dynamic: whether all sizes vary, so that another one is not compiled anew; `None`: those that are seen to vary.
     """
+    has_worked, broken_in = False, None  # the run in which it failed before it was ever compiled
 
-    @functools.cache
+    @functools.cache  # of its own: what a loop's function knows, a model say, goes with the function
     def compiled() -> Callable[..., Result]:
         from torch._dynamo import config as dynamo  # here, as it takes a second to import
 
@@ -45,21 +51,73 @@ def fused(function: Callable[..., Result], dynamic: bool | None = True) -> Calla
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Result:
-        first = next(value for value in args if isinstance(value, Tensor))
-        if torch.compiler.is_compiling() or first.device.type not in DEVICES or _failed:
+        nonlocal has_worked, broken_in
+        if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        try:
-            more = {name: number(value, first) for name, value in kwargs.items()}
-            return compiled()(*(number(value, first) for value in args), **more)
-        except Exception as error:  # of dynamo, inductor, Triton, a C compiler
-            if is_out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":  # its way to stop early
-                raise
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is None or first.device.type not in DEVICES or not _compiles_here():
+            return function(*args, **kwargs)
+        reason = ""
+        if broken_in != _runs:
+            try:
+                more = {name: number(value, first) for name, value in kwargs.items()}
+                result = compiled()(*(number(value, first) for value in args), **more)
+                has_worked = True
+                return result
+            except Exception as error:  # of dynamo, inductor, Triton, a C compiler
+                if is_out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":  # it stops early so
+                    raise
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+        with compiling_if(False):
             result = function(*args, **kwargs)  # where it fails as well, the input is to blame
-            _failed.append(" ".join(str(error).split())[:200] or type(error).__name__)
-            notice(f"torch.compile failed, so noise and losses take more and smaller steps on the GPU: {_failed[0]}")
-            return result
+        if not has_worked:
+            broken_in = _runs
+        if reason and not _failed:
+            _failed.append(reason)
+            notice(f"torch.compile failed, so noise and losses take more and smaller steps on the GPU, and the losses "
+                   f"less memory with --loss_chunk_size 256: {reason}")  # fmt: skip
+        return result
 
+    call.cache_clear = compiled.cache_clear  # type: ignore[attr-defined]
     return call
+
+
+def are_compiled(kind: str) -> bool:
+    """Whether fused functions are compiled on this kind of device: until that fails."""
+    return kind in DEVICES and not _failed
+
+
+@contextmanager
+def compiling_if(wanted: bool) -> Iterator[None]:
+    """Fused functions are compiled in here or not, whatever becomes known of it meanwhile: what is computed again in
+    backward is to be computed as it was in forward."""
+    before = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
+
+
+def _compiles_here() -> bool:
+    wanted = _wanted.get()
+    return not _failed if wanted is None else wanted
+
+
+def forget_failures() -> None:
+    """A run begins: what failed in another one may have been mended."""
+    global _runs
+    _runs += 1
+    _failed.clear()
+
+
+def failure_of_compiler(error: Exception, kind: str) -> str | None:
+    """What to do about an error in the midst of a step on this kind of device, if compiling is behind it: of a backward
+    pass that could not be compiled, or of one for which other code was compiled than in forward."""
+    module = type(error).__module__
+    if kind not in DEVICES or not any(module == name or module.startswith(f"{name}.") for name in COMPILERS):
+        return None
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"torch.compile is at fault ({reason}); TORCHDYNAMO_DISABLE=1 in the environment trains without it"
 
 
 def fused_losses(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -71,7 +129,7 @@ def fused_losses(function: Callable[..., Result]) -> Callable[..., Result]:
 def chunk_size_on(kind: str) -> int:
     """How many tokens have their logits in memory at a time by default, on this kind of device.
 
-    Compiled, the losses of 1024 tokens take about the memory that those of 400 take as they are, and a GPU is not kept
-    waiting for their start.
+    Compiled, the losses of 1024 tokens take about the memory that those of 460 take as they are, and a GPU is not kept
+    waiting for their start (docs/gpu.md).
     """
     return 1024 if kind in DEVICES else 256

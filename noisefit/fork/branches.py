@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from noisefit.base.compiling import are_compiled, compiling_if
 from noisefit.fork.decoder import find_causal_lm, find_decoder_layers, logits_of
 from noisefit.fork.hooks import Noise, NoiseFunction, layer_hooks
 from noisefit.fork.packing import Packing
@@ -190,8 +191,9 @@ class BranchedModel(nn.Module):
         taught = [None] * len(sizes) if teacher is None else teacher.split(sizes)
         chunks = list(zip(states.split(sizes, dim=1), taught, zip(*targets, strict=True), strict=True))
         sums: Losses = {}
+        compiling = are_compiled(states.device.type)
         for number, chunk in enumerate(chunks, 1):
-            arguments = (*chunk, chunk_losses, branches, are_logits, tally is not None)
+            arguments = (*chunk, chunk_losses, branches, are_logits, tally is not None, compiling)
             if number < len(chunks):
                 losses, counted = checkpoint(self._chunk_sums, *arguments, use_reentrant=False)
             else:
@@ -210,6 +212,7 @@ class BranchedModel(nn.Module):
         branches: Sequence[Branch],
         are_logits: bool,
         counting: bool,
+        compiling: bool,
     ) -> tuple[Losses, Tensor | None]:
         logits = states if are_logits else logits_of(self.model, states)
         # Without noise all are one tensor: views of an expanded one would have three times its gradient.
@@ -221,7 +224,8 @@ class BranchedModel(nn.Module):
             with torch.no_grad():
                 is_known = are_logits or not isinstance(teacher, Tensor)
                 of_kind[TEACHER] = [teacher if is_known else logits_of(self.model, teacher.to(states))]
-        losses = chunk_losses(of_kind, *targets)
+        with compiling_if(compiling):
+            losses = chunk_losses(of_kind, *targets)
         return losses, hits_and_entropy((of_kind[CLEAN] or each)[0], targets[0]) if counting else None
 
 

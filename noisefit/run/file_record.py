@@ -42,7 +42,7 @@ def read_record(path: Path) -> dict[str, Entry]:
         ) from None
 
 
-def write_record(path: Path, entries: Mapping[str, Entry], scratch: Path | None) -> None:
+def write_record(path: Path, entries: Mapping[str, Entry], scratch: Path) -> None:
     """Write it whole, by way of the folder `scratch`."""
     write_json(path, {"about": ABOUT, "files": dict(entries)}, scratch)
 

@@ -25,7 +25,7 @@ from noisefit.fork.packing import Packing
 UNIT = 32  # tokens; rows of one, two and three times as many are measured
 # Times the float32 logits of a chunk, all branches: what the head and the losses hold at their peak, see `head`.
 LOGIT_COPIES = {1: 3.0, 2: 3.0, 3: 2.5}
-COMPILED_COPIES = 1.0  # as benchmarks/gpu.py found in 16 bits: the logits, their gradient, and little besides
+COMPILED_COPIES = 2  # where the losses are compiled, in the logits' own dtype: they and their gradient (docs/gpu.md)
 BACKWARD = 1.25  # times what a block keeps: what its backward holds at its peak, where the block is computed again
 OUTSIDE = -1  # of the blocks: embedding and final norm
 
@@ -59,7 +59,7 @@ class Way:
         strategy: of `BranchedModel.forward`.
         checkpointing: whether blocks are computed again in backward.
         loss_chunk_size: supervised tokens whose logits are in memory at a time.
-        compiled: whether the losses are, as on a GPU.
+        compiled: bytes of a logit where the losses are compiled, as on a GPU; 0 where they are not.
     """
 
     branches: tuple[Branch, ...]
@@ -67,7 +67,7 @@ class Way:
     strategy: str = "fork"
     checkpointing: bool = False
     loss_chunk_size: int = 256
-    compiled: bool = False
+    compiled: int = 0
 
     @property
     def count(self) -> int:
@@ -135,8 +135,8 @@ class Footprint:
         if way.strategy == "full_logits":
             states += 2 * way.count * rows * length * self.vocabulary * 4
         chunk = min(way.loss_chunk_size, tokens)
-        copies = COMPILED_COPIES if way.compiled else LOGIT_COPIES[way.count]
-        return states + copies * way.count * chunk * self.vocabulary * 4
+        each = COMPILED_COPIES * way.compiled or LOGIT_COPIES[way.count] * 4
+        return states + each * way.count * chunk * self.vocabulary
 
     def peak(self, way: Way, rows: int, length: int, supervised: int | None = None) -> float:
         """Bytes over the weights, their gradients and the optimizer: forward's end or backward's first block."""

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from noisefit.base.compiling import DEVICES
+from noisefit.base.compiling import are_compiled
 from noisefit.base.random_state import random_state, restore_random_state
 from noisefit.fork.hooks import INPUT
 from noisefit.inputs.batches import epoch_order, row_lengths
@@ -62,7 +62,8 @@ def memory_needed(
             return batch_size, int(lengths[longest])
         return 1, packed_tokens(lengths, settings.seed, prepared.rows_per_step, batch_size, accelerator.num_processes)
 
-    compiled = accelerator.device.type in DEVICES
+    logit = 4 if accelerator.mixed_precision == "no" else 2
+    compiled = logit if are_compiled(accelerator.device.type) else 0
     free = free_memory(accelerator.device)
     return told(settings, footprint, tuple(noise), strategy, largest, update, free, compiled)
 
@@ -85,7 +86,7 @@ def packed_tokens(lengths: np.ndarray, seed: int, rows_per_step: int, batch_size
 
 def told(
     settings: Settings, footprint: Footprint, noisy: Sequence[int], strategy: str,
-    largest: Callable[[int], tuple[int, int]], update: float, free: float, compiled: bool = False,
+    largest: Callable[[int], tuple[int, int]], update: float, free: float, compiled: int = 0,
 ) -> str | None:  # fmt: skip
     """The line for a model of this footprint.
 
@@ -97,7 +98,7 @@ def told(
         largest: the largest micro-batch of a `--batch_size`, rows and tokens of each; a packed one is one row.
         update: bytes of the gradients and of the optimizer's state.
         free: GiB; NaN where not known.
-        compiled: whether the losses are.
+        compiled: see `Way`.
     """
     way = Way(settings.objective.branches, tuple(noisy), strategy, settings.gradient_checkpointing,
               settings.loss_chunk_size, compiled)  # fmt: skip

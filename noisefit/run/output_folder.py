@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -262,9 +262,7 @@ class OutputFolder:
             self._save()
 
     def _save(self) -> None:
-        # The first time nothing is noted yet, not even the scratch folder.
-        first = not (self.path / RECORD).exists()
-        with nullcontext() if first else self._scratch() as scratch:
+        with self._scratch() as scratch:
             write_record(self.path / RECORD, self._entries, scratch)
 
     @contextmanager

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from noisefit.base.compiling import chunk_size_on
+from noisefit.base.compiling import chunk_size_on, forget_failures
 from noisefit.base.errors import notice
 from noisefit.inputs.batches import steps_per_epoch
 from noisefit.inputs.examples import Examples, last_texts
@@ -89,6 +89,7 @@ def prepare(settings: Settings, output: OutputFolder) -> Prepared:
         InputError: something is not as it should be; the line says what, and what to do.
     """
     model, trusted = settings.model, settings.trust_remote_code
+    forget_failures()
     notice(without_effect(settings))
     check_output(settings, output)
     check_trackers(settings.report_to)

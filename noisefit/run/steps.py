@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from noisefit.base.compiling import failure_of_compiler
 from noisefit.base.errors import InputError, LocalError, is_out_of_memory, notice
 from noisefit.run.checkpoint_files import list_checkpoints
 from noisefit.run.memory_needed import smaller_batch
@@ -70,7 +71,8 @@ def take_step(optimizer: Any, schedule: LRScheduler, step: int, bad: bool, bad_s
 
 @contextmanager
 def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Turn memory that runs out into one line that says with what batch, and what would help.
+    """Turn memory that runs out into one line that says with what batch, and what would help; and what compiling does
+    to a step into one that says how to go without.
 
     Args:
         settings: of the run.
@@ -82,9 +84,13 @@ def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Any]
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
+        before = list_checkpoints(Path(settings.output_model))  # not opened, for which there may be no memory
+        resume = f"; --resume_from_checkpoint latest goes on from {before[-1].name}" if before else ""
         if not is_out_of_memory(error):
-            raise
+            if (compiling := failure_of_compiler(error, batch["input_ids"].device.type)) is None:
+                raise
+            raise LocalError(f"step {step}: {compiling}{resume}") from None
         rows, length = batch["input_ids"].shape
         shape = f"{rows} rows of {length} tokens"
         if packing := batch.get("packing"):
@@ -95,8 +101,6 @@ def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Any]
         if settings.loss_chunk_size > 64:
             helps.append(f"--loss_chunk_size {settings.loss_chunk_size // 4}")
         helps.append("a shorter --max_length")
-        before = list_checkpoints(Path(settings.output_model))  # not opened, for which there may be no memory
-        resume = f"; --resume_from_checkpoint latest goes on from {before[-1].name}" if before else ""
         raise LocalError(
             f"step {step}: out of memory with {shape} in a micro-batch, "
             f"{len(batch['target_tokens'])} of them supervised; any of these helps: {', '.join(helps)}{resume}"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fused_afresh import afresh
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from noisefit.base import compiling
@@ -21,10 +22,9 @@ def counter(monkeypatch):
     counting, compile_function = CompileCounterWithBackend(BACKEND), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile_function(function, backend=counting, **how))
     monkeypatch.setattr(compiling, "DEVICES", (DEVICE,))
-    monkeypatch.setattr(compiling, "_failed", [])
-    torch._dynamo.reset()
-    yield counting
-    assert not compiling._failed
+    with afresh():
+        yield counting
+        assert not compiling._failed
 
 
 def results(hidden: torch.Tensor, mask: torch.Tensor, strength: float) -> list[torch.Tensor]:
@@ -105,7 +105,6 @@ def test_where_compiling_fails_one_line_says_so_and_the_functions_go_on(monkeypa
         torch, "compile", lambda function, **how: compile_function(function, backend=no_compiler, **how)
     )
     monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
-    monkeypatch.setattr(compiling, "_failed", [])
     torch._dynamo.reset()
     halved = compiling.fused(lambda values, factor: values * factor)
     doubled = compiling.fused(lambda values: values * 2)
@@ -113,6 +112,7 @@ def test_where_compiling_fails_one_line_says_so_and_the_functions_go_on(monkeypa
         assert halved(torch.ones(3), 0.5).tolist() == [0.5] * 3 and doubled(torch.ones(3)).tolist() == [2.0] * 3
     said = capsys.readouterr().err
     assert len(calls) == 1 and said.count("\n") == 1 and "no C compiler" in said
+    compiling.forget_failures()
 
 
 def test_what_the_function_itself_raises_is_no_failure_to_compile(counter):

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
+from fused_afresh import afresh
 from running import run
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 
 from noisefit.base import compiling
+from noisefit.base.errors import LocalError
+from noisefit.fork.branches import CLEAN, BranchedModel
+from noisefit.inputs.batches import collate
+from noisefit.inputs.prompts import Example
+from noisefit.method.losses import cross_entropy, symmetric_kl
+from noisefit.run.settings import Settings
+from noisefit.run.steps import naming_out_of_memory
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +25,6 @@ FLAGS = dict(
 )  # fmt: skip
 KINDS = {
     "noisefit": dict(temperature=2.0),
-    "basefit": dict(loss_mode="basefit"),
     "rdrop": dict(loss_mode="rdrop"),
     "cached teacher": dict(loss_mode="ce_teacher", teacher="base", cache_teacher=8),
     "teacher's gradient": dict(loss_mode="full", teacher_gradient=True, temperature_on="teacher"),
@@ -24,23 +32,78 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_losses_train_the_same(kind, llama_folder, questions, tmp_path, monkeypatch):
-    expected = run(llama_folder, questions, tmp_path / "plain", **FLAGS | KINDS[kind])
-    compiled, compile_function = [], torch.compile
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """As on a GPU, without a compiler of C++; the names of the functions that are compiled."""
+    names, compile_function = [], torch.compile
 
     def counting(function, **how):
-        compiled.append(function.__name__)
-        return compile_function(function, backend="aot_eager", **how)  # which needs no compiler of C++
+        names.append(function.__name__)
+        return compile_function(function, **{"backend": "aot_eager"} | how)
 
     monkeypatch.setattr(torch, "compile", counting)
     monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
-    monkeypatch.setattr(compiling, "_failed", [])
-    torch._dynamo.reset()
-    found = run(llama_folder, questions, tmp_path / "compiled", **FLAGS | KINDS[kind])
-    assert "chunk_losses" in compiled and not compiling._failed
+    with afresh(), torch._dynamo.config.patch(recompile_limit=8):
+        yield names
+
+
+def assert_same(found: list[dict], expected: list[dict], folder) -> None:
     for line, other in zip(found, expected, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
+    one, other = (load_file(folder / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_losses_train_the_same(kind, llama_folder, questions, tmp_path, compiled, monkeypatch):
+    found = run(llama_folder, questions, tmp_path / "compiled", **FLAGS | KINDS[kind])
+    assert "chunk_losses" in compiled and not compiling._failed
+    monkeypatch.setattr(compiling, "DEVICES", ())
+    expected = run(llama_folder, questions, tmp_path / "plain", **FLAGS | KINDS[kind])
+    assert_same(found, expected, tmp_path)
+
+
+def test_where_the_losses_cannot_be_compiled_though_their_parts_could_the_run_goes_on(
+    llama_folder, questions, tmp_path, compiled, monkeypatch, capsys
+):
+    """Also those chunks that are computed again in backward when it is known already."""
+    counting = torch.compile
+
+    def no_large_graph(function, **how):
+        def backend(graph, inputs):
+            raise RuntimeError("PassManager::run failed")
+
+        return counting(function, **how | ({"backend": backend} if function.__name__ == "chunk_losses" else {}))
+
+    monkeypatch.setattr(torch, "compile", no_large_graph)
+    found = run(llama_folder, questions, tmp_path / "compiled", **FLAGS)
+    said = capsys.readouterr().err
+    assert said.count("torch.compile failed, so noise and losses take more") == 1 and "PassManager" in said
+    assert compiling._failed and not compiling.are_compiled("cpu")
+    monkeypatch.setattr(compiling, "DEVICES", ())
+    assert_same(found, run(llama_folder, questions, tmp_path / "plain", **FLAGS), tmp_path)
+    assert not compiling._failed  # the next run tries again
+
+
+def test_losses_that_are_compiled_anew_at_each_call_end_in_a_line(compiled, monkeypatch, tmp_path):
+    seen = []
+
+    @compiling.fused_losses
+    def remembering(logits, targets):
+        seen.append(float(logits[CLEAN][0].detach().mean()))
+        return {"ce": logits[CLEAN][0].softmax(dim=-1).square().sum() + cross_entropy(logits[CLEAN][0], targets)}
+
+    monkeypatch.setattr(compiling, "FRAMES", 8)
+    settings = Settings(model="m", train_data="d", output_model=str(tmp_path))
+    model, batch = BranchedModel(tiny_model(), 1), collate([Example(list(range(1, 30)), 1)], 0)
+    problem = r"step 7: torch.compile is at fault \(.*\); TORCHDYNAMO_DISABLE=1 in the environment trains without it$"
+    with pytest.raises(LocalError, match=problem), naming_out_of_memory(settings, 7, batch):
+        model(**batch, branches=(CLEAN,), chunk_losses=remembering)["ce"].backward()
+
+
+def test_arguments_may_be_named(compiled):
+    logits, targets = torch.randn(3, 5), torch.tensor([0, 1, 4])
+    assert cross_entropy(logits=logits, targets=targets) == cross_entropy(logits, targets)
+    assert symmetric_kl(logits_1=logits, logits_2=logits, temperature=1.0) == 0
+    assert set(compiled) <= {"cross_entropy", "symmetric_kl"}
