@@ -70,6 +70,18 @@ def one_line_errors(program: str) -> Iterator[None]:
         sys.exit(2)
     finally:
         sys.stderr = stderr
+        for stream in (sys.stdout, stderr):
+            _drop_unwritten(stream)
+
+
+def _drop_unwritten(stream: TextIO | None) -> None:
+    """Let go of what a stream could not write: Python would try again as it ends, and make that the exit status."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), cast(TextIO, stream).fileno())
 
 
 def notice(*lines: str | None) -> None:

@@ -368,12 +368,15 @@ def test_a_folder_of_something_else_in_the_way_is_left_alone(content, llama_fold
 # --- Streams, limits and launches -------------------------------------------------------------------------------------
 
 
-def test_a_training_goes_on_though_nobody_hears_it(llama_folder, questions, tmp_path):
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_training_goes_on_though_nobody_hears_it(buffered, llama_folder, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", "" if buffered else "1")
     flags = words(model=llama_folder, train_data=questions, output_model=tmp_path / "closed", **FAST)
     done = run_command(["sh", "-c", 'exec "$0" train_loop.py "$@" >&- 2>&-', sys.executable, *flags])
     assert done.returncode == 0 and len(metrics_of(tmp_path / "closed")) == 2
-    assert wait(start(llama_folder, questions, tmp_path / "full", log=Path("/dev/full"), **FAST)) == [0]
-    assert len(metrics_of(tmp_path / "full")) == 2
+    flags = words(model=llama_folder, train_data=questions, output_model=tmp_path / "full", **FAST)
+    done = run_command(["sh", "-c", 'exec "$0" train_loop.py "$@" >/dev/full 2>&1', sys.executable, *flags])
+    assert done.returncode == 0 and len(metrics_of(tmp_path / "full")) == 2
     assert not any(b"layer    SNR" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
@@ -382,8 +385,9 @@ def test_the_score_is_said_whatever_letters_the_terminal_has(tmp_path):
     done = python("-m", "noisefit.score", str(tmp_path / "ü.csv"), PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0 and "\\xfc.csv: 1 answers" in done.stdout
     full = [sys.executable, "-m", "noisefit.score", str(tmp_path / "ü.csv")]
-    done = run_command(["sh", "-c", '"$@" >/dev/full', "sh", *full])
-    assert done.returncode == 2 and done.stderr == "noisefit.score: error: No space left on device\n"
+    for unbuffered in ("", "1"):
+        done = run_command(["sh", "-c", '"$@" >/dev/full', "sh", *full], PYTHONUNBUFFERED=unbuffered)
+        assert done.returncode == 2 and done.stderr == "noisefit.score: error: No space left on device\n"
 
 
 def answer_within(argument: tuple[list[str], int]) -> None:
