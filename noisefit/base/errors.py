@@ -80,8 +80,8 @@ def _drop_unwritten(stream: TextIO | None) -> None:
         if stream is not None:
             stream.flush()
     except (OSError, ValueError):
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), cast(TextIO, stream).fileno())
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), cast(TextIO, stream).fileno())
 
 
 def notice(*lines: str | None) -> None:
