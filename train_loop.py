@@ -2,8 +2,8 @@
 
     accelerate launch train_loop.py --model MODEL --train_data questions.csv
 
-It is the algorithm: measure every layer and choose those that get noise; then, step by step, run the branches of each
-micro-batch, combine the losses, go backward, clip, step, log. To edit it in place, docs/editing.md.
+It is the algorithm: choose the layers that get noise; then, step by step, run the branches of each micro-batch, combine
+their losses, step, log. A `--loss_mode` is a line of `noisefit/method/objectives.py`. To edit it: docs/editing.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from noisefit.run.processes import finish, on_any_process, progress_bar, reducti
 from noisefit.run.settings import Settings, parse_arguments
 from noisefit.run.sharding import load_model, prepare_model
 from noisefit.run.signals import StopSignals, end_with_launcher
-from noisefit.run.steps import make_optimizer, naming_out_of_memory, take_step
+from noisefit.run.steps import make_optimizer, naming_failures, take_step
 from noisefit.run.teacher_cache import with_predictions
 from noisefit.run.trackers import start_trackers
 from noisefit.run.weights import unsharded
@@ -129,8 +129,8 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
     def chunk_losses(logits: Logits, target_tokens: Tensor, target_weights: Tensor | None = None) -> Losses:
         """The losses of one chunk of supervised tokens, by name: each a sum over the tokens.
 
-        `logits` has the `[N, V]` of each branch by its kind, and those of a teacher of its own; targets, and weights in
-        the cross-entropy that are not all 1, are `[N]`. What is not in the result is not in the loss.
+        `logits` has the `[N, V]` of each branch by its kind, and of a teacher of its own; targets are `[N]`, as are
+        weights in the cross-entropy that are not all 1. Each loss in the result needs a weight; no other counts.
         """
         clean, noisy, dropout = logits[CLEAN], logits[NOISY], logits[DROPOUT]
         losses: Losses = {}
@@ -196,7 +196,7 @@ def train_in(output: OutputFolder, settings: Settings) -> None:
                 batches = micro_batches(rows, packing)
                 for batch in batches:
                     reducing = reduction(accelerator, model, last=batch is batches[-1])  # over the processes
-                    with reducing, naming_out_of_memory(settings, step, batch):
+                    with reducing, naming_failures(settings, step, batch):
                         how = {"branches": objective.branches, "noise": noise, "strategy": strategy, "tally": tally}
                         batch |= teacher.predictions(batch, strategy)  # none where the clean branch teaches
                         losses = model(**batch, **how, chunk_losses=chunk_losses)

@@ -192,7 +192,7 @@ def way_of(
         first = first_eligible(settings.prefer_late_layers, layers)
         chosen = tuple(range(first, min(first + settings.num_noise_layers, layers))) if settings.noise_std else ()
     again, chunk = settings.gradient_checkpointing, settings.loss_chunk_size
-    return Way(objective.branches, chosen, strategy, again, chunk, compiled=BYTES[precision])
+    return Way(objective.branches, chosen, strategy, again, chunk, logit_bytes=BYTES[precision])
 
 
 def tables(name: str, found: Plan, mesh: Mesh, way: Way, settings: Settings, length: int) -> Iterator[str]:

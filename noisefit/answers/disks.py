@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.base.errors import InputError, in_a_line, is_out_of_memory
 from noisefit.base.files import alone_in, writing
 from noisefit.base.meeting import apart
 
@@ -38,7 +38,7 @@ def gathered(value: T) -> list[T]:
         if is_out_of_memory(error):
             raise
         raise InputError("another process of the launch ended before its work was done; its own line says why "
-                         f"({' '.join(str(error).split())[:200]})") from None  # fmt: skip
+                         f"({in_a_line(error)})") from None  # fmt: skip
     return found
 
 

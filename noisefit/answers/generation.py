@@ -34,7 +34,7 @@ from noisefit.answers.probability import (
     round_log_p,
 )
 from noisefit.answers.settings import DrawSettings
-from noisefit.base.errors import InputError, LocalError, is_out_of_memory
+from noisefit.base.errors import InputError, LocalError, in_a_line, is_out_of_memory
 from noisefit.inputs.prompts import prompt_ids
 
 FIRST_BATCH_SIZE = 256  # answers at a time, where memory allows
@@ -180,7 +180,7 @@ class Answerer:
                     raise
                 if shares:  # its own kind of cache; the plain way works
                     return False
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = in_a_line(error)
                 raise InputError(f"the model with its tokenizer cannot generate: {reason}") from None
         return bool((logits[0] - logits[1]).abs().max() <= TOLERANCE * logits[0].abs().max())
 

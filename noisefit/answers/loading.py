@@ -26,7 +26,7 @@ from noisefit.answers.jobs import Job
 from noisefit.answers.probability import input_device
 from noisefit.answers.settings import AnswerSettings
 from noisefit.answers.vocabulary import fit_vocabulary
-from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.base.errors import InputError, in_a_line, is_out_of_memory
 from noisefit.inputs.adapters import check_adapter_names
 from noisefit.inputs.model_checks import (
     check_model_name,
@@ -262,7 +262,7 @@ def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str,
     except Exception as error:  # whatever PEFT makes of files that anybody may have written
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         raise InputError(
             f"--model_path {folder}: does not fit {base}; it was trained on {recorded} ({reason})"
         ) from None
@@ -275,7 +275,7 @@ def _with_adapter(model: PreTrainedModel, settings: AnswerSettings, folder: str,
     except Exception as error:  # some kinds of adapters cannot be merged
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         raise InputError(f"--model_path {folder}: not to be merged into the weights ({reason}); give "
                          "--no_merge") from None  # fmt: skip
 

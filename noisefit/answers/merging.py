@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from noisefit.answers.loading import DTYPES, base_revision
 from noisefit.answers.settings import AnswerSettings
-from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.base.errors import InputError, in_a_line, is_out_of_memory
 from noisefit.base.files import give_usual_mode
 from noisefit.inputs.model_checks import check_weights, checked_config, loading
 from noisefit.inputs.prompts import prompt_ids, token_ids
@@ -142,7 +142,7 @@ def merge_adapter(model: Any, where: str) -> PreTrainedModel:
     except Exception as error:  # some kinds of adapters cannot be merged
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         raise InputError(f"{where}: cannot be merged into the weights: {reason}") from None
 
 

@@ -39,11 +39,13 @@ class Repeated:
     @classmethod
     def by(cls, file: str | None, about: str, given: Collection[str]) -> Repeated | None:
         """Of a file for `--config`; `None` where it has flags alone. `about` is what the rest is called there."""
-        with suppress(OSError, ValueError, RecursionError):  # whoever reads its flags says so
-            content = json.loads(Path(file or "").read_text(encoding="utf-8"))
-            if isinstance(content, dict) and isinstance(content.get(about), dict):
-                return cls(Path(file or ""), content[about], given)
-        return None
+        content = None
+        if file is not None:
+            with suppress(ValueError, RecursionError):  # YAML, which has flags alone
+                content = json.loads(Path(file).read_text(encoding="utf-8"))
+        if file is None or not isinstance(content, dict) or not isinstance(content.get(about), dict):
+            return None
+        return cls(Path(file), content[about], given)
 
     def changes(self, input_sha256: str, model_fingerprint: str, of_model: Collection[str]) -> str | None:
         """A line that says what is not as it was, and not by a flag of the command line; `None` where all is.

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from noisefit.base.errors import is_out_of_memory, notice
+from noisefit.base.errors import in_a_line, is_out_of_memory, notice
 
 DEVICES = ("cuda",)  # kinds of devices; on a CPU an operation costs little to start, and a compiler may be missing
+BACKEND: Any = "inductor"  # of torch.compile
 FRAMES = 64  # ways to call a function, past which torch would run it as it is; its own limit of 8 is soon reached
 COMPILERS = ("torch._dynamo", "torch._functorch", "torch._inductor", "torch.utils.checkpoint", "triton")
 Result = TypeVar("Result")  # a tensor, or several
 _failed: list[str] = []  # with what compiling failed
-_runs = 0  # that have begun in this process
 _wanted: ContextVar[bool | None] = ContextVar("wanted", default=None)  # see `compiling_if`
 
 
@@ -35,15 +35,14 @@ def fused(function: Callable[..., Result], dynamic: bool | None = True) -> Calla
         function: the first tensor among its arguments decides on the device.
         dynamic: whether all sizes vary, so that another one is not compiled anew; `None`: those that are seen to vary.
     """
-    has_worked, broken_in = False, None  # the run in which it failed before it was ever compiled
 
     @functools.cache  # of its own: what a loop's function knows, a model say, goes with the function
-    def compiled() -> Callable[..., Result]:
+    def compiled(backend: Any) -> Callable[..., Result]:
         from torch._dynamo import config as dynamo  # here, as it takes a second to import
 
         dynamo.recompile_limit = max(dynamo.recompile_limit, FRAMES)
         warnings.filterwarnings("ignore", "(?s).*Online softmax is disabled")  # of how a kernel goes over few tokens
-        return torch.compile(function, dynamic=dynamic)
+        return torch.compile(function, dynamic=dynamic, backend=backend)
 
     def number(value: Any, like: Tensor) -> Any:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -51,34 +50,24 @@ def fused(function: Callable[..., Result], dynamic: bool | None = True) -> Calla
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Result:
-        nonlocal has_worked, broken_in
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if first is None or first.device.type not in DEVICES or not _compiles_here():
             return function(*args, **kwargs)
-        reason = ""
-        if broken_in != _runs:
-            try:
-                more = {name: number(value, first) for name, value in kwargs.items()}
-                result = compiled()(*(number(value, first) for value in args), **more)
-                has_worked = True
-                return result
-            except Exception as error:  # of dynamo, inductor, Triton, a C compiler
-                if is_out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":  # it stops early so
-                    raise
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-        with compiling_if(False):
+        try:
+            more = {name: number(value, first) for name, value in kwargs.items()}
+            return compiled(BACKEND)(*(number(value, first) for value in args), **more)
+        except Exception as error:  # of dynamo, inductor, Triton, a C compiler
+            if is_out_of_memory(error) or type(error).__module__ == "torch.utils.checkpoint":  # its way to stop early
+                raise
             result = function(*args, **kwargs)  # where it fails as well, the input is to blame
-        if not has_worked:
-            broken_in = _runs
-        if reason and not _failed:
-            _failed.append(reason)
-            notice(f"torch.compile failed, so noise and losses take more and smaller steps on the GPU, and the losses "
-                   f"less memory with --loss_chunk_size 256: {reason}")  # fmt: skip
-        return result
+            if not _failed:
+                _failed.append(in_a_line(error))
+                notice("torch.compile failed, so noise and losses take more and smaller steps on the GPU, and the "
+                       f"losses less memory with --loss_chunk_size 256: {_failed[0]}")  # fmt: skip
+            return result
 
-    call.cache_clear = compiled.cache_clear  # type: ignore[attr-defined]
     return call
 
 
@@ -105,19 +94,17 @@ def _compiles_here() -> bool:
 
 def forget_failures() -> None:
     """A run begins: what failed in another one may have been mended."""
-    global _runs
-    _runs += 1
     _failed.clear()
 
 
 def failure_of_compiler(error: Exception, kind: str) -> str | None:
     """What to do about an error in the midst of a step on this kind of device, if compiling is behind it: of a backward
     pass that could not be compiled, or of one for which other code was compiled than in forward."""
-    module = type(error).__module__
-    if kind not in DEVICES or not any(module == name or module.startswith(f"{name}.") for name in COMPILERS):
+    module = f"{type(error).__module__}."
+    is_theirs = module.startswith(tuple(f"{name}." for name in COMPILERS))
+    if not is_theirs or kind not in DEVICES or is_out_of_memory(error):
         return None
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return f"torch.compile is at fault ({reason}); TORCHDYNAMO_DISABLE=1 in the environment trains without it"
+    return f"torch.compile is at fault ({in_a_line(error)}); TORCHDYNAMO_DISABLE=1 in the environment trains without it"
 
 
 def fused_losses(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -104,6 +104,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
+def in_a_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, in one line of so many letters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def _check_ranks() -> None:
     """Raise `InputError` where the variables by which a launch numbers its processes hold something else."""
     numbers = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from noisefit.base.errors import InputError
+from noisefit.base.errors import InputError, in_a_line
 
 Kind = Callable[[Any], Any]
 """What a value may be: gives it converted, or raises `ValueError` with what was expected."""
@@ -36,7 +36,7 @@ def key_values(flag: str, words: Sequence[str]) -> dict[str, Any]:
         try:
             found[key] = yaml.safe_load(value)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise InputError(f"{flag} {word[:80]}: not YAML: {' '.join(str(error).split())[:200]}") from None
+            raise InputError(f"{flag} {word[:80]}: not YAML: {in_a_line(error)}") from None
     return found
 
 

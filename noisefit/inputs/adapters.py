@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from noisefit.base.errors import InputError, is_out_of_memory, notice
+from noisefit.base.errors import InputError, in_a_line, is_out_of_memory, notice
 from noisefit.fork.decoder import find_decoder_layers
 from noisefit.inputs.lora import FLAG, lora_options, moves_base
 from noisefit.inputs.model_checks import loading
@@ -83,7 +83,7 @@ def add_adapter(
             what = f"PEFT has no default target modules for {model.config.model_type}, give --target_modules"
         elif options:
             what += f", {FLAG} {' '.join(settings.lora or ())}"
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_a_line(error)
         raise InputError(f"{what}: {reason}; linear modules found: {', '.join(linear)}") from None
     _make_trained_float32(adapted)
     taken = _factors(adapted) if begins_with_base and not resumed else {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from noisefit.base.errors import InputError, is_out_of_memory, notice, on_main_process
+from noisefit.base.errors import InputError, in_a_line, is_out_of_memory, notice, on_main_process
 from noisefit.base.files import check_regular
 
 LARGEST = {"num_hidden_layers": 10**4, "vocab_size": 10**8, "hidden_size": 10**7, "max_position_embeddings": 10**10}
@@ -145,7 +145,7 @@ def loading(flag: str, name: str, what: str, revision: str | None = None) -> Ite
     except Exception as error:  # whatever a library makes of files that anybody may have written
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_a_line(error, 300)
         at = "" if revision is None else f" at --model_revision {revision}"
         raise InputError(f"{flag} {name}: not to be loaded as {what}{at}: {reason}") from None
     finally:

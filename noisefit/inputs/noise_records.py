@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from noisefit.base.errors import InputError
+from noisefit.base.errors import InputError, in_a_line
 from noisefit.base.files import read_text
 from noisefit.base.schema import AMOUNT, COUNT, INDEX, TEXT, Maybe, checked, require
 from noisefit.method.noise import TokenScaledNoise
@@ -116,7 +116,7 @@ def _object(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path}: not readable as JSON: {in_a_line(error)}") from None
 
 
 def read_policy(name: str, num_layers: int | None = None, where: str | None = None) -> NoisePolicy:
@@ -136,7 +136,7 @@ def read_policy(name: str, num_layers: int | None = None, where: str | None = No
     try:
         content = json.loads(read_text(Path(name)))
     except (ValueError, RecursionError, InputError) as error:
-        raise InputError(f"{flag}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{flag}: cannot be read: {in_a_line(error)}") from None
     found = checked(content, FILE_SHAPE, flag)
     made_for = found["num_layers"] if found["num_layers"] is not None else num_layers
     require(num_layers in (None, made_for), flag, f"it is for a model of {made_for} layers, this one has {num_layers}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from noisefit.base.errors import InputError
+from noisefit.base.errors import InputError, in_a_line
 from noisefit.inputs.conversations import Message
 from noisefit.inputs.prompts import prompt_ids, token_ids
 from noisefit.inputs.sources import Table
@@ -121,7 +121,7 @@ def _located(
         options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": True}
         encoded = tokenizer(text, verbose=False, **options)
     except Exception as error:  # as in `token_ids`
-        raise InputError(f"the tokenizer fails on {text[:40]!r}: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"the tokenizer fails on {text[:40]!r}: {in_a_line(error)}") from None
     places = encoded["offset_mapping"]
     found = [[i for i, place in enumerate(places) if _overlaps(place, part)] for part in (whole, spans)]
     return encoded["input_ids"], found[0], found[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from noisefit.base.errors import InputError, notice
+from noisefit.base.errors import InputError, in_a_line, notice
 from noisefit.base.settings import setting
 from noisefit.inputs.conversations import Message
 from noisefit.inputs.tables import Row, SomeRows, describe_skipped, name_rows
@@ -90,7 +90,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
     except Exception as error:  # its settings may come from a file that anybody wrote
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_a_line(error)
         raise InputError(f"the tokenizer fails on {text[:40]!r}: {reason}") from None
 
 

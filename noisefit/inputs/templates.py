@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from noisefit.base.errors import InputError
+from noisefit.base.errors import InputError, in_a_line
 from noisefit.base.files import read_text
 from noisefit.inputs.conversations import Message
 
@@ -200,7 +200,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
         str(text).encode()
     except Exception as error:  # a template is a program: it may do anything, recurse, or print half a surrogate
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_a_line(error)
         raise InputError(f"the chat template cannot be rendered: {reason}; try --chat_template chatml") from None
     return str(text)
 

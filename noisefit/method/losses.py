@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from noisefit.base.compiling import fused
 from noisefit.base.precision import at_least_float32
 from noisefit.method.top_k import TopK
 
 
-@fused
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum over tokens of `-log softmax(logits)[target]`, times the token's weight where there are weights.
 
@@ -82,7 +80,6 @@ def consistency_loss(
     return t**2 * _kl_divergence(noisy_2, noisy_1, (t, t), teacher_gradient)
 
 
-@fused
 def symmetric_kl(logits_1: Tensor, logits_2: Tensor, temperature: float) -> Tensor:
     """Sum over tokens of `T^2 * 1/2 * [KL(p1 || p2) + KL(p2 || p1)]` with `p = softmax(logits / T)`: R-Drop's loss.
 
@@ -127,8 +124,17 @@ class _KLDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, target: Tensor, predicted: Tensor, t_target: float, t_predicted: float) -> Tensor:
-        divergence, *gradients = _divergence(target, predicted, t_target, t_predicted, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(*gradients)
+        log_p, log_q = _log_softmax(target, t_target), _log_softmax(predicted, t_predicted)
+        p = log_p.exp()
+        ratio = log_p.sub_(log_q)
+        terms = p * ratio if ctx.needs_input_grad[0] else ratio.mul_(p)  # in place where the ratio is not needed again
+        divergence = terms.sum()
+        saved: list[Tensor | None] = [None, None]
+        if ctx.needs_input_grad[0]:
+            saved[0] = terms.sub_(p * terms.sum(dim=-1, keepdim=True))
+        if ctx.needs_input_grad[1]:
+            saved[1] = log_q.exp_().sub_(p)
+        ctx.save_for_backward(*saved)
         ctx.inputs = (target.dtype, t_target), (predicted.dtype, t_predicted)
         return divergence
 
@@ -136,29 +142,13 @@ class _KLDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if torch.is_grad_enabled():  # create_graph=True: autograd would take the saved tensors for constants
             raise NotImplementedError("the soft and consistency losses have no second derivative")
-        found: list[Tensor | None] = []
-        for gradient, (dtype, temperature) in zip(ctx.saved_tensors, ctx.inputs, strict=True):
-            into = None if gradient is None else torch.empty_like(gradient, dtype=dtype)
-            # Into the logits' dtype at once, where a float32 product of its own would be written and read again.
-            found.append(into if into is None else torch.mul(gradient, grad / temperature, out=into))
-        return found[0], found[1], None, None
+        target, predicted = (
+            None if saved is None else (saved * (grad / temperature)).to(dtype)
+            for saved, (dtype, temperature) in zip(ctx.saved_tensors, ctx.inputs, strict=True)
+        )
+        return target, predicted, None, None
 
 
-@fused
-def _divergence(
-    target: Tensor, predicted: Tensor, t_target: float, t_predicted: float, of_target: bool, of_predicted: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`KL(p || q)` of `_KLDivergence`, and those of its gradients that are wanted, `[N, V]` times their temperature."""
-    log_p, log_q = _log_softmax(target, t_target), _log_softmax(predicted, t_predicted)
-    p = log_p.exp()
-    ratio = log_p.sub_(log_q)
-    terms = p * ratio if of_target else ratio.mul_(p)  # in place where the ratio is not needed again
-    divergence = terms.sum()
-    gradient = terms.sub_(p * terms.sum(dim=-1, keepdim=True)) if of_target else None
-    return divergence, gradient, log_q.exp_().sub_(p) if of_predicted else None
-
-
-def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     logits = at_least_float32(logits)
-    is_one = isinstance(temperature, float | int) and temperature == 1
-    return F.log_softmax(logits if is_one else logits / temperature, dim=-1)
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)

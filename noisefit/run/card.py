@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import noisefit
-from noisefit.base.errors import notice
+from noisefit.base.errors import in_a_line, notice
 from noisefit.base.settings import words_of
 from noisefit.fork.branches import NOISY
 from noisefit.run.settings import Settings
@@ -123,7 +123,7 @@ def card_data(folder: Path) -> Any:
         try:
             found = ModelCard.load(path, ignore_metadata_errors=lenient).data
         except Exception as error:  # whatever is in a file that anybody may have written
-            reason = reason or " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
+            reason = reason or in_a_line(error).partition(". ")[0]
             continue
         if lenient:
             notice(f"{path}: the new card goes without what cannot be read of its metadata: {reason}")

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
-from noisefit.base.errors import InputError, notice
+from noisefit.base.errors import InputError, in_a_line, notice
 from noisefit.base.files import ends_of
 from noisefit.base.schema import AMOUNT, ANY, COUNT, EACH, INTEGER, OBJECT, TEXT, Maybe, checked, require
 from noisefit.fork.branches import STRATEGIES
@@ -213,9 +213,9 @@ def _problem(folder: Path) -> str | None:
     except SafetensorError:
         return f"{name} is not a safetensors file; nothing else is loaded"
     except InputError as error:
-        return f"{name} is not readable as one of a checkpoint ({' '.join(str(error).split())[:100]})"
+        return f"{name} is not readable as one of a checkpoint ({in_a_line(error, 100)})"
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = in_a_line(error, 100)
         return f"{name} is not readable as one of a checkpoint ({type(error).__name__}: {reason})"
     return None
 

@@ -59,7 +59,7 @@ class Way:
         strategy: of `BranchedModel.forward`.
         checkpointing: whether blocks are computed again in backward.
         loss_chunk_size: supervised tokens whose logits are in memory at a time.
-        compiled: bytes of a logit where the losses are compiled, as on a GPU; 0 where they are not.
+        logit_bytes: of a logit where the losses are compiled, as on a GPU; 0 where they are not.
     """
 
     branches: tuple[Branch, ...]
@@ -67,7 +67,7 @@ class Way:
     strategy: str = "fork"
     checkpointing: bool = False
     loss_chunk_size: int = 256
-    compiled: int = 0
+    logit_bytes: int = 0
 
     @property
     def count(self) -> int:
@@ -135,7 +135,7 @@ class Footprint:
         if way.strategy == "full_logits":
             states += 2 * way.count * rows * length * self.vocabulary * 4
         chunk = min(way.loss_chunk_size, tokens)
-        each = COMPILED_COPIES * way.compiled or LOGIT_COPIES[way.count] * 4
+        each = COMPILED_COPIES * way.logit_bytes or LOGIT_COPIES[way.count] * 4
         return states + each * way.count * chunk * self.vocabulary
 
     def peak(self, way: Way, rows: int, length: int, supervised: int | None = None) -> float:

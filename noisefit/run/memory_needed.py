@@ -62,10 +62,11 @@ def memory_needed(
             return batch_size, int(lengths[longest])
         return 1, packed_tokens(lengths, settings.seed, prepared.rows_per_step, batch_size, accelerator.num_processes)
 
-    logit = 4 if accelerator.mixed_precision == "no" else 2
-    compiled = logit if are_compiled(accelerator.device.type) else 0
+    logit_bytes = 4 if accelerator.mixed_precision == "no" else 2
+    if not are_compiled(accelerator.device.type):
+        logit_bytes = 0
     free = free_memory(accelerator.device)
-    return told(settings, footprint, tuple(noise), strategy, largest, update, free, compiled)
+    return told(settings, footprint, tuple(noise), strategy, largest, update, free, logit_bytes)
 
 
 def packed_tokens(lengths: np.ndarray, seed: int, rows_per_step: int, batch_size: int, num_processes: int) -> int:
@@ -86,7 +87,7 @@ def packed_tokens(lengths: np.ndarray, seed: int, rows_per_step: int, batch_size
 
 def told(
     settings: Settings, footprint: Footprint, noisy: Sequence[int], strategy: str,
-    largest: Callable[[int], tuple[int, int]], update: float, free: float, compiled: int = 0,
+    largest: Callable[[int], tuple[int, int]], update: float, free: float, logit_bytes: int = 0,
 ) -> str | None:  # fmt: skip
     """The line for a model of this footprint.
 
@@ -98,10 +99,10 @@ def told(
         largest: the largest micro-batch of a `--batch_size`, rows and tokens of each; a packed one is one row.
         update: bytes of the gradients and of the optimizer's state.
         free: GiB; NaN where not known.
-        compiled: see `Way`.
+        logit_bytes: see `Way`.
     """
     way = Way(settings.objective.branches, tuple(noisy), strategy, settings.gradient_checkpointing,
-              settings.loss_chunk_size, compiled)  # fmt: skip
+              settings.loss_chunk_size, logit_bytes)  # fmt: skip
     rows, length = largest(settings.batch_size)
     needed = footprint.peak(way, rows, length)
     if not needed + update > LARGE * free * GIB:  # nor where that is not known

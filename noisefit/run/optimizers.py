@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.base.errors import InputError, in_a_line, is_out_of_memory
 from noisefit.base.key_values import Kind, as_words, converted, count, did_you_mean, key_values, list_of, number, truth
 
 TORCH, TRANSFORMERS, BITSANDBYTES = "torch.optim", "transformers", "bitsandbytes.optim"
@@ -101,7 +101,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     try:
         found: type[torch.optim.Optimizer] = getattr(importlib.import_module(kind.library), kind.name)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         raise InputError(f"--optim {name}: {package} has no {kind.name} that works here ({reason})") from None
     return found
 
@@ -164,7 +164,7 @@ def try_optimizer(settings: Any, device: torch.device, sharded: bool) -> None:
         if is_out_of_memory(error):
             raise
         given = f", --optim_args {' '.join(settings.optim_args)}" if settings.optim_args else ""
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_a_line(error, 300)
         raise InputError(f"--optim {name}{given}: it does not work on {device.type}: {reason}") from None
 
 

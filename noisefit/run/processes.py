@@ -16,7 +16,7 @@ from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from noisefit.base.errors import InputError, is_out_of_memory
+from noisefit.base.errors import InputError, in_a_line, is_out_of_memory
 
 # For a collective, in which processes wait for no more than each other's computing; NCCL's own 10 minutes are less than
 # a calibration of unequal rows may take.
@@ -40,7 +40,7 @@ def start_accelerator(patience: timedelta = PATIENCE, **options: Any) -> Acceler
     except Exception as error:  # of accelerate, torch, and whatever integration the launch asks for
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_a_line(error, 300)
         raise InputError(f"the launch cannot be what it asks for: {reason}; see `accelerate launch --help`") from None
     if accelerator.distributed_type == DistributedType.FSDP:
         # Else transformers has zeros for weights on all processes but one a node (5.17), where `noisefit.run.sharding`

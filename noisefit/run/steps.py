@@ -70,9 +70,8 @@ def take_step(optimizer: Any, schedule: LRScheduler, step: int, bad: bool, bad_s
 
 
 @contextmanager
-def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Turn memory that runs out into one line that says with what batch, and what would help; and what compiling does
-    to a step into one that says how to go without.
+def naming_failures(settings: Settings, step: int, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Turn memory that runs out, and what compiling has made and fails, into one line that says what would help.
 
     Args:
         settings: of the run.
@@ -84,12 +83,13 @@ def naming_out_of_memory(settings: Settings, step: int, batch: Mapping[str, Any]
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of memory, or of what compiling has made; any other goes on its way
+        compiling = failure_of_compiler(error, batch["input_ids"].device.type)
+        if compiling is None and not is_out_of_memory(error):
+            raise
         before = list_checkpoints(Path(settings.output_model))  # not opened, for which there may be no memory
         resume = f"; --resume_from_checkpoint latest goes on from {before[-1].name}" if before else ""
-        if not is_out_of_memory(error):
-            if (compiling := failure_of_compiler(error, batch["input_ids"].device.type)) is None:
-                raise
+        if compiling is not None:
             raise LocalError(f"step {step}: {compiling}{resume}") from None
         rows, length = batch["input_ids"].shape
         shape = f"{rows} rows of {length} tokens"

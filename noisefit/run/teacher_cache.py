@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from noisefit.base.errors import InputError, notice
+from noisefit.base.errors import InputError, in_a_line, notice
 from noisefit.base.files import sync_folder, writing
 from noisefit.base.meeting import apart
 from noisefit.inputs.batches import collate, cut_step
@@ -125,7 +125,7 @@ def _read(folder: Path, about: Mapping[str, str]) -> dict[bytes, TopK]:
             top = TopK(tensors["tokens"], tensors["log_probs"]).split(tensors["counts"].tolist())
             found |= zip([bytes(digest) for digest in tensors["digests"].tolist()], top, strict=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        notice(f"{folder} is not used: {' '.join(str(error).split())[:200]}")
+        notice(f"{folder} is not used: {in_a_line(error)}")
         return {}
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from noisefit.base.errors import InputError, notice
+from noisefit.base.errors import InputError, in_a_line, notice
 from noisefit.run.run_settings import NO_TRACKER, TRACKERS
 from noisefit.run.settings import Settings
 
@@ -104,7 +104,7 @@ class Tracker:
 
     def _fail(self, how: str, error: Exception) -> None:
         self.tracker = None
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_a_line(error, 300)
         notice(f"--report_to {self.name} {how}, training goes on without it: {reason}")
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fused_afresh import afresh
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from noisefit.base import compiling
@@ -19,12 +18,12 @@ BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
 @pytest.fixture
 def counter(monkeypatch):
     """Compiling on this device, and counting it."""
-    counting, compile_function = CompileCounterWithBackend(BACKEND), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_function(function, backend=counting, **how))
+    counting = CompileCounterWithBackend(BACKEND)
+    monkeypatch.setattr(compiling, "BACKEND", counting)
     monkeypatch.setattr(compiling, "DEVICES", (DEVICE,))
-    with afresh():
-        yield counting
-        assert not compiling._failed
+    torch._dynamo.reset()
+    yield counting
+    assert not compiling._failed
 
 
 def results(hidden: torch.Tensor, mask: torch.Tensor, strength: float) -> list[torch.Tensor]:
@@ -57,40 +56,49 @@ def test_compiled_functions_give_what_they_give_as_they_are(counter, monkeypatch
             torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
 
 
-def losses(tokens: int, temperature: float, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Each loss, its gradients added up in the logits of three branches."""
+@compiling.fused_losses
+def all_losses(logits: dict[str, list[torch.Tensor]], targets: torch.Tensor, weights: torch.Tensor) -> dict:
+    [clean], (noisy_1, noisy_2) = logits["clean"], logits["noisy"]
+    return {
+        "ce": cross_entropy(clean, targets),
+        "weighted": cross_entropy(noisy_1, targets, weights),
+        "soft": soft_target_loss(clean, noisy_1, 2.0),
+        "both": soft_target_loss(clean, noisy_1, 2.0, teacher_gradient=True),
+        "consistency": consistency_loss(noisy_1, noisy_2, 1.0),
+        "symmetric": symmetric_kl(noisy_1, noisy_2, 3.0),
+    }
+
+
+def losses(tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Each loss, and their gradients, added up in the logits of three branches."""
     generator = torch.Generator().manual_seed(tokens)
     logits = [torch.randn(tokens, 50, generator=generator).to(DEVICE, dtype).requires_grad_() for _ in range(3)]
     targets = torch.randint(0, 50, (tokens,), generator=generator).to(DEVICE)
-    clean, noisy_1, noisy_2 = logits
-    values = [
-        cross_entropy(clean, targets),
-        cross_entropy(noisy_1, targets, torch.rand(tokens, generator=generator).to(DEVICE)),
-        soft_target_loss(clean, noisy_1, temperature),
-        soft_target_loss(clean, noisy_1, temperature, teacher_gradient=True),
-        consistency_loss(noisy_1, noisy_2, temperature),
-        symmetric_kl(noisy_1, noisy_2, temperature),
-    ]
+    weights = torch.rand(tokens, generator=generator).to(DEVICE)
+    values = list(all_losses({"clean": logits[:1], "noisy": logits[1:]}, targets, weights=weights).values())
     torch.stack(values).sum().backward()
     return [*(value.detach() for value in values), *(z.grad.float() for z in logits)]
 
 
 @pytest.mark.slow
-def test_compiled_losses_are_the_losses_with_their_gradients(counter, monkeypatch):
-    given = [(9, 1.0), (5, 1.0), (9, 2.0), (5, 3.0)]  # an uneven division's rest, and another temperature
-    for dtype, near in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
-        before = counter.frame_count
-        found = [losses(*given[0], dtype)]
-        compiled = counter.frame_count
-        assert compiled == before + 5  # cross-entropy and divergence both ways, and the symmetric one
-        found += [losses(*each, dtype) for each in given[1:]]
-        assert counter.frame_count == compiled, "compiled anew for another number of tokens or temperature"
-        with monkeypatch.context() as patch:
-            patch.setattr(compiling, "DEVICES", ())
-            for tensors, each in zip(found, given, strict=True):
-                for one, other in zip(tensors, losses(*each, dtype), strict=True):
-                    torch.testing.assert_close(one, other, rtol=near, atol=1e-5)
-    assert losses(0, 1.0, torch.float32)[0] == 0
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_compiled_losses_are_the_losses_with_their_gradients(dtype, near, counter, monkeypatch):
+    given = (5, 9, 7, 16)  # the rest of an uneven division, then whole chunks
+    found = [losses(tokens, dtype) for tokens in given[:2]]
+    assert counter.frame_count == 2  # for one number of tokens, and for any
+    found += [losses(tokens, dtype) for tokens in given[2:]]
+    assert counter.frame_count == 2, "compiled anew for another number of tokens"
+    assert losses(0, dtype)[0] == 0
+    monkeypatch.setattr(compiling, "DEVICES", ())
+    for tensors, tokens in zip(found, given, strict=True):
+        for one, other in zip(tensors, losses(tokens, dtype), strict=True):
+            torch.testing.assert_close(one, other, rtol=near, atol=1e-5)
+
+
+def test_the_first_tensor_may_be_named(counter):
+    doubled = compiling.fused(lambda values: values * 2)
+    assert doubled(values=torch.ones(3, device=DEVICE)).tolist() == [2.0] * 3 and counter.frame_count == 1
+    assert compiling.fused(lambda: 5)() == 5
 
 
 def test_where_compiling_fails_one_line_says_so_and_the_functions_go_on(monkeypatch, capsys):
@@ -100,10 +108,7 @@ def test_where_compiling_fails_one_line_says_so_and_the_functions_go_on(monkeypa
         calls.append(graph)
         raise RuntimeError("no C compiler")
 
-    compile_function = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **how: compile_function(function, backend=no_compiler, **how)
-    )
+    monkeypatch.setattr(compiling, "BACKEND", no_compiler)
     monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
     torch._dynamo.reset()
     halved = compiling.fused(lambda values, factor: values * factor)

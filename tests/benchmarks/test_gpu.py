@@ -256,6 +256,8 @@ def test_a_library_that_was_installed_since_is_told_at_the_top(tmp_path, monkeyp
     for _ in range(2):
         assert run(results, "--here", "--parts", "adamw").returncode == 0
     lines = gpu.read(results)
+    assert run(results, "--here", "--parts", "adamw", "--again", "--minutes", "-1").returncode == 0
+    assert gpu.read(results) == lines  # what there is no time for keeps its results
     assert [line["machine"] for line in lines if "machine" in line] == [found | {"torch": None}, found]
     assert f"torch {found['torch']}" in gpu_report.page(lines) and "without torch" not in gpu_report.page(lines)
 

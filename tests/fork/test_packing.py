@@ -18,7 +18,7 @@ from noisefit.inputs.batches import collate, cut_step
 from noisefit.inputs.prompts import Example
 from noisefit.method.losses import consistency_loss, cross_entropy
 from noisefit.method.noise import EmbeddingNoise, TokenScaledNoise
-from noisefit.run.steps import naming_out_of_memory
+from noisefit.run.steps import naming_failures
 
 # The experts of the first two know no float64; the others have masks of their own, which no position parts.
 PACKED = [name for name in CONFIGS if name not in ("mixtral", "glm4_moe", "bloom", "opt", "falcon")]
@@ -247,5 +247,5 @@ def test_out_of_memory_names_the_packed_rows():
         gradient_checkpointing=True, batch_size=1, loss_chunk_size=64, output_model="/nowhere", max_length=9
     )
     expected = "with 2 rows, packed into 14 tokens, in a micro-batch, 12 of them supervised"
-    with pytest.raises(LocalError, match=expected), naming_out_of_memory(settings, 3, batch):
+    with pytest.raises(LocalError, match=expected), naming_failures(settings, 3, batch):
         raise MemoryError

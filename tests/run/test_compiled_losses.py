@@ -1,20 +1,23 @@
 """A run whose losses a GPU has compiled is the run without, whatever the losses are."""
 
+import json
+
 import pytest
 import torch
-from fused_afresh import afresh
 from running import run
 from safetensors.torch import load_file
 from tiny_models import tiny_model
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from noisefit.base import compiling
 from noisefit.base.errors import LocalError
 from noisefit.fork.branches import CLEAN, BranchedModel
 from noisefit.inputs.batches import collate
 from noisefit.inputs.prompts import Example
-from noisefit.method.losses import cross_entropy, symmetric_kl
+from noisefit.method.losses import cross_entropy
 from noisefit.run.settings import Settings
-from noisefit.run.steps import naming_out_of_memory
+from noisefit.run.steps import naming_failures
 
 pytestmark = pytest.mark.slow
 
@@ -37,14 +40,17 @@ def compiled(monkeypatch) -> list[str]:
     """As on a GPU, without a compiler of C++; the names of the functions that are compiled."""
     names, compile_function = [], torch.compile
 
-    def counting(function, **how):
+    def naming(function, **how):
         names.append(function.__name__)
-        return compile_function(function, **{"backend": "aot_eager"} | how)
+        return compile_function(function, **how)
 
-    monkeypatch.setattr(torch, "compile", counting)
+    monkeypatch.setattr(torch, "compile", naming)
+    monkeypatch.setattr(compiling, "BACKEND", CompileCounterWithBackend("aot_eager"))  # one that none has compiled with
     monkeypatch.setattr(compiling, "DEVICES", ("cpu",))
-    with afresh(), torch._dynamo.config.patch(recompile_limit=8):
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
         yield names
+    compiling.forget_failures()
 
 
 def assert_same(found: list[dict], expected: list[dict], folder) -> None:
@@ -64,26 +70,42 @@ def test_compiled_losses_train_the_same(kind, llama_folder, questions, tmp_path,
     assert_same(found, expected, tmp_path)
 
 
-def test_where_the_losses_cannot_be_compiled_though_their_parts_could_the_run_goes_on(
-    llama_folder, questions, tmp_path, compiled, monkeypatch, capsys
+@pytest.mark.parametrize("graphs", [0, 1])
+def test_where_the_losses_cannot_be_compiled_the_run_goes_on(
+    graphs, llama_folder, questions, tmp_path, compiled, monkeypatch, capsys
 ):
-    """Also those chunks that are computed again in backward when it is known already."""
-    counting = torch.compile
+    """Also where a chunk of another size had been: in backward it is computed again as it was in forward."""
+    naming, made = torch.compile, []
 
-    def no_large_graph(function, **how):
-        def backend(graph, inputs):
+    def so_many(graph, inputs):
+        if len(made) == graphs:
             raise RuntimeError("PassManager::run failed")
+        made.append(graph)
+        return aot_eager(graph, inputs)
 
-        return counting(function, **how | ({"backend": backend} if function.__name__ == "chunk_losses" else {}))
+    def compile_function(function, **how):
+        return naming(function, **how | ({"backend": so_many} if function.__name__ == "chunk_losses" else {}))
 
-    monkeypatch.setattr(torch, "compile", no_large_graph)
+    monkeypatch.setattr(torch, "compile", compile_function)
     found = run(llama_folder, questions, tmp_path / "compiled", **FLAGS)
     said = capsys.readouterr().err
     assert said.count("torch.compile failed, so noise and losses take more") == 1 and "PassManager" in said
-    assert compiling._failed and not compiling.are_compiled("cpu")
+    assert len(made) == graphs and compiling._failed and not compiling.are_compiled("cpu")
     monkeypatch.setattr(compiling, "DEVICES", ())
     assert_same(found, run(llama_folder, questions, tmp_path / "plain", **FLAGS), tmp_path)
     assert not compiling._failed  # the next run tries again
+
+
+def test_a_chunk_is_larger_where_the_losses_are_compiled_unless_its_size_is_given(
+    llama_folder, questions, tmp_path, compiled, monkeypatch
+):
+    def size(name: str, **flags: int) -> int:
+        run(llama_folder, questions, tmp_path / name, loss_mode="basefit", max_steps=1, **flags)
+        return json.loads((tmp_path / name / "noisefit_config.json").read_text())["loss_chunk_size"]
+
+    assert size("compiled") == 1024 and size("given", loss_chunk_size=77) == 77
+    monkeypatch.setattr(compiling, "DEVICES", ())
+    assert size("plain") == 256
 
 
 def test_losses_that_are_compiled_anew_at_each_call_end_in_a_line(compiled, monkeypatch, tmp_path):
@@ -98,12 +120,5 @@ def test_losses_that_are_compiled_anew_at_each_call_end_in_a_line(compiled, monk
     settings = Settings(model="m", train_data="d", output_model=str(tmp_path))
     model, batch = BranchedModel(tiny_model(), 1), collate([Example(list(range(1, 30)), 1)], 0)
     problem = r"step 7: torch.compile is at fault \(.*\); TORCHDYNAMO_DISABLE=1 in the environment trains without it$"
-    with pytest.raises(LocalError, match=problem), naming_out_of_memory(settings, 7, batch):
+    with pytest.raises(LocalError, match=problem), naming_failures(settings, 7, batch):
         model(**batch, branches=(CLEAN,), chunk_losses=remembering)["ce"].backward()
-
-
-def test_arguments_may_be_named(compiled):
-    logits, targets = torch.randn(3, 5), torch.tensor([0, 1, 4])
-    assert cross_entropy(logits=logits, targets=targets) == cross_entropy(logits, targets)
-    assert symmetric_kl(logits_1=logits, logits_2=logits, temperature=1.0) == 0
-    assert set(compiled) <= {"cross_entropy", "symmetric_kl"}
